@@ -1,0 +1,55 @@
+# nash_lab: `make demo` and `make test` are all a fresh machine needs.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+VENV   ?= .venv
+EXTRAS ?= dev,docs
+ARGS   ?=
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# compiled programs are kept between runs; device settings come from the caller
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+
+.PHONY: help demo test docs lab export refresh readme constraints clean clean-venv
+
+help:            ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/:.*/, "", $$1); printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  variables: PYTHON=python3.12 (for a new .venv), ARGS="..." (handed on to the command)'
+
+$(READY): pyproject.toml settings.ini constraints.txt tools/venv.sh
+	@echo "installing into $(VENV) ..."
+	@PYTHON="$(PYTHON)" tools/venv.sh $(VENV) $(EXTRAS)
+	@touch $@
+
+demo: $(READY)   ## the whole life of a small model on this CPU -> runs/demo/report.html
+	$(BIN)/nash_lab demo $(ARGS)
+
+test: $(READY)   ## export, clean, every notebook, every test
+	$(BIN)/python tools/sync.py --check
+	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(READY)   ## the site -> _docs/html/index.html
+	$(BIN)/python tools/build_docs.py $(ARGS)
+
+lab: $(READY)    ## Jupyter on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+
+export: $(READY) ## notebooks -> package, and clean the notebooks
+	$(BIN)/python tools/sync.py
+
+refresh: $(READY) ## run notebooks, store their outputs (ARGS="nbs/model/16_mhc.ipynb --with slow")
+	$(BIN)/python tools/refresh.py $(ARGS)
+
+readme: $(READY) ## nbs/index.ipynb -> README.md
+	$(BIN)/python tools/readme.py $(ARGS)
+
+constraints: $(READY) ## versions of this environment -> constraints.txt
+	$(BIN)/python tools/constraints.py $(ARGS)
+
+clean:           ## what can be made again, but for .venv and runs/
+	rm -rf _docs _proc build dist nash_lab.egg-info .pytest_cache .ruff_cache .jax_cache
+	find nash_lab tests tools docs nbs -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+clean-venv:      ## the virtual environment
+	rm -rf $(VENV)

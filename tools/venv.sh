@@ -1,0 +1,27 @@
+#!/bin/sh
+# Make the virtual environment and install the project in it: uv if it works here, else venv and pip.
+# usage: tools/venv.sh FOLDER EXTRAS      (PYTHON=... picks the interpreter)
+set -eu
+venv=$1 extras=$2
+new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
+
+python=
+for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+    if "$name" -c "$new_enough" 2>/dev/null; then python=$(command -v "$name"); break; fi
+done
+if [ -z "$python" ]; then
+    echo "nash_lab needs Python 3.11 or newer, found none (tried: ${PYTHON:-python3 python3.13 python3.12 python3.11 python}); name one: make PYTHON=/path/to/python3.12" >&2
+    exit 1
+fi
+
+if [ -x "$venv/bin/python" ] && ! "$venv/bin/python" -c "$new_enough" 2>/dev/null; then
+    echo "$venv holds a broken or older Python; remove it: make clean-venv" >&2
+    exit 1
+fi
+if uv --version >/dev/null 2>&1; then
+    [ -x "$venv/bin/python" ] || uv venv --quiet --python "$python" "$venv"
+    uv pip install --quiet --python "$venv/bin/python" -e ".[$extras]" -c constraints.txt
+else
+    [ -x "$venv/bin/pip" ] || "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]" -c constraints.txt
+fi
