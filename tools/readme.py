@@ -1,0 +1,66 @@
+"Write README.md from nbs/index.ipynb: same words, links into the repository, pictures as files beside the site's. `--check` only compares."
+import argparse, base64, re, sys
+from pathlib import Path
+import nbformat
+from nbdev.config import get_config
+from pages import NBS, ROOT, relink
+
+INDEX, PICTURES = NBS/'index.ipynb', 'docs/_static'
+HEAD = '<!-- made from nbs/index.ipynb by `make readme`; edit that notebook -->\n\n'
+
+def flags(source: str) -> set: return {o.strip()[2:].strip().split(':')[0] for o in source.splitlines() if o.lstrip().startswith('#|')}
+
+def place(target: str) -> str:
+    "A link written in nbs/index.ipynb, as seen from the project's root"
+    if re.match(r'[a-z]+:|#', target): return target
+    path, _, anchor = target.partition('#')
+    file = (NBS/path).resolve()
+    if not file.exists(): sys.exit(f'nbs/index.ipynb: link to {target}, which does not exist')
+    return file.relative_to(ROOT).as_posix() + (f'#{anchor}' if anchor else '')
+
+def title(source: str) -> str:
+    "The title cell without its `- key: value` lines"
+    return '\n'.join(o for o in source.splitlines() if not re.match(r'-\s+\w[\w-]*:\s', o)).strip()
+
+def outputs(cell, pictures: dict) -> list[str]:
+    "What a code cell shows, as Markdown; pictures go to `pictures`"
+    parts = []
+    for o in cell.get('outputs', ()):
+        data = o.get('data', {'text/plain': o.get('text', '')})
+        if 'image/png' in data:
+            name = f'{PICTURES}/readme_{len(pictures) + 1}.png'
+            pictures[name] = base64.b64decode(data['image/png'])
+            alt = data.get('text/plain', '').strip()
+            parts.append(f'![{"picture" if alt.startswith("<") or not alt else alt}]({name})')
+        elif 'text/markdown' in data: parts.append(relink(data['text/markdown'], place))
+        elif data.get('text/plain', '').strip(): parts.append(f"```\n{data['text/plain'].rstrip()}\n```")
+    return parts
+
+def render(nb) -> tuple[str, dict]:
+    "(README text, {path: PNG bytes}) of the index notebook"
+    parts, pictures, cfg = [], {}, get_config(path=ROOT)
+    for i, c in enumerate(nb.cells):
+        if c.cell_type == 'markdown': parts.append(relink(title(c.source) if i == 0 else c.source.strip(), place))
+        elif c.cell_type == 'code':
+            has = flags(c.source)
+            if has & {'hide', 'default_exp', 'include'} or 'nbdev_export(' in c.source: continue
+            code = re.sub(r'\A(\s*#\|.*\n?)+', '', c.source).strip()
+            if not has & {'echo', 'code-fold', 'hide_input'} and code: parts.append(f'```python\n{code}\n```')
+            parts += outputs(c, pictures)
+    text = HEAD + '\n\n'.join(p for p in parts if p) + '\n'
+    return text.replace('https://github.com/nash-lab/nash_lab', cfg.git_url), pictures
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--check', action='store_true', help='write nothing; fail when README.md is not what the index gives')
+    check = p.parse_args().check
+    text, pictures = render(nbformat.read(INDEX, as_version=4))
+    files = {'README.md': text.encode(), **pictures}
+    stale = {str(o.relative_to(ROOT)) for o in (ROOT/PICTURES).glob('readme_*.png')} - pictures.keys()
+    differ = [k for k, v in files.items() if not (ROOT/k).exists() or (ROOT/k).read_bytes() != v] + sorted(stale)
+    if check: sys.exit(f'not what nbs/index.ipynb gives (run `make readme`): {", ".join(differ)}' if differ else 0)
+    for k, v in files.items(): (ROOT/k).write_bytes(v)
+    for k in stale: (ROOT/k).unlink()
+    print(f'README.md: {len(text.split())} words, {len(pictures)} pictures')
+
+if __name__ == '__main__': main()
