@@ -17,15 +17,17 @@ def comments(source: str) -> dict:
             waiting = []
     return found
 
+def bound(f) -> bool: return f.args.args[:1] and f.args.args[0].arg in ('self', 'cls') and f.args.args[0].annotation is None
+
 def parameters(f, notes: dict) -> list[tuple]:
-    "(name, type, default, comment) of each parameter of function `f` but self and cls"
+    "(name, type, default, comment) of each parameter of function `f`, a method's first one left out"
     a, rows = f.args, []
     plain = [*a.posonlyargs, *a.args]
     defaults = [None] * (len(plain) - len(a.defaults)) + a.defaults
     named = [*zip(plain, defaults), (a.vararg, None), *zip(a.kwonlyargs, a.kw_defaults), (a.kwarg, None)]
     last = {p.end_lineno: p for p, _ in named if p}              # of several on one line the last one has the comment
     for p, d in named:
-        if p is None or p.arg in ('self', 'cls'): continue
+        if p is None or (bound(f) and p is f.args.args[0]): continue
         end = max(p.end_lineno, d.end_lineno if d else 0)
         star = '*' if p is a.vararg else '**' if p is a.kwarg else ''
         rows.append((star + p.arg, p.annotation, d, notes.get(end, '') if last[p.end_lineno] is p else ''))
@@ -38,8 +40,8 @@ def fields(c, notes: dict) -> list[tuple]:
 
 def signature(f, name: str) -> str:
     "`name(...)` of function `f` as in its source, one parameter a line when it is long"
-    a = ast.unparse(f.args).removeprefix('self, ').removeprefix('cls, ')
-    if a in ('self', 'cls'): a = ''
+    a = ast.unparse(f.args)
+    if bound(f): a = a.partition(', ')[2]
     back = f' -> {ast.unparse(f.returns)}' if f.returns else ''
     if len(name + a + back) < 88: return f'{name}({a}){back}'
     return f'{name}(\n{indent(wrapped(f), "    ")}\n){back}'
@@ -90,7 +92,7 @@ def methods(c) -> list[str]:
     return lines
 
 def entry(name: str, trees: list, link=None, brief=False, level=3) -> str:
-    "Markdown of the API entry of `name`; `brief` leaves the signature out, where the code itself follows"
+    "Markdown of the API entry of `name`; where the code itself follows, `brief` leaves the signature out and folds the table"
     node, source = find(trees, name)
     notes, parts = comments(source), [f"{'#' * level} {name}"]
     if link: parts.append(f'<a class="source-link" href="{link}">source</a>')
@@ -105,6 +107,6 @@ def entry(name: str, trees: list, link=None, brief=False, level=3) -> str:
         if any(note and note == r[3] for r in rows): note = ''
     if not brief: parts.append(f'```python\n{head}\n```')
     parts.append(ast.get_docstring(node) or '')
-    parts.append(table(rows, returns, note))
+    if rows := table(rows, returns, note): parts.append(f':::{{dropdown}} Parameters\n{rows}\n:::' if brief else rows)
     if isinstance(node, ast.ClassDef) and not brief: parts.append('\n'.join(methods(node)))
     return '\n\n'.join(p for p in parts if p)

@@ -21,9 +21,9 @@ CAPTIONS = dict(maths='Maths', model='Model', data='Data', train='Train', evals=
 GUIDE_ORDER = ('READING', 'TRAINING', 'DATA', 'TPU_SETUP', 'SECURITY', 'LOG')
 
 class Processors(FilterDefaults):
-    "nbdev's processors, without those that run code: API entries are read from the source (`api.py`), links made below"
-    def base_procs(self):
-        return [o for o in super().base_procs() if o.__name__ not in ('exec_show_docs', 'clean_show_doc', 'add_links')]
+    "nbdev's processors, without those that run code, place API entries (`api.py` makes them from the source), link, or fold"
+    mine = 'add_show_docs exec_show_docs clean_show_doc mv_exports add_links add_fold'.split()
+    def base_procs(self): return [o for o in super().base_procs() if o.__name__ not in self.mine]
 
 def guides() -> dict:
     "{page name: file} of the guides in docs/ and the log, in reading order"
@@ -71,30 +71,38 @@ def directives(source: str) -> list[str]:
     lines = [o.strip()[2:].strip() for o in source.splitlines() if o.lstrip().startswith('#|')]
     return [re.sub(r'\s*:\s*', ': ', o, count=1) for o in lines]
 
-def trees(nb) -> list[tuple]:
-    "[(syntax tree, source)] of the code cells that define something"
-    code = [re.sub(r'^\s*[%!].*$', '', c.source, flags=re.M) for c in nb.cells if c.cell_type == 'code' and re.search(r'^(def|class|@)', c.source, re.M)]
-    return [(ast.parse(o), o) for o in code]
+def document(nb, module: str, lookup) -> None:
+    "Put an API entry before each exported cell of `nb`, and in place of each `show_doc(name)`"
+    code = [c for c in nb.cells if c.cell_type == 'code' and re.search(r'^(def|class|@)', c.source, re.M)]
+    trees = [(ast.parse(o), o) for o in (re.sub(r'^\s*[%!].*$', '', c.source, flags=re.M) for c in code)]
+    link = lambda name: lookup.code(f'{module}.{name}') or lookup.code(name)
+    asked, cells = set(re.findall(r'^show_doc\(([\w.]+)', '\n'.join(c.source for c in nb.cells), re.M)), []
+    for c in nb.cells:
+        flags = directives(c.source) if c.cell_type == 'code' else []
+        if c in code and {'export', 'exports'} & set(flags) and 'hide' not in flags:
+            names = [n.name for n in trees[code.index(c)][0].body if hasattr(n, 'name') and not n.name.startswith('_')]
+            made = [entry(n, trees, link(n), brief='exports' in flags) for n in names if n not in asked]
+            if made: cells.append(mk_cell('\n\n'.join(made), 'markdown'))
+        if m := re.search(r'^show_doc\(([\w.]+)', c.source, re.M) if c.cell_type == 'code' else None:
+            c = mk_cell(entry(m[1], trees, link(m[1]), level=4 if '.' in m[1] else 3), 'markdown')
+        cells.append(c)
+    nb.cells = cells
+    for i, c in enumerate(nb.cells): c.idx_ = i
 
-def processed(path: Path, lookup) -> list:
+def processed(path: Path, lookup):
     "The notebook at `path` as a reader of the site sees it, links not yet placed"
     nb, cells = read_nb(path), []
-    defined = trees(nb)
-    shown = {n.name for t, o in defined if 'exports' in directives(o) for n in t.body if hasattr(n, 'name')}
-    module = f'{CFG.lib_name}.{named(path).replace("/", ".")}'
-    Processors()(nb)                                      # nbdev's pipeline: hides, API entries, folding
+    document(nb, f'{CFG.lib_name}.{named(path).replace("/", ".")}', lookup)
+    Processors()(nb)
     for c in nb.cells:
         if c.source.startswith('<!-- WARNING'): continue
         if c.cell_type == 'raw' and c.source.startswith('---'):   # the title cell, as front matter
             fm = yaml.safe_load(c.source.split('---')[1])
             c = mk_cell(f"# {fm['title']}\n\n{{.lead}}\n{fm.get('description', fm['title'])}", 'markdown')
         if c.cell_type == 'code':
-            flags = directives(c.source)
-            c.source, c.metadata = re.sub(r'\A(\s*#\|.*\n?)+', '', c.source), {'tags': [TAGS[o] for o in flags if o in TAGS]}
-            if m := re.match(r'show_doc\(([\w.]+)', c.source):
-                link = lookup.code(f'{module}.{m[1]}') or lookup.code(m[1])
-                c = mk_cell(entry(m[1], defined, link, brief=m[1] in shown, level=4 if '.' in m[1] else 3), 'markdown')
-            elif not c.source.strip() and not c.get('outputs'): continue
+            tags = [TAGS[o] for o in directives(c.source) if o in TAGS]
+            c.source, c.metadata = re.sub(r'\A(\s*#\|.*\n?)+', '', c.source), {'tags': tags}
+            if not c.source.strip() and not c.get('outputs'): continue
         if c.cell_type == 'markdown': c.source = lookup.linkify(c.source)
         cells.append(c)
     nb.cells, nb.metadata = cells, {'kernelspec': dict(name='python3', display_name='python3', language='python')}

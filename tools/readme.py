@@ -1,6 +1,5 @@
 "Write README.md from nbs/index.ipynb: same words, links into the repository, pictures as files beside the site's. `--check` only compares."
 import argparse, base64, re, sys
-from pathlib import Path
 import nbformat
 from nbdev.config import get_config
 from pages import NBS, ROOT, relink

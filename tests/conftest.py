@@ -1,0 +1,25 @@
+"Settings every test runs under, set before jax is imported; subprocesses inherit them."
+import os, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.update(JAX_PLATFORMS='cpu', JAX_NUMPY_RANK_PROMOTION='raise', JAX_NUMPY_DTYPE_PROMOTION='strict',
+                  WANDB_MODE='offline', MPLBACKEND='agg', HF_HUB_OFFLINE='1')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT/'.jax_cache'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+sys.path.insert(0, str(ROOT/'tools'))
+
+@pytest.fixture(scope='session')
+def root() -> Path: return ROOT
+
+@pytest.fixture(scope='session')
+def fixtures() -> Path: return ROOT/'tests/fixtures'
+
+@pytest.fixture(scope='session')
+def data() -> Path:
+    "Folder of real corpora and benchmarks, named by NASH_LAB_DATA; without it the test is skipped"
+    folder = os.environ.get('NASH_LAB_DATA')
+    if not folder: pytest.skip('NASH_LAB_DATA is not set: it names the folder with the real data sets')
+    if not Path(folder).is_dir(): pytest.fail(f'NASH_LAB_DATA={folder} is not a folder', pytrace=False)
+    return Path(folder).resolve()
