@@ -13,7 +13,7 @@ version = release = settings['version']
 extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design']
 
 nb_execution_mode, nb_merge_streams = 'off', True    # show what the notebooks store, run nothing
-nb_code_prompt_show = 'Show the {type}'
+nb_code_prompt_show, nb_code_prompt_hide = 'Show the {type}', 'Hide the {type}'
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_block', 'deflist']
 myst_heading_anchors = 4                             # [x](core.ipynb#payoff) resolves; a wrong one warns
 myst_dmath_double_inline = True
@@ -23,6 +23,7 @@ suppress_warnings = ['myst.header']                  # API entries are H3 wherev
 mathjax = Path(importlib.util.find_spec('sphinx-mathjax-offline').origin).parent/'static/mathjax/tex-svg.js'
 mathjax_path = mathjax.name
 
+pygments_style, pygments_dark_style = 'a11y-light', 'github-dark'
 html_theme, html_title, html_short_title = 'furo', project, project
 html_static_path, html_css_files = [str(HERE/'_static'), str(mathjax)], ['custom.css']
 html_show_sourcelink = html_copy_source = False
