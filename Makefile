@@ -5,6 +5,7 @@ VENV   ?= .venv
 EXTRAS ?= dev,docs
 ARGS   ?=
 BIN    := $(VENV)/bin
+LEAN   := $(VENV)/.lean
 READY  := $(VENV)/.ready
 
 # compiled programs are kept between runs; device settings come from the caller
@@ -17,12 +18,18 @@ help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/:.*/, "", $$1); printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  variables: PYTHON=python3.12 (for a new .venv), ARGS="..." (handed on to the command)'
 
-$(READY): pyproject.toml settings.ini constraints.txt tools/venv.sh
+# the package alone is enough to run it; .ready adds what testing and the site need to the same environment
+$(LEAN): pyproject.toml settings.ini constraints.txt tools/venv.sh
 	@echo "installing into $(VENV) ..."
+	@PYTHON="$(PYTHON)" tools/venv.sh $(VENV)
+	@touch $@
+
+$(READY): $(LEAN)
+	@echo "installing $(EXTRAS) into $(VENV) ..."
 	@PYTHON="$(PYTHON)" tools/venv.sh $(VENV) $(EXTRAS)
 	@touch $@
 
-demo: $(READY)   ## the whole life of a small model on this CPU -> runs/demo/report.html
+demo: $(LEAN)      ## the whole life of a small model on this CPU -> runs/demo/report.html
 	$(BIN)/nash_lab demo $(ARGS)
 
 test: $(READY)   ## export, clean, every notebook, every test

@@ -7,9 +7,10 @@ from pages import NBS, named, notebooks, order
 
 DECADES = dict(maths=0, model=10, data=20, train=30, evals=40, adapt=50, discover=60, lab=70)
 PAGES = [p for p in notebooks() if p.name != 'index.ipynb']
-# what one page may do; the book as a whole keeps the numbers of BOOK
-PAGE = dict(cell_median=8, cell_p90=24, cell_max=40, function_median=16, function_p90=40, function_max=60, prose=1.0, asserts=.18, hidden=.2, docments=.6, module=450)
-BOOK = dict(cell_median=5, cell_p90=15, cell_max=40, function_median=10, function_p90=25, function_max=60, prose=1.5, asserts=.25, hidden=.1, docments=.8, module=450)
+# what the book aims at; it fails when a number is SLACK beyond, a page when it is beyond PAGE
+BOOK = dict(cell_median=5, cell_p90=15, cell_max=40, function_median=10, function_p90=25, function_max=60, prose=1.5, asserts=.25, hidden=.1, docments=.9, module=400)
+PAGE = dict(cell_median=9, cell_p90=25, cell_max=48, function_median=18, function_p90=40, function_max=60, prose=1.0, asserts=.18, hidden=.2, docments=.6, module=450)
+SLACK = 1.2
 AT_LEAST = ('prose', 'asserts', 'docments')
 LEAK = re.compile(r'0x[0-9a-f]{8,}|/tmp/|/home/|/root/|/work/|/Users/|site-packages/')
 
@@ -62,9 +63,10 @@ def budget(paths) -> dict:
                 prose=m['words'] / max(m['lines'], 1), asserts=m['asserts'] / max(m['code'], 1), hidden=m['hidden'] / max(m['all'], 1),
                 docments=m['documented'] / m['parameters'] if m['parameters'] else 1.0, module=m['module'])
 
-def over(found: dict, limits: dict) -> list[str]:
-    bad = lambda k: found[k] < limits[k] if k in AT_LEAST else found[k] > limits[k]
-    return [f"{k} {found[k]:.3g}, {'at least' if k in AT_LEAST else 'at most'} {limits[k]:g}" for k in limits if bad(k)]
+def over(found: dict, limits: dict, slack=1.0) -> list[str]:
+    "What is beyond `limits` by more than the factor `slack`"
+    bad = lambda k: found[k] * slack < limits[k] if k in AT_LEAST else found[k] > limits[k] * slack
+    return [f"{k} {found[k]:.3g}, aim {'at least' if k in AT_LEAST else 'at most'} {limits[k]:g}" for k in limits if bad(k)]
 
 def table(rows: dict) -> str:
     head = f"{'page':<22}" + ''.join(f"{k.replace('function', 'f').replace('cell', 'c').replace('_median', '.med').replace('_', '.'):>9}" for k in BOOK)
@@ -72,9 +74,9 @@ def table(rows: dict) -> str:
     return '\n'.join([head, *(f'{k:<22}' + ''.join(show(v[o]) for o in BOOK) for k, v in rows.items())])
 
 def test_budgets_of_the_book(capsys):
-    rows = {named(p): budget([p]) for p in PAGES} | {'the book': budget(PAGES), 'its limits': BOOK}
+    rows = {named(p): budget([p]) for p in PAGES} | {'the book': budget(PAGES), 'what it aims at': BOOK}
     with capsys.disabled(): print('\n\n' + table(rows))
-    assert not (bad := over(rows['the book'], BOOK)), f'the book as a whole: {bad}'
+    assert not (bad := over(rows['the book'], BOOK, SLACK)), f'the book as a whole: {bad}'
 
 ids = dict(ids=[p.relative_to(NBS).as_posix() for p in PAGES])
 

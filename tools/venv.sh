@@ -1,8 +1,8 @@
 #!/bin/sh
 # Make the virtual environment and install the project in it: uv if it works here, else venv and pip.
-# usage: tools/venv.sh FOLDER EXTRAS      (PYTHON=... picks the interpreter)
+# usage: tools/venv.sh FOLDER [EXTRAS]      (PYTHON=... picks the interpreter)
 set -eu
-venv=$1 extras=$2
+venv=$1 what=.${2:+[$2]}
 new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
 
 python=
@@ -20,8 +20,8 @@ if [ -x "$venv/bin/python" ] && ! "$venv/bin/python" -c "$new_enough" 2>/dev/nul
 fi
 if uv --version >/dev/null 2>&1; then
     [ -x "$venv/bin/python" ] || uv venv --quiet --python "$python" "$venv"
-    uv pip install --quiet --python "$venv/bin/python" -e ".[$extras]" -c constraints.txt
+    uv pip install --quiet --python "$venv/bin/python" -e "$what" -c constraints.txt
 else
     [ -x "$venv/bin/pip" ] || "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]" -c constraints.txt
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$what" -c constraints.txt
 fi
