@@ -11,6 +11,7 @@ __all__ = ['MANIFEST', 'write_json_atomic', 'file_table', 'Damaged', 'read_manif
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 import jax
 import orbax.checkpoint as ocp
+from ..data.tokenizer import write_atomic
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c007
 def write_json_atomic(
@@ -27,12 +29,7 @@ def write_json_atomic(
     obj: Any,  # JSON values only
 ):
     "Writes `obj` to `path`, which holds the old or the new content at every moment; NaN or infinity raises ValueError."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    text = json.dumps(obj, indent=1, allow_nan=False)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text + "\n"); file.flush(); os.fsync(file.fileno())
-    os.replace(part, path)
+    write_atomic(Path(path), (json.dumps(obj, indent=1, allow_nan=False) + "\n").encode())
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c010
 MANIFEST = "manifest.json"
@@ -152,10 +149,16 @@ def _cleaned(target: Path):
         reason = (str(error).splitlines() or [""])[0][:300]
         raise OSError(f"{target}: checkpoint not saved: {type(error).__name__}: {reason}") from error
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c034
+# %% ../../nbs/train/32_checkpoint.ipynb #c035
+def _not_orbax(record: logging.LogRecord) -> bool:
+    "A filter of absl's logger that drops what Orbax says about failures that are raised anyway."
+    return "orbax" not in record.pathname
+
+# %% ../../nbs/train/32_checkpoint.ipynb #c036
 class Writer:
     "Writes one checkpoint at a time in the background and reports its failure at the next call."
     def __init__(self):
+        logging.getLogger("absl").addFilter(_not_orbax)
         self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.thread, self.pending = ThreadPoolExecutor(1), None
 
@@ -183,7 +186,7 @@ class Writer:
         try: self.wait()
         finally: self.thread.shutdown(); self.orbax.close()
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c037
+# %% ../../nbs/train/32_checkpoint.ipynb #c039
 def metric_values(
     folder: Path,  # the folder of all steps
     metric: str | None,
@@ -195,7 +198,7 @@ def metric_values(
         except Damaged: continue
     return values
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c038
+# %% ../../nbs/train/32_checkpoint.ipynb #c040
 class Checkpoints:
     "The checkpoints of one folder."
     def __init__(
@@ -237,7 +240,7 @@ class Checkpoints:
         "The items of `template` from `step`, the newest if None; raises as `restore_step`."
         return restore_step(self.writer.orbax, self.folder, self.latest() if step is None else step, template)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c040
+# %% ../../nbs/train/32_checkpoint.ipynb #c042
 def restore_step(
     orbax: ocp.AsyncCheckpointer,
     folder: Path,  # the folder of all steps
@@ -255,7 +258,7 @@ def restore_step(
             for name, item in template.items()}
     return dict(orbax.restore(source, args=ocp.args.Composite(**load)).items())
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c044
+# %% ../../nbs/train/32_checkpoint.ipynb #c046
 @contextmanager
 def run_lock(
     run: str | Path,  # run directory, made if missing
