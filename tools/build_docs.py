@@ -100,8 +100,10 @@ def processed(path: Path, lookup):
             fm = yaml.safe_load(c.source.split('---')[1])
             c = mk_cell(f"# {fm['title']}\n\n{{.lead}}\n{fm.get('description', fm['title'])}", 'markdown')
         if c.cell_type == 'code':
-            tags = [TAGS[o] for o in directives(c.source) if o in TAGS]
-            c.source, c.metadata = re.sub(r'\A(\s*#\|.*\n?)+', '', c.source), {'tags': tags}
+            flags = directives(c.source)
+            alt = next((o.removeprefix('fig-alt: ').strip('"') for o in flags if o.startswith('fig-alt: ')), None)
+            c.metadata = {'tags': [TAGS[o] for o in flags if o in TAGS]} | ({'mystnb': {'image': {'alt': alt}}} if alt else {})
+            c.source = re.sub(r'\A(\s*#\|.*\n?)+', '', c.source)
             if not c.source.strip() and not c.get('outputs'): continue
         if c.cell_type == 'markdown': c.source = lookup.linkify(c.source)
         cells.append(c)

@@ -7,7 +7,10 @@ from pages import NBS, ROOT, relink
 INDEX, PICTURES = NBS/'index.ipynb', 'docs/_static'
 HEAD = '<!-- made from nbs/index.ipynb by `make readme`; edit that notebook -->\n\n'
 
-def flags(source: str) -> set: return {o.strip()[2:].strip().split(':')[0] for o in source.splitlines() if o.lstrip().startswith('#|')}
+def flags(source: str) -> dict:
+    "{word: value} of the `#|` lines of a cell"
+    lines = [o.strip()[2:].strip() for o in source.splitlines() if o.lstrip().startswith('#|')]
+    return {k.strip(): v.strip() for k, _, v in (o.partition(':') for o in lines)}
 
 def place(target: str) -> str:
     "A link written in nbs/index.ipynb, as seen from the project's root"
@@ -21,16 +24,15 @@ def title(source: str) -> str:
     "The title cell without its `- key: value` lines"
     return '\n'.join(o for o in source.splitlines() if not re.match(r'-\s+\w[\w-]*:\s', o)).strip()
 
-def outputs(cell, pictures: dict) -> list[str]:
-    "What a code cell shows, as Markdown; pictures go to `pictures`"
+def outputs(cell, pictures: dict, alt: str) -> list[str]:
+    "What a code cell shows, as Markdown; pictures go to `pictures`, described by `alt`"
     parts = []
     for o in cell.get('outputs', ()):
         data = o.get('data', {'text/plain': o.get('text', '')})
         if 'image/png' in data:
             name = f'{PICTURES}/readme_{len(pictures) + 1}.png'
             pictures[name] = base64.b64decode(data['image/png'])
-            alt = data.get('text/plain', '').strip()
-            parts.append(f'![{"picture" if alt.startswith("<") or not alt else alt}]({name})')
+            parts.append(f'![{alt}]({name})')
         elif 'text/markdown' in data: parts.append(relink(data['text/markdown'], place))
         elif data.get('text/plain', '').strip(): parts.append(f"```\n{data['text/plain'].rstrip()}\n```")
     return parts
@@ -42,10 +44,12 @@ def render(nb) -> tuple[str, dict]:
         if c.cell_type == 'markdown': parts.append(relink(title(c.source) if i == 0 else c.source.strip(), place))
         elif c.cell_type == 'code':
             has = flags(c.source)
-            if has & {'hide', 'default_exp', 'include'} or 'nbdev_export(' in c.source: continue
+            if has.keys() & {'hide', 'default_exp', 'include'} or 'nbdev_export(' in c.source: continue
             code = re.sub(r'\A(\s*#\|.*\n?)+', '', c.source).strip()
-            if not has & {'echo', 'code-fold', 'hide_input'} and code: parts.append(f'```python\n{code}\n```')
-            parts += outputs(c, pictures)
+            if not has.keys() & {'echo', 'code-fold'} and code:
+                joins = parts and parts[-1].startswith('```python\n')    # cells with nothing between them read as one block
+                parts.append((parts.pop().removesuffix('```') + '\n' if joins else '```python\n') + f'{code}\n```')
+            parts += outputs(c, pictures, has.get('fig-alt', 'picture').strip('"'))
     text = HEAD + '\n\n'.join(p for p in parts if p) + '\n'
     return text.replace('https://github.com/nash-lab/nash_lab', cfg.git_url), pictures
 
