@@ -9,7 +9,6 @@ from nbclient.exceptions import CellExecutionError
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.process import extract_directives
-from traitlets.config import Config
 from pages import ROOT, notebooks
 
 ENV = dict(JAX_PLATFORMS='cpu', JAX_NUMPY_RANK_PROMOTION='raise', JAX_NUMPY_DTYPE_PROMOTION='strict',
@@ -27,7 +26,7 @@ def run(path: Path, skip: set):
     "The notebook at `path` with fresh outputs, cleaned as `nbdev_clean` does it; raises CellExecutionError"
     cfg, nb = get_config(path=ROOT), nbformat.read(path, as_version=4)
     client = Client(nb, timeout=None, record_timing=False, coalesce_streams=True,
-                    resources={'metadata': {'path': str(path.parent)}}, config=Config(KernelManager={'transport': 'ipc'}))
+                    resources={'metadata': {'path': str(path.parent)}}, extra_arguments=['--log-level=ERROR'])
     client.skip = skip
     client.execute()
     clean_nb(nb, False, cfg.allowed_metadata_keys.split(), cfg.allowed_cell_metadata_keys.split())
