@@ -1,8 +1,9 @@
-"New language-model papers as JAX notebooks. `nash_lab.load(run_dir)` opens a trained model; the rest is imported from its module."
+"New language-model papers as JAX notebooks; `nash_lab.load(run_dir)` opens a trained model."
 __version__ = "0.1.0"
 __all__ = ["load"]
 
-_HOME = {"load": "nash_lab.lab.run", "Model": "nash_lab.lab.run"}   # imported when first asked for: `import nash_lab` stays quick
+# imported when first asked for: `import nash_lab` stays quick
+_HOME = {"load": "nash_lab.lab.run", "Model": "nash_lab.lab.run"}
 
 
 def __getattr__(name):
