@@ -17,6 +17,7 @@ nb_code_prompt_show, nb_code_prompt_hide = 'Show the {type}', 'Hide the {type}'
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_block', 'deflist']
 myst_heading_anchors = 4                             # [x](core.ipynb#payoff) resolves; a wrong one warns
 myst_dmath_double_inline = True
+highlight_language = 'text'                           # of fences that name none
 suppress_warnings = ['myst.header']                  # API entries are H3 wherever they stand
 
 # one local file with its fonts inside: mathematics without a network
