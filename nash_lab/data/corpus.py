@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STDLIB_SKIP', 'MAX_SOURCES', 'Document', 'CorpusConfig', 'stdlib_files', 'BadRecord', 'split_of', 'CorpusReport',
-           'documents', 'PackedMeta', 'pack', 'PackedTokens']
+           'documents', 'id_dtype', 'PackedMeta', 'pack', 'PackedTokens']
 
 # %% ../../nbs/data/21_corpus.ipynb #c003
 import glob
@@ -203,10 +203,15 @@ def documents(
                 yield Document(text, name)
 
 # %% ../../nbs/data/21_corpus.ipynb #c038
+def id_dtype(vocab_size: int) -> str:  # v
+    "Name of the smallest unsigned integer type of a packed file that holds every id."
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
 @dataclass(frozen=True)
 class PackedMeta:
     "What `<file>.bin.json` says about `<file>.bin`; ValueError for values no packed file can have."
-    dtype: str                     # "uint16" or "uint32", little-endian
+    dtype: str                     # `id_dtype` of the vocabulary, little-endian in the file
     vocab_size: int                # every id is below it
     tokens: int                    # ids in the file, one EOS for each document included
     documents: int
@@ -219,8 +224,8 @@ class PackedMeta:
     version: int = 1               # of this format
 
     def __post_init__(self):
-        if self.dtype not in ("uint16", "uint32"):
-            raise ValueError(f"PackedMeta.dtype={self.dtype!r} must be 'uint16' or 'uint32'")
+        if self.dtype != (fits := id_dtype(self.vocab_size)):
+            raise ValueError(f"PackedMeta.dtype={self.dtype!r}, expected {fits!r} for vocab_size={self.vocab_size}")
         for name in ("tokens", "documents"):
             if getattr(self, name) < 1: raise ValueError(f"PackedMeta.{name}={getattr(self, name)} must be positive")
         if self.version != 1: raise ValueError(f"PackedMeta.version={self.version} must be 1")
@@ -266,7 +271,7 @@ def pack(
     report: CorpusReport | None = None,  # the one `documents` fills: its counts go into the description
 ) -> PackedMeta:
     "Stream documents into a packed file; ValueError when there is none, and then no file is left."
-    path, dtype = Path(path), "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    path, dtype = Path(path), id_dtype(tokenizer.vocab_size)
     part, description = path.with_name(path.name + ".part"), path.with_name(path.name + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
