@@ -115,7 +115,8 @@ class Loader:
             whole[:len(some)] = some  # the last batch of the last epoch may be short: padding, so that shapes stay
             return make_batch(packed.tokens, whole[shard * share:(shard + 1) * share], cfg.seq_len, cfg.documents)
         threads = grain.ReadOptions(num_threads=min(cfg.prefetch, 2), prefetch_buffer_size=cfg.prefetch)
-        self.batches, self._iterator = len(indices), iter(indices.map(part).to_iter_dataset(threads))
+        self.batches = len(indices)  # in all; without end, more than anyone can read
+        self._iterator = iter(indices.map(part).to_iter_dataset(threads))
 
     def __iter__(self) -> "Loader": return self
 
