@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'write_json_atomic', 'file_table', 'Damaged', 'read_manifest', 'write_manifest', 'verify', 'steps_in',
-           'surplus', 'delete_step', 'describe', 'check_template', 'Writer', 'metric_values', 'Checkpoints',
-           'restore_step', 'run_lock']
+           'best_step', 'surplus', 'delete_step', 'describe', 'check_template', 'Writer', 'metric_values', 'prune',
+           'Checkpoints', 'restore_step', 'run_lock']
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c003
 import fcntl
@@ -17,7 +17,9 @@ import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 import jax
 import orbax.checkpoint as ocp
@@ -25,7 +27,7 @@ from ..data.tokenizer import write_atomic
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c007
 def write_json_atomic(
-    path: str | Path,
+    path: str | Path,  # its folder is made if missing
     obj: Any,  # JSON values only
 ):
     "Writes `obj` to `path`, which holds the old or the new content at every moment; NaN or infinity raises ValueError."
@@ -96,23 +98,30 @@ def steps_in(
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c022
+def best_step(
+    values: dict[int, float | None],  # step -> its metric, None where it was not measured
+) -> int | None:
+    "The step with the lowest metric, the later of equals; None if none was measured."
+    measured = [step for step, value in values.items() if value is not None]
+    return min(measured, key=lambda step: (values[step], -step), default=None)
+
+# %% ../../nbs/train/32_checkpoint.ipynb #c023
 def surplus(
     values: dict[int, float | None],  # step -> its metric, None where it was not measured
     keep: int,  # newest steps to keep
 ) -> list[int]:
     "The steps to delete: all but the `keep` newest and the one with the lowest metric."
-    kept = set(sorted(values)[-keep:])
-    measured = [step for step, value in values.items() if value is not None]
-    if measured: kept.add(min(measured, key=lambda step: (values[step], -step)))
-    return sorted(values.keys() - kept)
+    return sorted(values.keys() - set(sorted(values)[-keep:]) - {best_step(values)})
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c024
-def delete_step(folder: Path):
+# %% ../../nbs/train/32_checkpoint.ipynb #c025
+def delete_step(
+    folder: Path,  # a step's folder
+):
     "Deletes a step's folder, its manifest first."
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c027
+# %% ../../nbs/train/32_checkpoint.ipynb #c028
 def describe(
     item: Any,  # tree of arrays, or of jax.ShapeDtypeStruct
 ) -> dict:  # path -> "dtype[shape]"
@@ -121,7 +130,7 @@ def describe(
     leaves = jax.tree_util.tree_leaves_with_path(item)
     return {name(path): f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves if hasattr(x, "shape")}
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c029
+# %% ../../nbs/train/32_checkpoint.ipynb #c030
 def check_template(
     saved: dict,  # describe() of what the checkpoint holds
     wanted: dict,  # describe() of what is asked for
@@ -132,13 +141,13 @@ def check_template(
         if (have := saved.get(name)) != (want := wanted.get(name)):
             raise ValueError(f"{where}/{name}: the checkpoint has {have or 'nothing'}, expected {want or 'nothing'}")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c031
+# %% ../../nbs/train/32_checkpoint.ipynb #c032
 def _placed(x):
     "`x` as a template for Orbax: its shape, type and sharding, by default on the first device."
     sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c033
+# %% ../../nbs/train/32_checkpoint.ipynb #c034
 @contextmanager
 def _cleaned(target: Path):
     "Turns any failure into OSError in one line, after removing what was written of `target`."
@@ -149,12 +158,12 @@ def _cleaned(target: Path):
         reason = (str(error).splitlines() or [""])[0][:300]
         raise OSError(f"{target}: checkpoint not saved: {type(error).__name__}: {reason}") from error
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c035
+# %% ../../nbs/train/32_checkpoint.ipynb #c036
 def _not_orbax(record: logging.LogRecord) -> bool:
     "A filter of absl's logger that drops what Orbax says about failures that are raised anyway."
     return "orbax" not in record.pathname
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c036
+# %% ../../nbs/train/32_checkpoint.ipynb #c037
 class Writer:
     "Writes one checkpoint at a time in the background and reports its failure at the next call."
     def __init__(self):
@@ -162,8 +171,14 @@ class Writer:
         self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.thread, self.pending = ThreadPoolExecutor(1), None
 
-    def write(self, target: Path, state: dict, body: dict, after):
-        "Starts writing `state` as the folder `target`; `after()` runs once it is whole."
+    def write(
+        self,
+        target: Path,  # the step's folder; replaced if it is there
+        state: dict,  # item -> tree of arrays, or a JSON value
+        body: dict,  # goes into the manifest
+        after: Callable,  # called without arguments once the checkpoint is whole
+    ):
+        "Starts writing `state` into `target`; raises OSError for the write before."
         self.wait()
         body = {**body, "items": {name: describe(item) for name, item in state.items()}}
         save = {k: ocp.args.StandardSave(v) if body["items"][k] else ocp.args.JsonSave(v) for k, v in state.items()}
@@ -186,10 +201,10 @@ class Writer:
         try: self.wait()
         finally: self.thread.shutdown(); self.orbax.close()
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c039
+# %% ../../nbs/train/32_checkpoint.ipynb #c040
 def metric_values(
     folder: Path,  # the folder of all steps
-    metric: str | None,
+    metric: str | None,  # its name
 ) -> dict:  # step -> value or None
     "The metric of every step whose manifest can be read; a damaged one is left out, so it is never deleted either."
     values = {}
@@ -198,14 +213,21 @@ def metric_values(
         except Damaged: continue
     return values
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c040
+# %% ../../nbs/train/32_checkpoint.ipynb #c041
+def prune(
+    folder: Path,  # the folder of all steps
+    metric: str | None,  # decides which step is the best
+    keep: int,  # newest steps to keep
+):
+    "Deletes the surplus steps."
+    for step in surplus(metric_values(folder, metric), keep): delete_step(folder / str(step))
+
+# %% ../../nbs/train/32_checkpoint.ipynb #c042
 class Checkpoints:
     "The checkpoints of one folder."
-    def __init__(
-        self,
-        folder: str | Path,  # made at the first save
-        *,
-        keep: int = 3,  # newest steps kept
+    def __init__(self,
+        folder: str | Path,  # of all steps, made at the first save
+        *, keep: int = 3,  # newest steps kept
         best: str | None = "val_loss",  # the step with the lowest value of this metric is kept as well
         asynchronous: bool = True,  # save() returns once the arrays are copied off the device
     ):
@@ -223,28 +245,32 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        "The step with the lowest metric, the later of equals; None if none was measured."
-        values = {step: v for step, v in metric_values(self.folder, self.metric).items() if v is not None}
-        return min(values, key=lambda step: (values[step], -step), default=None)
+        "The step with the lowest metric."
+        return best_step(metric_values(self.folder, self.metric))
 
-    def save(self, step: int, state: dict, metrics: dict | None = None):
+    def save(self,
+        step: int,  # its number, not yet saved
+        state: dict,  # item -> tree of arrays, or a JSON value
+        metrics: dict | None = None,  # numbers kept with it, the `best` one among them
+    ):
         "Saves the items of `state`; raises OSError for the save before, ValueError if `step` is there already."
         if step in self.steps(): raise ValueError(f"{self.folder / str(step)}: this step is already saved")
-        self.writer.write(self.folder / str(step), state, {"step": step, "metrics": metrics or {}}, self._prune)
+        body, after = {"step": step, "metrics": metrics or {}}, partial(prune, self.folder, self.metric, self.keep)
+        self.writer.write(self.folder / str(step), state, body, after)
         if not self.asynchronous: self.wait()
 
-    def _prune(self):
-        for step in surplus(metric_values(self.folder, self.metric), self.keep): delete_step(self.folder / str(step))
-
-    def restore(self, step: int | None = None, *, template: dict) -> dict:
-        "The items of `template` from `step`, the newest if None; raises as `restore_step`."
+    def restore(self,
+        step: int | None = None,  # the newest if None
+        *, template: dict,  # item -> tree of arrays or ShapeDtypeStructs, None for a JSON item
+    ) -> dict:  # item -> value
+        "The items of `template`; raises as `restore_step`."
         return restore_step(self.writer.orbax, self.folder, self.latest() if step is None else step, template)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c042
+# %% ../../nbs/train/32_checkpoint.ipynb #c044
 def restore_step(
-    orbax: ocp.AsyncCheckpointer,
+    orbax: ocp.AsyncCheckpointer,  # reads the arrays
     folder: Path,  # the folder of all steps
-    step: int | None,
+    step: int | None,  # None raises FileNotFoundError
     template: dict,  # item -> tree of arrays or ShapeDtypeStructs, or None for a JSON item
 ) -> dict:  # item -> value
     "Verifies `step`, then restores the items; FileNotFoundError, Damaged, or ValueError for a template that differs."
@@ -258,7 +284,7 @@ def restore_step(
             for name, item in template.items()}
     return dict(orbax.restore(source, args=ocp.args.Composite(**load)).items())
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c046
+# %% ../../nbs/train/32_checkpoint.ipynb #c048
 @contextmanager
 def run_lock(
     run: str | Path,  # run directory, made if missing

@@ -55,7 +55,7 @@ def one_minus_sqrt(
 
 # %% ../../nbs/train/31_optim.ipynb #c014
 def schedule(
-    cfg: OptimConfig,
+    cfg: OptimConfig,  # peak, shape, warm-up, decay
     steps: int,  # S, all steps of the run
 ) -> Callable:  # number of updates already made -> learning rate
     "The learning rate of each update; raises ValueError when warm-up and decay leave no room in `steps`."
@@ -95,7 +95,7 @@ def _standard_promotion(function):
 
 # %% ../../nbs/train/31_optim.ipynb #c029
 def optimizer(
-    cfg: OptimConfig,
+    cfg: OptimConfig,  # moments, decay, clipping, schedule
     steps: int,  # all steps of the run, for the schedule
 ) -> optax.GradientTransformation:
     "Clipping, then AdamW with `schedule` and `decay_mask` (1711.05101)."
