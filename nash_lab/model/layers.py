@@ -10,6 +10,7 @@ __all__ = ['normal_init', 'FFNS', 'to_json', 'from_json', 'named_key', 'wide', '
 import types
 import zlib
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -158,17 +159,33 @@ def rope(
     return y.astype(x.dtype)
 
 # %% ../../nbs/model/10_layers.ipynb #c038
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _contract(x, weight, axes):
+    return jnp.tensordot(x, weight.astype(x.dtype), axes=axes)
+
+def _contract_forward(x, weight, axes):
+    return _contract(x, weight, axes), (x, weight)
+
+def _contract_backward(axes, saved, dy):
+    x, weight = saved
+    lead, out = tuple(range(x.ndim - axes)), weight.ndim - axes
+    dx = jnp.tensordot(dy, weight.astype(dy.dtype), (range(dy.ndim - out, dy.ndim), range(axes, weight.ndim)))
+    return dx, jax.lax.dot_general(x, dy, ((lead, lead), ((), ())), preferred_element_type=weight.dtype)
+
+_contract.defvjp(_contract_forward, _contract_backward)
+
+# %% ../../nbs/model/10_layers.ipynb #c039
 def linear(
     x: Float[Array, "*m"],               # trailing axes: the input shape of `weight`
     weight: Float[Array, "*io"],         # input axes, then output axes; cast to the dtype of `x`
     axes: int = 1,                       # number of input axes
     bias: Float[Array, "*o"] | None = None,  # output axes
 ) -> Float[Array, "*n"]:                 # dtype of `x`
-    "Contract the trailing axes of `x` with the leading axes of `weight`."
-    y = jnp.tensordot(x, weight.astype(x.dtype), axes=axes)
+    "Contract the trailing axes of `x` with the leading axes of `weight`; derivatives in reverse mode only."
+    y = _contract(x, weight, axes)
     return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 
-# %% ../../nbs/model/10_layers.ipynb #c039
+# %% ../../nbs/model/10_layers.ipynb #c041
 class Linear(nnx.Module):
     "Holds the weight (and bias) of `linear`; fp32, normal with standard deviation `std`, bias zero."
     def __init__(
@@ -188,7 +205,7 @@ class Linear(nnx.Module):
         "`linear` in the dtype of `x`."
         return linear(x, self.weight[...], self.axes, None if self.bias is None else self.bias[...])
 
-# %% ../../nbs/model/10_layers.ipynb #c043
+# %% ../../nbs/model/10_layers.ipynb #c045
 class SwiGLU(nnx.Module):
     "Gated FFN with SiLU (2002.05202, Eq. 6), without biases."
     def __init__(
@@ -227,7 +244,7 @@ class GELU(nnx.Module):
         "Two matrix products in the dtype of `x`."
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
-# %% ../../nbs/model/10_layers.ipynb #c044
+# %% ../../nbs/model/10_layers.ipynb #c046
 class ReLU2(nnx.Module):
     "Two-layer FFN with squared ReLU (2109.08668), without biases."
     def __init__(
@@ -249,7 +266,7 @@ class ReLU2(nnx.Module):
 
 FFNS = {"swiglu": SwiGLU, "gelu": GELU, "relu2": ReLU2}  # by the name a config uses
 
-# %% ../../nbs/model/10_layers.ipynb #c050
+# %% ../../nbs/model/10_layers.ipynb #c052
 def dropout(
     x: Float[Array, "*m"],   # activations
     rate: float,             # share set to zero, static
