@@ -1,0 +1,156 @@
+"The report names what is missing, escapes what it shows, fetches nothing, and is the same file for the same run."
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+import pytest
+from flax import nnx
+
+from nash_lab.data.corpus import Document, pack
+from nash_lab.data.loader import LoaderConfig
+from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+from nash_lab.lab.report import Section, number, paragraph, table, write_report
+from nash_lab.lab.run import load
+from nash_lab.model.layers import to_json
+from nash_lab.model.transformer import LM, ModelConfig
+from nash_lab.train.checkpoint import Checkpoints
+from nash_lab.train.optim import OptimConfig
+from nash_lab.train.pretrain import TrainConfig
+
+TEXT = 'def add(a, b):\n    return a + b\n\n' * 30
+EVIL = '</pre><script>alert("x")</script> & more'
+
+
+def stats(k):
+    return dict(row_max=[1.] * 4, row_min=[1.] * 4, col_max=[1 + k] * 4, col_min=[1 - k] * 4, identity=[k] * 4,
+                uniform=[1.7 - k] * 4, pre_entropy=[1.3] * 4, usage=[[.25] * 4] * 4)
+
+
+def write_run(folder, residual='mhc', **changes):
+    "A run directory as pretraining leaves it, without a checkpoint"
+    config = TrainConfig(run=str(folder), steps=20, optim=OptimConfig(warmup_steps=5),
+                         loader=LoaderConfig(seq_len=48), model=ModelConfig.tiny(vocab_size=300, residual=residual))
+    folder.mkdir(parents=True)
+    (folder/'config.json').write_text(json.dumps(to_json(replace(config, **changes))))
+    (folder/'environment.json').write_text(json.dumps({'command': f'nash_lab pretrain {EVIL}', 'git': None}))
+    rows = [dict(step=s, tokens=100 * s, time_s=.1 * s, loss=6 - s / 10, val_loss=6 - s / 10, val_bpb=3 - s / 20) for s in (0, 10, 20)]
+    if residual == 'mhc': rows = [row | {'routing': stats(row['step'] / 100)} for row in rows]
+    (folder/'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + '{"step": 21, "lo')
+    return folder
+
+
+class Reader(HTMLParser):
+    "Checks that tags are balanced; keeps what is fetched and every tag"
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.links = [], [], []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ('src', 'href', 'action', 'data')]
+        if tag not in ('meta', 'img'): self.open.append(tag)
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+
+
+@pytest.fixture(scope='module')
+def bare(tmp_path_factory):
+    run = write_run(tmp_path_factory.mktemp('bare')/'run')
+    return run, write_report(run).read_text()
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A run with weights, twin, evaluation and samples"
+    home = tmp_path_factory.mktemp('whole')
+    docs = [Document(TEXT, f'{i}.py') for i in range(3)]
+    tokenizer = train_tokenizer([TEXT], home/'t.model', TokenizerConfig(vocab_size=300))
+    pack(docs, tokenizer, home/'val.bin', split='validation')
+    run = write_run(home/'run', val_bin=str(home/'val.bin'), tokenizer=str(home/'t.model'))
+    lm = LM(ModelConfig.tiny(vocab_size=300, residual='mhc'), rngs=nnx.Rngs(0))
+    points = Checkpoints(run/'checkpoints', asynchronous=False)
+    points.save(20, {'model': nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
+    points.close()
+    write_run(run/'twin', residual='plain')
+    scores = {'untrained': 3.5, 'unigram': 3.1, EVIL: 2.5, 'plain': 1.9, 'mhc': 1.875}
+    items = [{'prompt': EVIL, 'passed': True, 'score': 0.5}]
+    (run/'eval.json').write_text(json.dumps({'bits_per_byte': scores, 'probes': {'score': 1.0, 'items': items}}))
+    (run/'samples').mkdir()
+    (run/'samples/samples.jsonl').write_text(json.dumps({'prompt': EVIL, 'text': 'x = 1 < 2', 'seed': 3}) + '\n')
+    return run
+
+
+def test_what_is_missing_is_named(bare):
+    run, html = bare
+    for text in ('no folder twin', 'unigram and bigram models, because eval.json is missing', 'samples/samples.jsonl is missing',
+                 'checkpoint'): assert text in html, text
+    assert html.count('Not shown') == 5 and html.count('<img') == 5        # loss twice, gain, drift, usage are drawn
+    assert sorted(p.stem for p in (run/'plots').iterdir()) == ['drift', 'gain', 'loss_time', 'loss_tokens', 'usage']
+
+
+def test_a_whole_report(whole):
+    path = write_report(whole)
+    html = path.read_text()
+    assert path == whole/'report.html' and 'Not shown' not in html and html.count('<img') == 8 and len(html) < 3_000_000
+    for text in ('Against the plain twin: -0.025 bits per byte', '3.500', 'x = 1 &lt; 2', 'nash_lab pretrain', 'seed 3',
+                 'prefers-color-scheme: dark', '@media print', 'name="viewport"', '&quot;learning_rate&quot;'): assert text in html, text
+    assert write_report(whole).read_bytes() == path.read_bytes()
+
+
+def test_stands_alone_and_escapes(whole, bare):
+    for html in (write_report(whole).read_text(), bare[1]):
+        reader = Reader(html)
+        assert not {'script', 'link', 'iframe', 'object'} & set(reader.tags) and 'url(' not in html and '@import' not in html
+        assert all(link.startswith(('data:image/png;base64,', '#')) for link in reader.links)
+        assert '<script' not in html and html.count('&lt;script&gt;') >= 1
+
+
+def test_own_sections_and_place(whole, tmp_path):
+    def broken(inputs):
+        yield paragraph('first part')
+        raise ValueError('gate.json: no score')
+    extra = [Section('Adaptation', lambda inputs: [table([['steps', inputs.config.steps]])]), Section('Gates', broken)]
+    html = write_report(whole, tmp_path/'deep/r.html', extra=extra).read_text()
+    assert html.index('>Probes</h2>') < html.index('>Adaptation</h2>') < html.index('>Gates</h2>') < html.index('>How to make it again</h2>')
+    assert 'first part' in html and 'Not shown: gate.json: no score' in html
+
+
+def test_unfinished_skipped_and_plain(tmp_path):
+    run = write_run(tmp_path/'run', residual='plain')
+    row = dict(step=5, tokens=500, time_s=0.5, loss=None, skipped=2)
+    (run/'metrics.jsonl').write_text(json.dumps({'step': 1, 'tokens': 9, 'time_s': .1, 'loss': 4.}) + '\n' + json.dumps(row) + '\n')
+    html = write_report(run).read_text()
+    assert 'stopped at step 5 of 20' in html and '2 steps were not finite' in html and 'the residual is plain' in html
+
+
+def test_bad_input(tmp_path, whole):
+    with pytest.raises(FileNotFoundError, match='config.json'): write_report(tmp_path)
+    run = write_run(tmp_path/'run')
+    (run/'eval.json').write_text('{')
+    assert 'eval.json: Expecting' in write_report(run).read_text()
+    (run/'metrics.jsonl').unlink()
+    with pytest.raises(FileNotFoundError, match='metrics.jsonl'): write_report(run)
+    (run/'metrics.jsonl').write_text('')
+    with pytest.raises(ValueError, match='metrics.jsonl: no line'): write_report(run)
+
+
+def test_numbers():
+    assert [number(x) for x in (None, True, 0, 12345, 0.5, 1e-5, 45.678, float('nan'), 'a')] == \
+        ['–', 'True', '0', '12,345', '0.500', '1e-05', '45.678', 'nan', 'a']
+
+
+def test_loaded_run(whole):
+    model = load(whole)
+    scored = model.logprob('def add')
+    assert float(scored) == scored.total == pytest.approx(scored.logprobs.sum(), rel=1e-6) and scored.total < 0
+    assert len(scored.pieces) == len(scored.logprobs)
+    assert [row['step'] for row in model.metrics] == [0, 10, 20]          # the cut last line is left out
+    assert model.routing('def').res.shape[:3] == (2, 2, 1) and 'parameters' in repr(model)
+    with pytest.raises(ValueError, match='the model reads at most 64'): model.logprob('é' * 100)
+    with pytest.raises(FileNotFoundError, match='none.model'): load(whole, tokenizer='none.model')
+
+
+def test_load_at_the_top_level():
+    import nash_lab
+    assert nash_lab.load is load
