@@ -8,6 +8,7 @@ from flax import nnx
 from nash_lab.data.corpus import Document, pack
 from nash_lab.data.loader import LoaderConfig
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+from nash_lab.evals.harness import EvalReport, Probe, Score, run_probes
 from nash_lab.lab.report import Section, number, paragraph, table, write_report
 from nash_lab.lab.run import load
 from nash_lab.model.layers import to_json
@@ -73,9 +74,10 @@ def whole(tmp_path_factory):
     points.save(20, {'model': nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
     points.close()
     write_run(run/'twin', residual='plain')
-    scores = {'untrained': 3.5, 'unigram': 3.1, EVIL: 2.5, 'plain': 1.9, 'mhc': 1.875}
-    items = [{'prompt': EVIL, 'passed': True, 'score': 0.5}]
-    (run/'eval.json').write_text(json.dumps({'bits_per_byte': scores, 'probes': {'score': 1.0, 'items': items}}))
+    probes = run_probes(lambda prompts: [EVIL] * len(prompts), [Probe('1 + 1 =', '2'), Probe(EVIL, 'x', 'contains')])
+    tables = {name: Score(10, 20., 2., 7.4, bits, bits - .1, bits + .1) for name, bits in (('uniform', 3.5), (EVIL, 2.5))}
+    for at, bits, extra in ((run, 1.875, dict(tables=tables, probes=probes)), (run/'twin', 1.9, dict(tables={}, probes=None))):
+        (at/'eval.json').write_text(json.dumps(to_json(EvalReport(Score(10, 20., 2., 7.4, bits, 1.8, 1.9), **extra))))
     (run/'samples').mkdir()
     (run/'samples/samples.jsonl').write_text(json.dumps({'prompt': EVIL, 'text': 'x = 1 < 2', 'seed': 3}) + '\n')
     return run
@@ -93,7 +95,7 @@ def test_a_whole_report(whole):
     path = write_report(whole)
     html = path.read_text()
     assert path == whole/'report.html' and 'Not shown' not in html and html.count('<img') == 8 and len(html) < 3_000_000
-    for text in ('Against the plain twin: -0.025 bits per byte', '3.500', 'x = 1 &lt; 2', 'nash_lab pretrain', 'seed 3',
+    for text in ('Against the plain twin: -0.025 bits per byte', '3.500', '3.400 to 3.600', '1 + 1 =', 'x = 1 &lt; 2', 'nash_lab pretrain', 'seed 3',
                  'prefers-color-scheme: dark', '@media print', 'name="viewport"', '&quot;learning_rate&quot;'): assert text in html, text
     assert write_report(whole).read_bytes() == path.read_bytes()
 
@@ -112,7 +114,7 @@ def test_own_sections_and_place(whole, tmp_path):
         raise ValueError('gate.json: no score')
     extra = [Section('Adaptation', lambda inputs: [table([['steps', inputs.config.steps]])]), Section('Gates', broken)]
     html = write_report(whole, tmp_path/'deep/r.html', extra=extra).read_text()
-    assert html.index('>Probes</h2>') < html.index('>Adaptation</h2>') < html.index('>Gates</h2>') < html.index('>How to make it again</h2>')
+    assert html.index('>Evaluation and probes</h2>') < html.index('>Adaptation</h2>') < html.index('>Gates</h2>') < html.index('>How to make it again</h2>')
     assert 'first part' in html and 'Not shown: gate.json: no score' in html
 
 

@@ -68,11 +68,11 @@ def number(
 
 # %% ../../nbs/lab/71_report.ipynb #c010
 def figure(
-    picture: Picture,  # drawn by the pictures page
-    notice: str,       # what to see in it
+    png: bytes,   # of the file
+    notice: str,  # what to see in it
 ) -> str:
     "A picture with its sentence."
-    data, words = base64.b64encode(picture.png(150)).decode(), escape(notice)
+    data, words = base64.b64encode(png).decode(), escape(notice)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
 # %% ../../nbs/lab/71_report.ipynb #c012
@@ -91,7 +91,7 @@ class Inputs:
         if not path.exists(): raise FileNotFoundError(f"{path}: no such file, so nothing to report")
         self.metrics = read_metrics(path)
         if not self.metrics: raise ValueError(f"{path}: no line yet, so nothing to report")
-        self.pictures: dict[str, Picture] = {}  # drawn so far, by name
+        self.pictures: dict[str, bytes] = {}  # drawn so far, PNG by name
 
     @cached_property
     def twin(self) -> "Inputs | None":
@@ -99,7 +99,16 @@ class Inputs:
         return Inputs(self.folder / "twin") if (self.folder / "twin/metrics.jsonl").exists() else None
 
     @cached_property
-    def evaluation(self) -> dict: return _json(self.folder / "eval.json")
+    def evaluation(self) -> dict:
+        "The EvalReport of the run; FileNotFoundError or ValueError."
+        found = _json(self.folder / "eval.json")
+        if not isinstance(found, dict): raise ValueError(f"eval.json: {type(found).__name__}, expected an object")
+        return found
+
+    @property
+    def evaluated(self) -> bool:
+        "Is there an evaluation?"
+        return (self.folder / "eval.json").exists()
 
     @cached_property
     def validated(self) -> list[dict]:
@@ -110,7 +119,7 @@ class Inputs:
     def routing(self) -> dict:
         "Statistics of the last validation; ValueError when there are none."
         rows = [row for row in self.metrics if row.get("routing")]
-        if not rows: raise ValueError("metrics.jsonl has no routing statistics: plain residual, or not validated")
+        if not rows: raise ValueError("metrics.jsonl has no routing statistics: plain residual or not validated")
         return rows[-1]["routing"]
 
 # %% ../../nbs/lab/71_report.ipynb #c019
@@ -152,52 +161,59 @@ def blocks(
     return done
 
 # %% ../../nbs/lab/71_report.ipynb #c025
-NAMES = {"untrained": "untrained model", "unigram": "unigram tokens", "bigram": "bigram tokens",
-         "plain": "plain residual", "mhc": "mHC"}  # in eval.json: in the report
+NAMES = {"untrained": "untrained model", "uniform": "uniform tokens", "unigram": "unigram tokens",
+         "bigram": "bigram tokens", "plain": "plain residual", "mhc": "mHC"}
 
-def _trained(inputs: Inputs, scores: Mapping[str, float]) -> list:
+def _scored(score: Mapping) -> list:
+    "Bits per byte, its interval and its source, of a Score as JSON."
+    ends = [score.get("low"), score.get("high")]
+    return [score.get("bits_per_byte"), None if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}", "eval.json"]
+
+def _trained(inputs: Inputs) -> list:
     "Table row of a trained run."
-    kind, last, checked = inputs.config.model.residual, inputs.metrics[-1], inputs.validated[-1:]
-    score = [scores[kind], "eval.json"] if kind in scores else [None, "not measured"]
-    if kind not in scores and checked: score = [checked[0]["val_bpb"], f"validation at step {checked[0]['step']}"]
+    last, checked = inputs.metrics[-1], inputs.validated[-1:]
+    score = _scored(inputs.evaluation.get("model", {})) if inputs.evaluated else [None, None, "not measured"]
+    if score[0] is None and checked: score = [checked[0]["val_bpb"], None, f"validation at step {checked[0]['step']}"]
     tokens, seconds = last.get("tokens", 0), last.get("time_s", 0)
     speed = tokens / seconds if seconds else None
-    return [NAMES[kind], *score, parameter_count(inputs.config.model), tokens, round(seconds), speed]
-
-def result_rows(
-    inputs: Inputs,               # the run
-    scores: Mapping[str, float],  # bits per byte by model name
-) -> list[list]:  # name, bits per byte, where from, parameters, tokens, seconds, tokens per second
-    "The table of results: baselines, the twin, the run."
-    others = {name: value for name, value in scores.items() if name not in ("plain", "mhc")}
-    rows = [[NAMES.get(name, name), value, "eval.json"] for name, value in others.items()]
-    if "untrained" not in scores and inputs.validated and inputs.validated[0]["step"] == 0:
-        rows.insert(0, [NAMES["untrained"], inputs.validated[0]["val_bpb"], "validation at step 0"])
-    rows = [row + [None] * 4 for row in rows]
-    return rows + [_trained(one, scores) for one in (inputs.twin, inputs) if one is not None]
+    model = inputs.config.model
+    return [NAMES[model.residual], *score, parameter_count(model), tokens, round(seconds), speed]
 
 # %% ../../nbs/lab/71_report.ipynb #c026
+def result_rows(
+    inputs: Inputs,  # the run
+) -> list[list]:     # name, bits per byte, interval, where from, parameters, tokens, seconds, tokens per second
+    "The table of results: baselines, the twin, the run."
+    tables = inputs.evaluation.get("tables", {}) if inputs.evaluated else {}
+    rows = [[NAMES.get(name, name), *_scored(score)] for name, score in tables.items()]
+    if "untrained" not in tables and inputs.validated and inputs.validated[0]["step"] == 0:
+        rows.insert(0, [NAMES["untrained"], inputs.validated[0]["val_bpb"], None, "validation at step 0"])
+    trained = [_trained(one) for one in (inputs.twin, inputs) if one is not None]
+    return [row + [None] * 4 for row in rows] + trained
+
+# %% ../../nbs/lab/71_report.ipynb #c027
 def _draw_results(inputs: Inputs) -> Iterable[str]:
     "Bits per byte of the run and of what it is compared with."
     last, steps = inputs.metrics[-1], inputs.config.steps
     if last["step"] < steps: yield paragraph(f"The run stopped at step {last['step']} of {steps}.", "missing")
     if last.get("skipped"): yield paragraph(f"{last['skipped']} steps were not finite and changed nothing.", "missing")
-    scores = inputs.evaluation.get("bits_per_byte", {}) if (inputs.folder / "eval.json").exists() else {}
-    rows = result_rows(inputs, scores)
+    rows = result_rows(inputs)
     yield bars([(row[0], row[1]) for row in rows if row[1] is not None])
-    yield table(rows, ["model", "bits per byte", "from", "parameters", "tokens seen", "seconds", "tokens/s"])
+    head = ["model", "bits per byte", "95 % interval", "from", "parameters", "tokens seen", "seconds", "tokens/s"]
+    yield table(rows, head)
     yield paragraph("Lower is better. One run with one seed: small differences between trained models may be chance.")
     if inputs.twin: yield from _compare(rows[-1], rows[-2])
     else: yield paragraph("Not shown: the plain twin, because the run has no folder twin.", "missing")
-    if not scores: yield paragraph("Not shown: unigram and bigram models, because eval.json is missing.", "missing")
+    if not inputs.evaluated:
+        yield paragraph("Not shown: unigram and bigram models, because eval.json is missing.", "missing")
 
 def _compare(ours, twin) -> Iterable[str]:
     "What mHC costs and gives beside its twin."
-    if None in (ours[1], twin[1], ours[6], twin[6]): return
-    yield paragraph(f"Against the plain twin: {ours[1] - twin[1]:+.3f} bits per byte, {ours[3] / twin[3]:.3f} times "
-                    f"the parameters, {twin[6] / ours[6]:.2f} times the time per token.", "notice")
+    if None in (ours[1], twin[1], ours[7], twin[7]): return
+    yield paragraph(f"Against the plain twin: {ours[1] - twin[1]:+.3f} bits per byte, {ours[4] / twin[4]:.3f} times "
+                    f"the parameters, {twin[7] / ours[7]:.2f} times the time per token.", "notice")
 
-# %% ../../nbs/lab/71_report.ipynb #c029
+# %% ../../nbs/lab/71_report.ipynb #c030
 def bars(
     values: Sequence[tuple[str, float]],  # names and numbers from 0
 ) -> str:
@@ -206,7 +222,7 @@ def bars(
     line = '<div class="bar"><span>{}</span><b><i style="width:{:.1f}%"></i></b><span>{}</span></div>'
     return "".join(line.format(escape(name), 100 * value / most, f"{value:.3f}") for name, value in values)
 
-# %% ../../nbs/lab/71_report.ipynb #c032
+# %% ../../nbs/lab/71_report.ipynb #c033
 def _draw_loss(inputs: Inputs) -> Iterable[str]:
     "Loss against tokens and against time."
     both = {NAMES[one.config.model.residual]: one for one in (inputs, inputs.twin) if one is not None}
@@ -225,10 +241,10 @@ def shown(
     notice: str,       # what to see in it
 ) -> str:
     "The picture as a block, remembered for the run's plots folder."
-    inputs.pictures[name] = picture
-    return figure(picture, notice)
+    inputs.pictures[name] = picture.png(150)
+    return figure(inputs.pictures[name], notice)
 
-# %% ../../nbs/lab/71_report.ipynb #c033
+# %% ../../nbs/lab/71_report.ipynb #c034
 def _draw_maps(inputs: Inputs) -> Iterable[str]:
     "H_res heatmaps, mean and one token, and their product over depth."
     maps = probe_maps(inputs)
@@ -244,7 +260,7 @@ def _draw_maps(inputs: Inputs) -> Iterable[str]:
     yield shown(inputs, "composite", composite_heatmaps(maps.routing),
                 "Notice the last one: an even picture would mean that the residual path alone makes all streams equal.")
 
-# %% ../../nbs/lab/71_report.ipynb #c034
+# %% ../../nbs/lab/71_report.ipynb #c035
 def _draw_gain(inputs: Inputs) -> Iterable[str]:
     "Row and column gain of the composite."
     stats = inputs.routing
@@ -268,7 +284,7 @@ def _draw_usage(inputs: Inputs) -> Iterable[str]:
                 f"Notice uneven bars: the effective number of streams a sublayer reads, exp(entropy), "
                 f"is {effective.min():.2f} to {effective.max():.2f}.")
 
-# %% ../../nbs/lab/71_report.ipynb #c037
+# %% ../../nbs/lab/71_report.ipynb #c038
 def _draw_samples(inputs: Inputs) -> Iterable[str]:
     "What the model wrote."
     path = inputs.folder / "samples/samples.jsonl"
@@ -277,26 +293,33 @@ def _draw_samples(inputs: Inputs) -> Iterable[str]:
         how = ", ".join(f"{key} {value}" for key, value in line.items() if key not in ("prompt", "text"))
         yield f"<pre><b>{escape(line['prompt'])}</b>{escape(line['text'])}</pre>" + paragraph(how, "small")
 
-def _draw_probes(inputs: Inputs) -> Iterable[str]:
-    "Everything in eval.json beside bits per byte."
-    rest = {name: value for name, value in inputs.evaluation.items() if name != "bits_per_byte"}
+def _draw_evaluation(inputs: Inputs) -> Iterable[str]:
+    "What eval.json holds beside the tables that are among the results."
+    rest = {name: value for name, value in inputs.evaluation.items() if name != "tables" and value}
     if "probes" not in rest: yield paragraph("Not shown: probes, because eval.json has none.", "missing")
     for name, value in rest.items():
-        if name != "probes": yield f"<h3>{escape(name)}</h3>"
+        yield f"<h3>{escape(name)}</h3>"
         yield from _tables(value)
 
-def _tables(value) -> Iterable[str]:
+def _flat(row: Mapping) -> dict:
+    "An object with the objects inside it opened."
+    opened = [_flat(value) if isinstance(value, dict) else {name: value} for name, value in row.items()]
+    return {name: value for one in opened for name, value in one.items()}
+
+# %% ../../nbs/lab/71_report.ipynb #c039
+def _tables(value: Any) -> Iterable[str]:
     "Tables of nested JSON: numbers together, every list of objects on its own."
-    if not isinstance(value, dict): value = {"items": value} if isinstance(value, list) else {"value": value}
+    if not isinstance(value, dict): value = {"": value}
     plain = {name: v for name, v in value.items() if not isinstance(v, (list, dict))}
     if plain: yield table(plain.items())
     for name, items in value.items():
         if isinstance(items, dict): yield from _tables(items)
         elif isinstance(items, list) and items and isinstance(items[0], dict):
-            yield table([[row.get(key) for key in items[0]] for row in items], list(items[0]))
+            rows = [_flat(row) for row in items]
+            yield table([[row.get(key) for key in rows[0]] for row in rows], list(rows[0]))
         elif isinstance(items, list): yield table([[name, ", ".join(number(item) for item in items)]])
 
-# %% ../../nbs/lab/71_report.ipynb #c040
+# %% ../../nbs/lab/71_report.ipynb #c042
 def _draw_settings(inputs: Inputs) -> Iterable[str]:
     "Command, environment and config."
     yield preformatted(json.dumps(to_json(inputs.config), indent=1), "config.json")
@@ -307,11 +330,12 @@ def _draw_settings(inputs: Inputs) -> Iterable[str]:
 SECTIONS = [
     Section("Results", _draw_results), Section("Loss", _draw_loss), Section("How the streams mix", _draw_maps),
     Section("Gain over depth", _draw_gain), Section("Drift during training", _draw_drift),
-    Section("Which streams are read", _draw_usage), Section("Samples", _draw_samples), Section("Probes", _draw_probes),
+    Section("Which streams are read", _draw_usage), Section("Samples", _draw_samples),
+    Section("Evaluation and probes", _draw_evaluation),
 ]
 SETTINGS = Section("How to make it again", _draw_settings)
 
-# %% ../../nbs/lab/71_report.ipynb #c042
+# %% ../../nbs/lab/71_report.ipynb #c044
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --soft: #6a6a70; --line: #d8d8dc;
   --box: #f5f5f7; --bar: #0072b2; }
@@ -347,7 +371,7 @@ $body
 <p class="small">Written by nash_lab $version.</p></main></body></html>
 """)
 
-# %% ../../nbs/lab/71_report.ipynb #c043
+# %% ../../nbs/lab/71_report.ipynb #c045
 def _section(index: int, title: str, done: Sequence[str]) -> str:
     "One section as HTML; pictures that follow each other stand side by side where there is room."
     body = ""
@@ -370,7 +394,7 @@ def page(
     return PAGE.substitute(title=escape(f"Run {inputs.folder.resolve().name}"), style=STYLE, lead=lead,
                            contents=contents, body=body, version=__version__)
 
-# %% ../../nbs/lab/71_report.ipynb #c044
+# %% ../../nbs/lab/71_report.ipynb #c046
 def write_report(
     run_dir: str | Path,               # run directory; its plots/ gets every picture as PNG
     out: str | Path | None = None,     # HTML file; report.html in the run directory if None
@@ -380,7 +404,7 @@ def write_report(
     inputs = Inputs(run_dir)
     html = page(inputs, [*SECTIONS, *extra, SETTINGS])
     plots = inputs.folder / "plots"
-    for name, picture in inputs.pictures.items(): write_atomic(plots / f"{name}.png", picture.png(150))
+    for name, png in inputs.pictures.items(): write_atomic(plots / f"{name}.png", png)
     path = Path(out) if out else inputs.folder / "report.html"
     write_atomic(path, html.encode())
     return path
