@@ -113,7 +113,7 @@ def make_train_step(
     def step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
         loss, grads = batch_gradient(graphdef, state.params, batch, key, accumulate)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new = (optax.apply_updates(state.params, updates), opt_state)
