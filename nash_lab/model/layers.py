@@ -159,18 +159,19 @@ def rope(
     return y.astype(x.dtype)
 
 # %% ../../nbs/model/10_layers.ipynb #c038
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _contract(x, weight, axes):
-    return jnp.tensordot(x, weight.astype(x.dtype), axes=axes)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _contract(x, weight, axes, precision):
+    return jnp.tensordot(x, weight.astype(x.dtype), axes=axes, precision=precision)
 
-def _contract_forward(x, weight, axes):
-    return _contract(x, weight, axes), (x, weight)
+def _contract_forward(x, weight, axes, precision):
+    return _contract(x, weight, axes, precision), (x, weight)
 
-def _contract_backward(axes, saved, dy):
+def _contract_backward(axes, precision, saved, dy):
     x, weight = saved
     lead, out = tuple(range(x.ndim - axes)), weight.ndim - axes
-    dx = jnp.tensordot(dy, weight.astype(dy.dtype), (range(dy.ndim - out, dy.ndim), range(axes, weight.ndim)))
-    return dx, jax.lax.dot_general(x, dy, ((lead, lead), ((), ())), preferred_element_type=weight.dtype)
+    dx = jnp.tensordot(dy, weight.astype(dy.dtype), ([*range(-out, 0)], [*range(axes, weight.ndim)]), precision=precision)
+    dw = jax.lax.dot_general(x, dy, ((lead, lead), ((), ())), precision=precision, preferred_element_type=weight.dtype)
+    return dx, dw
 
 _contract.defvjp(_contract_forward, _contract_backward)
 
@@ -180,9 +181,10 @@ def linear(
     weight: Float[Array, "*io"],         # input axes, then output axes; cast to the dtype of `x`
     axes: int = 1,                       # number of input axes
     bias: Float[Array, "*o"] | None = None,  # output axes
+    precision: jax.lax.Precision | None = None,  # of the products on an accelerator; None is its default
 ) -> Float[Array, "*n"]:                 # dtype of `x`
     "Contract the trailing axes of `x` with the leading axes of `weight`; derivatives in reverse mode only."
-    y = _contract(x, weight, axes)
+    y = _contract(x, weight, axes, precision)
     return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 
 # %% ../../nbs/model/10_layers.ipynb #c041

@@ -18,23 +18,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..maths.birkhoff import permutations, sinkhorn, sinkhorn_leading
-from .layers import wide
+from ..maths.birkhoff import permutations, sinkhorn_leading
+from .layers import linear, wide
 
 # %% ../../nbs/model/16_mhc.ipynb #c010
 @dataclass(frozen=True)
 class MHCConfig:
-    "Hyper-connection settings; raises ValueError on values that make no model (paper: n = 4, 20 iterations, alpha = 0.01)."
+    "Hyper-connection settings; ValueError for values that make no model (paper: n = 4, 20 iterations, alpha = 0.01)."
     streams: int = 4  # n, width of the residual stream in vectors per token; the paper sees no gain beyond 4
-    h_res: Literal["sinkhorn", "lite", "identity"] = "sinkhorn"  # how H_res is built; identity is the control without mixing
-    alpha: float = 0.01  # starting value of the three gating factors; small, so that training starts near the static maps
+    h_res: Literal["sinkhorn", "lite", "identity"] = "sinkhorn"  # how H_res is built; identity is the control
+    alpha: float = 0.01  # the three gating factors at the start; small: the maps begin nearly static
     iterations: int = 20  # Sinkhorn iterations, columns then rows
     clamp: float = 15.0  # bound on the H_res logits before exp, 0 for none; e^15 is far from fp32 overflow
     eps: float = 1e-6  # added to every Sinkhorn sum and inside the root of the norm
     phi_std: float = 0.02  # standard deviation of the projection at the start; 0 would leave all streams alike
     gain: bool = True  # learned RMSNorm gain over the flattened n*d stream
-    stream_embedding: float = 0.02  # std of one learned vector per stream added to the embedding, 0 for none; breaks the symmetry
-    readout: Literal["mean", "head"] = "mean"  # streams to one vector before the final norm: plain mean, or a learned mix
+    stream_embedding: float = 0.02  # std of a learned vector per stream, 0 for none; breaks the symmetry
+    readout: Literal["mean", "head"] = "mean"  # streams to one vector at the end: mean, or a learned mix
     convention: Literal["paper", "deepseek"] = "paper"  # coefficient arithmetic and storage order of H_res
 
     def __post_init__(self):
@@ -59,8 +59,9 @@ class MHCConfig:
 
     @classmethod
     def deepseek_v4(cls, **changes) -> "MHCConfig":
-        "The conventions of DeepSeek's kernels: softmax start, stored transpose, sigma + eps, no clamp, no gain, learned read-out."
-        return cls(**(dict(convention="deepseek", clamp=0.0, gain=False, stream_embedding=0.0, readout="head") | changes))
+        "DeepSeek's kernels: softmax start, stored transpose, sigma + eps, no clamp, no gain, learned read-out."
+        theirs = dict(convention="deepseek", clamp=0.0, gain=False, stream_embedding=0.0, readout="head")
+        return cls(**(theirs | changes))
 
 MODES = ("sinkhorn", "lite", "identity")
 
@@ -72,7 +73,7 @@ def project(
 ) -> Float[Array, "m b t"]:
     "Project the flattened stream and divide by its RMS afterwards, in float32 or wider (paper Eqs. 14-16)."
     streams, parts = [wide(x) for x in streams], wide(phi).reshape(len(streams), -1, phi.shape[-1])
-    u = sum(jnp.einsum("btd,dm->mbt", x, p, precision=jax.lax.Precision.HIGHEST) for x, p in zip(streams, parts))
+    u = jnp.moveaxis(sum(linear(x, p, precision=jax.lax.Precision.HIGHEST) for x, p in zip(streams, parts)), -1, 0)
     square = sum(jnp.sum(x * x, -1) for x in streams) / phi.shape[0]
     return u * jax.lax.rsqrt(square + eps)[None]
 
@@ -140,7 +141,7 @@ def routing(
     bias: Float[Array, "m"],  # static part
     cfg: MHCConfig,
 ) -> Routing:
-    "The maps of one sublayer: pre [b t n], post [b t n], res [b t n n]; ValueError when the shapes disagree (paper Eqs. 14-19)."
+    "Maps of one sublayer: pre [b t n], post [b t n], res [b t n n]; ValueError when shapes disagree (paper Eqs. 14-19)."
     n, d = x.shape[2:]
     if n != cfg.streams: raise ValueError(f"x has {n} streams, cfg.streams={cfg.streams}")
     if phi.shape[0] != n * d or min(phi.shape[1], bias.shape[0]) < cfg.packed:
@@ -209,7 +210,7 @@ def _lite_bias(n):
 
 # %% ../../nbs/model/16_mhc.ipynb #c047
 class HyperConnection(nnx.Module):
-    "Weights of the three maps around one sublayer: phi [n*d, m], alpha [3], bias [m] and the norm gain [n*d], all float32."
+    "Weights of the maps around one sublayer, float32: phi [n*d, m], alpha [3], bias [m], norm gain [n*d]."
     def __init__(self,
         width: int,  # d
         cfg: MHCConfig,
@@ -233,7 +234,7 @@ def connect(
     streams: tuple[Float[Array, "b t d"], ...],
     sublayer,  # f: [b t d] -> ([b t d], anything); norm, attention or FFN, dropout
 ):
-    "Wrap a sublayer: returns the next streams, what the sublayer returned beside its output, and the maps (None when plain)."
+    "Wrap a sublayer: the next streams, what the sublayer returned beside its output, the maps (None when plain)."
     if hyper is None:
         y, extra = sublayer(streams[0])
         return (streams[0] + y,), extra, None
