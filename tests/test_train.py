@@ -174,6 +174,8 @@ def test_log_has_each_step_once(straight, cfg):
     rates = [row["lr"] for row in rows[1:]]
     assert max(rates) == rates[2] == rates[9] and rates[-1] < rates[10] < rates[9]  # warm-up 3, decay over the last 2
     assert steps_in(straight / "checkpoints") == [8, 12]
+    metrics = {step: verify(straight / f"checkpoints/{step}")["metrics"] for step in (8, 12)}
+    assert metrics == {8: {}, 12: {name: rows[-1][name] for name in ("val_loss", "val_bpb")}}
 
 
 def test_epoch_edge_is_inside_the_run(cfg):

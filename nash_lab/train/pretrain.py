@@ -272,7 +272,7 @@ def save(
     counters = {"step": job.step, "skipped": int(job.state.skipped), "time_s": job.time_s}
     items = {"model": job.state.params, "optimizer": job.state.opt_state, "rng": {"key": jax.random.key_data(job.key)},
              "data": job.batches.get_state(), "counters": counters}
-    job.checkpoints.save(job.step, items, {k: record[k] for k in ("val_loss", "val_bpb") if k in record})
+    job.checkpoints.save(job.step, items, plain({k: record[k] for k in ("val_loss", "val_bpb") if k in record}))
 
 # %% ../../nbs/train/33_pretrain.ipynb #c050
 def train_record(
@@ -368,7 +368,8 @@ def run_steps(
             if not (check or keep or stop or job.step % cfg.log_every == 0): continue
             record = train_record(job, metrics, rate)
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s", refresh=False)
-            report(record | (validate() if check else {}))
+            record |= validate() if check else {}
+            report(record)
             if keep or stop: save(job, record)
             if stop and job.step < cfg.steps:
                 raise KeyboardInterrupt(f"{cfg.run}: stopped at step {job.step}, saved; the same command continues")

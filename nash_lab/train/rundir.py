@@ -29,8 +29,8 @@ def read_metrics(
     "The records of a log; a half-written last line is left out, any other bad line is a ValueError."
     rows, lines = [], Path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines[:-1], start=1):
-        try: rows.append(json.loads(line))
-        except ValueError: raise ValueError(f"{path}:{number}: not a JSON object: {line[:40]!r}") from None
+        try: rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError): raise ValueError(f"{path}:{number}: not a JSON object: {line[:40]!r}") from None
     return rows
 
 # %% ../../nbs/train/32a_rundir.ipynb #c009
