@@ -169,7 +169,8 @@ def _contract_forward(x, weight, axes, precision):
 def _contract_backward(axes, precision, saved, dy):
     x, weight = saved
     lead, out = tuple(range(x.ndim - axes)), weight.ndim - axes
-    dx = jnp.tensordot(dy, weight.astype(dy.dtype), ([*range(-out, 0)], [*range(axes, weight.ndim)]), precision=precision)
+    outputs = [*range(-out, 0)], [*range(axes, weight.ndim)]
+    dx = jnp.tensordot(dy, weight.astype(dy.dtype), outputs, precision=precision)
     dw = jax.lax.dot_general(x, dy, ((lead, lead), ((), ())), precision=precision, preferred_element_type=weight.dtype)
     return dx, dw
 
