@@ -15,10 +15,9 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
-from matplotlib.figure import Figure
 
 from ..data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
-from .viz import routing_heatmaps
+from .viz import Picture, routing_heatmaps
 from ..model.generate import generate
 from ..model.layers import named_key
 from ..model.mhc import Routing
@@ -106,7 +105,7 @@ class Model:
     def heatmap(self,
         text: str,                  # the start of a document
         token: int | None = None,   # position in it; None for the mean
-    ) -> Figure:
+    ) -> Picture:
         "H_res of every layer while `text` is read. ValueError as `routing`."
         return routing_heatmaps(self.routing(text), token)
 
@@ -123,11 +122,12 @@ def load(
     run_dir: str | Path,     # as written by pretraining
     step: int | None = None, # a saved step; the newest if None
     *,
-    tokenizer: str | Path | None = None,  # a `.model` file; where the run's config says if None
+    tokenizer: str | Path | None = None,  # a `.model` file; the run's own copy if None
 ) -> Model:
     "The model of a run, every byte of its checkpoint verified. FileNotFoundError or ValueError names the file."
     lm, config = load_run(run_dir, step)
-    path = tokenizer or config.tokenizer
+    own = Path(run_dir) / "tokenizer.model"
+    path = tokenizer or (own if own.exists() else config.tokenizer)
     if not path: raise ValueError(f"{run_dir}: the run has no tokenizer, expected tokenizer=FILE")
     pieces = Tokenizer.load(path)
     if pieces.vocab_size > lm.cfg.vocab_size:

@@ -141,7 +141,7 @@ def routing(
     bias: Float[Array, "m"],  # static part
     cfg: MHCConfig,
 ) -> Routing:
-    "Maps of one sublayer: pre [b t n], post [b t n], res [b t n n]; ValueError when shapes disagree (paper Eqs. 14-19)."
+    "Maps of one sublayer: pre [b t n], post [b t n], res [b t n n]; ValueError for other shapes (paper Eqs. 14-19)."
     n, d = x.shape[2:]
     if n != cfg.streams: raise ValueError(f"x has {n} streams, cfg.streams={cfg.streams}")
     if phi.shape[0] != n * d or min(phi.shape[1], bias.shape[0]) < cfg.packed:
@@ -219,7 +219,7 @@ class HyperConnection(nnx.Module):
         size = cfg.streams * width
         self.cfg = cfg
         self.phi = nnx.Param(cfg.phi_std * jax.random.normal(rngs.params(), (size, cfg.packed)))
-        self.alpha = nnx.Param(jnp.full(3, cfg.alpha))
+        self.alpha = nnx.Param(jnp.full(3, cfg.alpha, jnp.float32))
         self.bias = nnx.Param(starting_bias(cfg))
         self.gain = nnx.Param(jnp.ones(size)) if cfg.gain else None
 
@@ -256,7 +256,7 @@ class StreamEnds(nnx.Module):
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (n, width))) if std else None
         if cfg.readout == "head":
             self.phi = nnx.Param(cfg.phi_std * jax.random.normal(rngs.params(), (size, n)))
-            self.alpha, self.bias = nnx.Param(jnp.full(1, cfg.alpha)), nnx.Param(starting_bias(cfg)[:n])
+            self.alpha, self.bias = nnx.Param(jnp.full(1, cfg.alpha, jnp.float32)), nnx.Param(starting_bias(cfg)[:n])
 
     def split(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], ...]:
         "One embedding to n streams."

@@ -49,7 +49,7 @@ class ModelConfig:
     def __post_init__(self): check_shape(self)
 
     @classmethod
-    def preset(cls, name: str) -> "ModelConfig":
+    def preset(cls, name: str) -> "ModelConfig":  # a key of PRESETS, or one with -plain
         "A named model; '-plain' behind the name gives its plain-residual twin."
         base = name.removesuffix("-plain")
         if base not in PRESETS:
@@ -58,7 +58,7 @@ class ModelConfig:
         return cfg if base == name else cfg.plain()
 
     @classmethod
-    def tiny(cls, **changes) -> "ModelConfig":
+    def tiny(cls, **changes) -> "ModelConfig":  # fields and their values
         "The model of every example on these pages, with changes."
         return replace(cls.preset("tiny"), **changes)
 
@@ -91,7 +91,7 @@ PRESETS = {
     "tiny": dict(vocab_size=256, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_width=64,
                  max_len=64, loss_chunk=16),
     "demo": dict(vocab_size=2048, width=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_width=384,
-                 max_len=512, loss_chunk=16),
+                 max_len=512, loss_chunk=16, init_std=0.06),
     "mhc-120m": dict(width=768, layers=12, heads=12, kv_heads=12, head_dim=64, ffn_width=2304,
                      compute_dtype="bfloat16"),
     "mhc-350m": dict(width=1024, layers=24, heads=16, kv_heads=16, head_dim=64, ffn_width=2816,
@@ -165,6 +165,7 @@ def _chunk_nats(h, head, y):  # float32 logits from matmuls in h's type
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
     return (total - jnp.take_along_axis(z, y[..., None], -1))[..., 0], z, total
 
+# %% ../../nbs/model/17_transformer.ipynb #c018
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _nats(hidden, head, targets, weights, chunk):
     step = lambda total, hyw: (total + jnp.sum(hyw[2] * _chunk_nats(hyw[0], head, hyw[1])[0]), None)
@@ -189,7 +190,7 @@ def _nats_backward(chunk, saved, ct):
 
 _nats.defvjp(_nats_forward, _nats_backward)
 
-# %% ../../nbs/model/17_transformer.ipynb #c025
+# %% ../../nbs/model/17_transformer.ipynb #c026
 def run_blocks(
     lm: "LM",  # holds the weights
     tokens: Int[Array, "b t"],  # ids
@@ -205,16 +206,18 @@ def run_blocks(
     x = dropout(x, cfg.dropout, None if key is None else named_key(key, "embedding"))
     keys = None if key is None else jax.random.split(named_key(key, "blocks"), cfg.layers)
     graph, weights = nnx.split(lm.blocks)
-    def layer(streams, own):
-        weights, cache, key = own
+    def layer(carry, own):
+        (streams, cache), (weights, index, key) = carry, own
+        mine = None if cache is None else cache._replace(layer=index)  # written in place, not copied through the scan
         block = nnx.merge(graph, weights)
-        streams, *rest = block(streams, positions=positions, segments=segments, cache=cache, key=key)
-        return streams, rest
+        streams, new, maps = block(streams, positions=positions, segments=segments, cache=mine, key=key)
+        return (streams, None if new is None else new._replace(layer=None)), maps
     if cfg.remat != "none": layer = jax.checkpoint(layer, policy=REMATS[cfg.remat], prevent_cse=False)
     streams = (x,) if lm.ends is None else lm.ends.split(x)
-    streams, (cache, maps) = jax.lax.scan(layer, streams, (weights, cache, keys))
+    (streams, cache), maps = jax.lax.scan(layer, (streams, cache), (weights, jnp.arange(cfg.layers), keys))
     return lm.norm(streams[0] if lm.ends is None else lm.ends.join(streams)), cache, maps
 
+# %% ../../nbs/model/17_transformer.ipynb #c027
 def stacked_blocks(
     cfg: ModelConfig,  # of one block
     rngs: nnx.Rngs,  # split into one stream a layer
@@ -223,29 +226,29 @@ def stacked_blocks(
     make = nnx.vmap(lambda rngs: Block(cfg, rngs=rngs), in_axes=0, out_axes=0)
     return nnx.split_rngs(splits=cfg.layers)(make)(rngs)
 
-# %% ../../nbs/model/17_transformer.ipynb #c027
+# %% ../../nbs/model/17_transformer.ipynb #c029
 class LM(nnx.Module):
     "Causal language model of `ModelConfig`; weights are float32, blocks stacked along a leading layer axis."
     def __init__(self,
         cfg: ModelConfig,  # shape and switches
         rngs: nnx.Rngs | None = None,  # nnx.Rngs(0) when not given
     ):
-        rngs = nnx.Rngs(0) if rngs is None else rngs
-        embed = lambda: nnx.Param(normal_init(cfg.init_std)(rngs.params(), (cfg.vocab_size, cfg.width)))
+        rngs, draw = rngs or nnx.Rngs(0), normal_init(cfg.init_std)
+        embed = lambda: nnx.Param(draw(rngs.params(), (cfg.vocab_size, cfg.width)))
         self.cfg, self.embedding, self.head = cfg, embed(), None if cfg.tie_embeddings else embed()
         self.blocks, self.norm = stacked_blocks(cfg, rngs), RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
         self.ends = StreamEnds(cfg.width, cfg.mhc, rngs=rngs) if cfg.residual == "mhc" else None
 
-    def hidden(self, tokens: Int[Array, "b t"], *, positions=None, segments=None,
-               dropout_key: PRNGKeyArray | None = None,  # turns dropout on
+    def hidden(self,
+        tokens: Int[Array, "b t"],  # ids
+        *, positions=None, segments=None,  # as in run_blocks
+        dropout_key: PRNGKeyArray | None = None,  # turns dropout on
     ) -> Float[Array, "b t d"]:
         "Final hidden states after the last norm; ValueError when t is above max_len."
         if tokens.shape[1] <= self.cfg.max_len: return run_blocks(self, tokens, positions, segments, key=dropout_key)[0]
         raise ValueError(f"{tokens.shape[1]} tokens, the model's max_len is {self.cfg.max_len}")
 
-    def logits(self,
-        hidden: Float[Array, "*m d"],  # from hidden or step
-    ) -> Float[Array, "*m v"]:
+    def logits(self, hidden: Float[Array, "*m d"]) -> Float[Array, "*m v"]:  # from hidden or step
         "Float32 logits of hidden states."
         head = self.unembedding().astype(hidden.dtype)
         return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
@@ -254,36 +257,35 @@ class LM(nnx.Module):
         "Float32 logits at every position; keywords as in `hidden`."
         return self.logits(self.hidden(tokens, **where))
 
-    def loss(self, tokens, targets, mask=None, **where) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def loss(self, tokens, targets, mask=None,  # [b t] each; every target counts without a mask
+             **where):  # as in hidden
         "Sum of negative log-likelihoods in nats and of the mask, so that shards and micro-batches add up."
         weights = jnp.ones(targets.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
         hidden, head = self.hidden(tokens, **where), self.unembedding().T
         return chunked_nats(hidden, head, targets, weights, self.cfg.loss_chunk), weights.sum()
 
-    def token_nats(self, tokens, targets, **where) -> Float[Array, "b t"]:
+    def token_nats(self, tokens, targets, **where) -> Float[Array, "b t"]:  # as in hidden
         "Negative log-likelihood of each target in nats."
         return token_nats(self.hidden(tokens, **where), self.unembedding().T, targets, self.cfg.loss_chunk)
 
-    def init_cache(self, batch: int, length: int) -> KVCache:
+    def init_cache(self, batch: int, length: int) -> KVCache:  # rows; slots, which is the longest sequence
         "Empty keys and values for all layers, [l b s g k] in the compute type."
-        empty = lambda: self.blocks.attention.init_cache(batch, length, jnp.dtype(self.cfg.compute_dtype))
-        return jax.tree.map(lambda a: jnp.zeros((self.cfg.layers, *a.shape), a.dtype), jax.eval_shape(empty))
+        one = self.blocks.attention.init_cache(batch, length, jnp.dtype(self.cfg.compute_dtype))
+        return jax.tree.map(lambda a: jnp.zeros((self.cfg.layers, *a.shape), a.dtype), one)
 
-    def step(self, tokens, positions, cache) -> tuple[Float[Array, "b t d"], KVCache]:
+    def step(self, tokens, positions, cache: KVCache) -> tuple[Float[Array, "b t d"], KVCache]:  # from init_cache
         "Hidden states of new tokens at their positions (which are their cache slots), and the cache with them in it."
         return run_blocks(self, tokens, positions, cache=cache)[:2]
 
-    def routing(self, tokens: Int[Array, "b t"], *, positions=None, segments=None) -> Routing:
+    def routing(self, tokens: Int[Array, "b t"], *, positions=None, segments=None) -> Routing:  # as in hidden
         "All maps of a forward pass: pre [l 2 b t n], post [l 2 b t n], res [l 2 b t n n]; axis 1 is (attention, FFN)."
         if self.ends is None: raise ValueError("routing: residual='plain', only residual='mhc' has maps")
         pairs = run_blocks(self, tokens, positions, segments)[2]
         return to_public(jax.tree.map(lambda *both: jnp.stack(both, 1), *pairs), lead=2)
 
-    def unembedding(self) -> Float[Array, "d v"]:
-        "The matrix from hidden states to logits."
-        return (self.embedding if self.head is None else self.head)[...].T
+    def unembedding(self) -> Float[Array, "d v"]: return (self.embedding if self.head is None else self.head)[...].T
 
-# %% ../../nbs/model/17_transformer.ipynb #c036
+# %% ../../nbs/model/17_transformer.ipynb #c038
 def parameter_count(
     cfg: ModelConfig,  # any size
 ) -> int:

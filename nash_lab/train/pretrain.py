@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 from ..data.corpus import PackedTokens
 from ..data.loader import Loader, LoaderConfig, batches_per_epoch, eval_batches, loader
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import Tokenizer, write_atomic
 from ..maths.birkhoff import composite, distance_to_identity, distance_to_uniform, gains
 from ..model.layers import from_json, named_key, to_json
 from ..model.transformer import LM, ModelConfig, flops_per_token
@@ -195,6 +195,7 @@ def claim(
         if left := [name for name in ("metrics.jsonl", "checkpoints") if (run / name).exists()]:
             raise ValueError(f"{run / left[0]}: exists without config.json, so this is not a run to resume")
         write_json_atomic(run / "environment.json", environment())
+        if cfg.tokenizer: write_atomic(run / "tokenizer.model", Path(cfg.tokenizer).read_bytes())  # the run's own copy
         return write_json_atomic(path, to_json(cfg))
     new, old = to_json(cfg), to_json(saved_config(run))
     if changes := config_changes(*({k: v for k, v in c.items() if k not in FREE} for c in (old, new))):

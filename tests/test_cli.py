@@ -1,0 +1,127 @@
+"The command line as a shell sees it: what runs, what is refused, in one line and with which exit code."
+import json, shutil, subprocess, sys
+from pathlib import Path
+import numpy as np
+import pytest
+from nash_lab.lab.cli import VERBS, main
+
+SMALL = ['--preset', 'tiny', '--model.vocab-size', '400', '--loader.seq-len', '32', '--loader.batch-size', '4', '--steps', '4',
+         '--eval-every', '4', '--eval-batches', '2', '--optim.warmup-steps', '1', '--log-every', '2']
+
+def data_flags(home): return ['--train-bin', f'{home}/train.bin', '--val-bin', f'{home}/validation.bin', '--tokenizer', f'{home}/tokenizer.model']
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A tokenizer, packed data and a trained tiny model, all made by commands"
+    home = tmp_path_factory.mktemp('cli')
+    corpus = ['--corpus.max-bytes', '60000', '--corpus.holdout', '0.1']
+    assert main(['tokenizer', '--out', f'{home}/tokenizer.model', '--tokenizer.vocab-size', '400', *corpus]) == 0
+    assert main(['pack', '--out', str(home), '--tokenizer', f'{home}/tokenizer.model', *corpus]) == 0
+    assert main(['pretrain', '--run', f'{home}/run', *SMALL, *data_flags(home)]) == 0
+    return home
+
+def fails(capsys, args, code, *says):
+    "The command exits with `code` and one line on stderr that holds each of `says`"
+    capsys.readouterr()
+    assert main([str(a) for a in args]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    for word in says: assert str(word) in lines[0], lines[0]
+
+def test_run_directory(home):
+    "What DESIGN promises to be in a run directory"
+    run = home/'run'
+    rows = [json.loads(line) for line in (run/'metrics.jsonl').read_text().splitlines()]
+    assert rows[-1]['step'] == 4 and {'loss', 'lr', 'grad_norm', 'tokens', 'tokens_per_s', 'mfu', 'val_loss', 'val_bpb', 'routing'} <= rows[-1].keys()
+    assert json.loads((run/'config.json').read_text())['model']['vocab_size'] == 400
+    assert (run/'environment.json').exists() and (run/'checkpoints/4/manifest.json').exists()
+
+def test_generate_eval_report(home, capsys):
+    assert main(['generate', '--run', f'{home}/run', '--prompt', 'def ', 'import ', '--max-new-tokens', '4']) == 0
+    out = capsys.readouterr().out
+    assert 'def ' in out and 'import ' in out
+    (home/'probes.jsonl').write_text('{"prompt": "def ", "target": ".", "kind": "regex"}\n')
+    assert main(['eval', '--run', f'{home}/run', '--tables', '--probes', f'{home}/probes.jsonl', '--out', f'{home}/eval.json']) == 0
+    report = json.loads((home/'eval.json').read_text())
+    assert {'uniform', 'unigram', 'bigram'} == report['tables'].keys() and report['probes']['total'] == 1
+    assert f"model: {report['model']['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
+    assert main(['report', '--run', f'{home}/run', '--out', f'{home}/r.html']) == 0
+    assert (home/'r.html').read_text().startswith('<!doctype html>')
+
+def test_rerun_resumes(home, capsys):
+    "The same command again finds the run finished and changes no line of its metrics"
+    before = (home/'run/metrics.jsonl').read_bytes()
+    assert main(['pretrain', '--run', f'{home}/run', *SMALL, *data_flags(home)]) == 0
+    assert (home/'run/metrics.jsonl').read_bytes() == before
+
+def test_dry_run_is_a_config(tmp_path, capsys):
+    "What --dry-run prints can be given back as --config; flags win over it"
+    assert main(['pretrain', '--dry-run', '--steps', '77']) == 0
+    (tmp_path/'job.json').write_text(capsys.readouterr().out)
+    assert main(['pretrain', '--dry-run', '--config', f'{tmp_path}/job.json', '--optim.learning-rate', '0.5']) == 0
+    job = json.loads(capsys.readouterr().out)
+    assert job['steps'] == 77 and job['optim']['learning_rate'] == 0.5
+
+@pytest.mark.parametrize('verb', VERBS)
+def test_help_documents_every_field(verb, capsys):
+    with pytest.raises(SystemExit) as stop: main([verb, '--help'])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in VERBS[verb].job.__dataclass_fields__: assert name.replace('_', '-') in out, name
+
+def test_bad_use(tmp_path, capsys):
+    fails(capsys, ['pretrain', '--model.widht', '3'], 2, '--model.widht', '--model.width')
+    fails(capsys, ['pretrain', '--steps', 'many'], 2, "'many'")
+    fails(capsys, ['pretrain', '--model.heads', '3', '--model.kv-heads', '2'], 2, 'heads=3', 'kv_heads=2')
+    fails(capsys, ['fly'], 2, "'fly'", 'pretrain')
+    fails(capsys, ['pretrain', '--config'], 2, '--config needs a value')
+    (tmp_path/'a.json').write_text('{"modle": 1}')
+    fails(capsys, ['pretrain', '--config', f'{tmp_path}/a.json'], 2, 'a.json', "unknown key 'modle'")
+    (tmp_path/'a.json').write_text('{"steps": ')
+    fails(capsys, ['pretrain', '--config', f'{tmp_path}/a.json'], 2, 'a.json', 'not JSON')
+
+def test_bad_data(home, tmp_path, capsys):
+    "Each bad input is named before step 1, and leaves no run directory"
+    def refused(*says, flags=(), **files):
+        for name in ('train.bin', 'train.bin.json', 'validation.bin', 'validation.bin.json', 'tokenizer.model'): shutil.copy(home/name, tmp_path)
+        for change in files.values(): change()
+        fails(capsys, ['pretrain', '--run', f'{tmp_path}/run', *SMALL, *data_flags(tmp_path), *flags], 1, *says)
+        assert not (tmp_path/'run').exists()
+    bin, meta = tmp_path/'train.bin', tmp_path/'train.bin.json'
+    def edit(**changes): meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
+    refused('train.bin', 'no packed tokens', change=bin.unlink)
+    refused('train.bin.json', 'missing', change=meta.unlink)
+    refused('train.bin', 'bytes, expected', change=lambda: bin.write_bytes(bin.read_bytes()[:-7]))
+    refused('train.bin', 'uint32', change=lambda: edit(dtype='uint32'))
+    refused('train.bin', 'id', change=lambda: bin.write_bytes(np.full(json.loads(meta.read_text())['tokens'], 999, '<u2').tobytes()))
+    refused('train.bin', 'tokenizer_hash', change=lambda: edit(tokenizer_hash='0' * 64))
+    refused('vocab_size', '300', flags=['--model.vocab-size', '300'])
+    refused('tokenizer.model', change=lambda: (tmp_path/'tokenizer.model').write_bytes(b'junk'))
+    refused('seq_len', flags=['--loader.seq-len', '60000', '--model.max-len', '70000'])
+
+def test_bad_corpus(tmp_path, capsys):
+    fails(capsys, ['tokenizer', '--corpus.source', 'text', '--corpus.paths', f'{tmp_path}/none.txt', '--out', f'{tmp_path}/t.model'], 1, 'none.txt')
+    (tmp_path/'empty.txt').write_text('')
+    fails(capsys, ['tokenizer', '--corpus.source', 'text', '--corpus.paths', f'{tmp_path}/empty.txt', '--out', f'{tmp_path}/t.model'], 1, 't.model')
+    assert not (tmp_path/'t.model').exists()
+    fails(capsys, ['pack', '--tokenizer', f'{tmp_path}/none.model', '--out', tmp_path], 1, 'none.model')
+
+def test_bad_run(home, tmp_path, capsys):
+    fails(capsys, ['generate', '--run', f'{tmp_path}/none'], 1, 'none/config.json')
+    shutil.copytree(home/'run', tmp_path/'run')
+    array = max((p for p in (tmp_path/'run/checkpoints/4').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    array.write_bytes(array.read_bytes()[:-1])
+    fails(capsys, ['generate', '--run', f'{tmp_path}/run'], 1, array.name)
+    fails(capsys, ['generate', '--run', f'{home}/run', '--max-new-tokens', '100'], 1, 'max_len')
+    fails(capsys, ['eval', '--run', f'{home}/run', '--probes', f'{tmp_path}/none.jsonl'], 1, 'none.jsonl')
+    fails(capsys, ['pretrain', '--run', f'{home}/run', *SMALL, *data_flags(home), '--seed', '9'], 1, 'seed: 0 -> 9')
+
+def test_shell():
+    "The installed program: exit codes, messages on stderr, a traceback only on request"
+    program = Path(sys.executable).with_name('nash_lab')
+    run = lambda *args: subprocess.run([program, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (r := run('--help')).returncode == 0 and all(verb in r.stdout for verb in VERBS)
+    r = run('pack', '--tokenizer', 'none.model')
+    assert r.returncode == 1 and r.stderr == 'nash_lab pack: none.model: no tokenizer model file here\n'
+    assert run('fly').returncode == 2
+    assert 'Traceback' in run('pack', '--tokenizer', 'none.model', '--debug').stderr
