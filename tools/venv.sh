@@ -3,19 +3,19 @@
 # usage: tools/venv.sh FOLDER [EXTRAS]      (PYTHON=... picks the interpreter)
 set -eu
 venv=$1 what=.${2:+[$2]}
-new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
+suitable='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
 
 python=
 for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
-    if "$name" -c "$new_enough" 2>/dev/null; then python=$(command -v "$name"); break; fi
+    if "$name" -c "$suitable" 2>/dev/null; then python=$(command -v "$name"); break; fi
 done
 if [ -z "$python" ]; then
-    echo "nash_lab needs Python 3.11 or newer, found none (tried: ${PYTHON:-python3 python3.13 python3.12 python3.11 python}); name one: make PYTHON=/path/to/python3.12" >&2
+    echo "nash_lab needs Python 3.11 to 3.13, found none (tried: ${PYTHON:-python3 python3.13 python3.12 python3.11 python}); name one: make PYTHON=/path/to/python3.12" >&2
     exit 1
 fi
 
-if [ -x "$venv/bin/python" ] && ! "$venv/bin/python" -c "$new_enough" 2>/dev/null; then
-    echo "$venv holds a broken or older Python; remove it: make clean-venv" >&2
+if [ -x "$venv/bin/python" ] && ! "$venv/bin/python" -c "$suitable" 2>/dev/null; then
+    echo "$venv holds a broken Python or one that is not 3.11 to 3.13; remove it: make clean-venv" >&2
     exit 1
 fi
 if uv --version >/dev/null 2>&1; then
