@@ -1,5 +1,5 @@
 "The report names what is missing, escapes what it shows, fetches nothing, and is the same file for the same run."
-import json
+import json, shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 import pytest
@@ -124,6 +124,19 @@ def test_unfinished_skipped_and_plain(tmp_path):
     (run/'metrics.jsonl').write_text(json.dumps({'step': 1, 'tokens': 9, 'time_s': .1, 'loss': 4.}) + '\n' + json.dumps(row) + '\n')
     html = write_report(run).read_text()
     assert 'stopped at step 5 of 20' in html and '2 steps were not finite' in html and 'the residual is plain' in html
+
+
+def test_the_files_of_the_run_itself(tmp_path, whole):
+    "A run that was moved is read with its own tokenizer; what the demo was asked for is shown"
+    run = shutil.copytree(whole, tmp_path/'run')
+    config = json.loads((run/'config.json').read_text())
+    shutil.copy(config['tokenizer'], run/'tokenizer.model')
+    (run/'config.json').write_text(json.dumps(config | {'tokenizer': 'gone.model'}))
+    (run/'demo.json').write_text(json.dumps({'asked': EVIL}))
+    html = write_report(run).read_text()
+    assert 'Not shown' not in html and 'demo.json' in html and '<script' not in html
+    (run/'tokenizer.model').unlink()
+    assert 'Not shown: gone.model' in write_report(run).read_text()
 
 
 def test_bad_input(tmp_path, whole):

@@ -110,6 +110,12 @@ class Inputs:
         "Is there an evaluation?"
         return (self.folder / "eval.json").exists()
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        "The run's own copy, else the file its config names; FileNotFoundError or ValueError."
+        own = self.folder / "tokenizer.model"
+        return Tokenizer.load(own if own.exists() else self.config.tokenizer)
+
     @cached_property
     def validated(self) -> list[dict]:
         "Metrics lines with a validation."
@@ -130,7 +136,7 @@ class Maps(NamedTuple):
     piece: str  # what stands there
 
 def probe_maps(
-    inputs: Inputs,  # of a run whose validation file and tokenizer are where its config says
+    inputs: Inputs,  # of a run whose validation file is where its config says
 ) -> Maps:
     "Maps of the newest checkpoint on validation tokens. ValueError or OSError says what is missing."
     config = inputs.config
@@ -141,7 +147,7 @@ def probe_maps(
     routing = Routing(*(np.asarray(x, np.float32) for x in lm.routing(tokens)))
     apart = ((routing.res[:, :, 0] - routing.res.mean((2, 3))[:, :, None]) ** 2).sum((0, 1, 3, 4))
     token = int(apart.argmax())
-    return Maps(routing, token, Tokenizer.load(config.tokenizer).piece(tokens[0, token]))
+    return Maps(routing, token, inputs.tokenizer.piece(tokens[0, token]))
 
 # %% ../../nbs/lab/71_report.ipynb #c022
 class Section(NamedTuple):
@@ -326,6 +332,8 @@ def _draw_settings(inputs: Inputs) -> Iterable[str]:
     environment = _json(inputs.folder / "environment.json")
     yield preformatted(environment.get("command", "not recorded"), "command")
     yield preformatted(json.dumps(environment, indent=1), "environment.json")
+    demo = inputs.folder / "demo.json"
+    if demo.exists(): yield preformatted(json.dumps(_json(demo), indent=1), demo.name)
 
 SECTIONS = [
     Section("Results", _draw_results), Section("Loss", _draw_loss), Section("How the streams mix", _draw_maps),
