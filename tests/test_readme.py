@@ -1,9 +1,7 @@
 "README.md is what nbs/index.ipynb gives, and its Python works as it stands."
 import re, subprocess, sys
-import pytest
+from configparser import ConfigParser
 from pages import NBS, ROOT
-
-pytestmark = pytest.mark.skipif(not (NBS/'index.ipynb').exists(), reason='nbs/index.ipynb does not exist')
 
 def run(*args, **kw): return subprocess.run([sys.executable, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL, **kw)
 
@@ -24,3 +22,11 @@ def test_links():
     links = re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', (ROOT/'README.md').read_text())
     for link in (a or b for a, b in links):
         if not re.match(r'[a-z]+:|#', link): assert (ROOT/link.partition('#')[0]).exists(), f'README.md: dead link {link}'
+
+def test_addresses():
+    "The public addresses stand in settings.ini; the index has placeholders for them, README.md what they stand for"
+    settings = ConfigParser(interpolation=None)
+    settings.read(ROOT/'settings.ini')
+    index, readme = (NBS/'index.ipynb').read_text(), (ROOT/'README.md').read_text()
+    for key in ('git_url', 'doc_host'): assert settings['DEFAULT'][key] not in index, f'nbs/index.ipynb spells out {key}: write {{git_url}} or {{doc_url}}'
+    assert '{git_url}' not in readme and '{doc_url}' not in readme

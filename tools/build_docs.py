@@ -10,7 +10,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.processors import FilterDefaults
 from api import entry
-from pages import GUIDES, NBS, ROOT, named, notebooks, relink
+from pages import GUIDES, ROOT, addresses, named, notebooks, relink
 
 CFG = get_config(path=ROOT)
 BASE = f'{CFG.doc_host}{CFG.doc_baseurl}'.rstrip('/') + '/'
@@ -63,7 +63,7 @@ class Site:
 
     def markdown(self, text: str, source: Path) -> str:
         "nbdev links and callouts -> MyST"
-        text = relink(text, lambda t: self.place(t, source))
+        text = relink(addresses(text, CFG) if source.name == 'index.ipynb' else text, lambda t: self.place(t, source))
         return re.sub(r'^:::+\s*\{\.callout-(\w+).*?\}', r':::{\1}', text, flags=re.M)
 
 def directives(source: str) -> list[str]:
@@ -143,7 +143,6 @@ def write_sources(src: Path) -> Site:
             if page.name == 'index.ipynb': nb.cells.append(mk_cell(toctrees(site), 'markdown'))
             write_nb(nb, out)
         else: out.write_text(site.markdown(site.lookup.linkify(path.read_text()), path))
-    if NBS/'index.ipynb' not in site.pages: (src/'index.md').write_text(f'# {CFG.title}\n\n{CFG.description}\n\n{toctrees(site)}\n')
     for file, to in site.pictures.items():
         (src/to).parent.mkdir(exist_ok=True)
         shutil.copy(file, src/to)

@@ -24,6 +24,10 @@ def named(nb: Path) -> str:
     p = nb.relative_to(NBS)
     return (p.parent/re.sub(r'^\d+[a-z]*_', '', p.stem)).as_posix()
 
+def addresses(text: str, cfg) -> str:
+    "`text` of the index with `{git_url}` and `{doc_url}` as settings.ini gives them"
+    return text.replace('{git_url}', cfg.git_url).replace('{doc_url}', cfg.doc_host + cfg.doc_baseurl)
+
 def relink(text: str, place) -> str:
     "Markdown `text` with every link target `t` outside code replaced by `place(t)`"
     swap = lambda m: f'{m[1]}({place(m[2])}{m[3]})'

@@ -2,7 +2,7 @@
 import argparse, base64, re, sys
 import nbformat
 from nbdev.config import get_config
-from pages import NBS, ROOT, relink
+from pages import NBS, ROOT, addresses, relink
 
 INDEX, PICTURES = NBS/'index.ipynb', 'docs/_static'
 HEAD = '<!-- made from nbs/index.ipynb by `make readme`; edit that notebook -->\n\n'
@@ -41,7 +41,7 @@ def render(nb) -> tuple[str, dict]:
     "(README text, {path: PNG bytes}) of the index notebook"
     parts, pictures, cfg = [], {}, get_config(path=ROOT)
     for i, c in enumerate(nb.cells):
-        if c.cell_type == 'markdown': parts.append(relink(title(c.source) if i == 0 else c.source.strip(), place))
+        if c.cell_type == 'markdown': parts.append(relink(addresses(title(c.source) if i == 0 else c.source.strip(), cfg), place))
         elif c.cell_type == 'code':
             has = flags(c.source)
             if has.keys() & {'hide', 'default_exp', 'include'} or 'nbdev_export(' in c.source: continue
@@ -50,8 +50,7 @@ def render(nb) -> tuple[str, dict]:
                 joins = parts and parts[-1].startswith('```python\n')    # cells with nothing between them read as one block
                 parts.append((parts.pop().removesuffix('```') + '\n' if joins else '```python\n') + f'{code}\n```')
             parts += outputs(c, pictures, has.get('fig-alt', 'picture').strip('"'))
-    text = HEAD + '\n\n'.join(p for p in parts if p) + '\n'
-    return text.replace('https://github.com/nash-lab/nash_lab', cfg.git_url), pictures
+    return HEAD + '\n\n'.join(p for p in parts if p) + '\n', pictures
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
