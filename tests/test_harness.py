@@ -89,12 +89,12 @@ def test_probe_files(tmp_path):
 @pytest.mark.parametrize('text, message', [
     (b'{"prompt": "a"}', ":1: Probe: missing key 'target'"), (b'\n\n[1]', ':3: Probe: expected an object'),
     (b'{"prompt": "a", "target": 3}', ':1: Probe.target: expected str, found 3'), (b'{"prompt": "\xff"}', ":1: 'utf-8' codec"),
-    (b'{"prompt": "a", "target": "b", "kinds": 1}', ":1: Probe: unknown key 'kinds'"), (b'\n \n', 'no probes in this file'),
+    (b'{"prompt": "a", "target": "b", "kinds": 1}', ":1: Probe: unknown key 'kinds'"), (b'\n \n', ': no probes in this file'),
 ])
 def test_bad_probe_files_name_the_line(tmp_path, text, message):
     (tmp_path/'p.jsonl').write_bytes(text)
     with pytest.raises(ValueError) as error: load_probes(tmp_path/'p.jsonl')
-    assert f'p.jsonl{message}' in str(error.value) or message in str(error.value)
+    assert f'p.jsonl{message}' in str(error.value)
     assert '\n' not in str(error.value)
 
 
