@@ -1,7 +1,6 @@
 "Tokenizer, corpus and loader from outside: other processes, kills, bounded memory, real files."
 import hashlib, json, os, random, signal, subprocess, sys
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pytest
