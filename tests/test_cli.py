@@ -3,7 +3,8 @@ import json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
-from nash_lab.lab.cli import VERBS, main
+from nash_lab.lab.cli import VERBS, leaves, main
+from nash_lab.model.layers import to_json
 
 SMALL = ['--preset', 'tiny', '--model.vocab-size', '400', '--loader.seq-len', '32', '--loader.batch-size', '4', '--steps', '4',
          '--eval-every', '4', '--eval-batches', '2', '--optim.warmup-steps', '1', '--log-every', '2']
@@ -48,7 +49,7 @@ def test_generate_eval_report(home, capsys):
     assert main(['report', '--run', f'{home}/run', '--out', f'{home}/r.html']) == 0
     assert (home/'r.html').read_text().startswith('<!doctype html>')
 
-def test_rerun_resumes(home, capsys):
+def test_rerun_of_a_finished_run_changes_nothing(home):
     "The same command again finds the run finished and changes no line of its metrics"
     before = (home/'run/metrics.jsonl').read_bytes()
     assert main(['pretrain', '--run', f'{home}/run', *SMALL, *data_flags(home)]) == 0
@@ -67,7 +68,26 @@ def test_help_documents_every_field(verb, capsys):
     with pytest.raises(SystemExit) as stop: main([verb, '--help'])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for name in VERBS[verb].job.__dataclass_fields__: assert name.replace('_', '-') in out, name
+    for path in leaves(to_json(VERBS[verb].job())): assert f"--{path.replace('_', '-')}" in out, path
+
+def test_preset_file_and_flags_are_checked_together(tmp_path, capsys):
+    "Neither the preset nor the file need fit the defaults; a flag wins over both"
+    (tmp_path/'a.json').write_text('{"loader": {"seq_len": 1024}, "model": {"tie_embeddings": false}}')
+    assert main(['pretrain', '--dry-run', '--preset', 'mhc-120m', '--config', f'{tmp_path}/a.json', '--model.layers', '2']) == 0
+    job = json.loads(capsys.readouterr().out)
+    assert (job['model']['width'], job['model']['layers'], job['model']['tie_embeddings'], job['loader']['seq_len']) == (768, 2, False, 1024)
+
+def test_bench(capsys):
+    assert main(['bench', '--preset', 'tiny', '--batch-size', '2', '--seq-len', '16', '--rounds', '1', '--steps', '1', '--new-tokens', '4']) == 0
+    assert 'cached loop' in capsys.readouterr().out
+
+def test_another_directory(home, tmp_path, monkeypatch):
+    "A run keeps its tokenizer: it opens from anywhere, also when the one it was made with is gone"
+    shutil.copytree(home/'run', tmp_path/'run')
+    monkeypatch.chdir(tmp_path)
+    assert main(['generate', '--run', 'run', '--max-new-tokens', '4']) == 0
+    (tmp_path/'run/tokenizer.model').write_bytes(b'junk')
+    assert main(['generate', '--run', 'run', '--max-new-tokens', '4']) == 1
 
 def test_bad_use(tmp_path, capsys):
     fails(capsys, ['pretrain', '--model.widht', '3'], 2, '--model.widht', '--model.width')
@@ -93,7 +113,7 @@ def test_bad_data(home, tmp_path, capsys):
     refused('train.bin.json', 'missing', change=meta.unlink)
     refused('train.bin', 'bytes, expected', change=lambda: bin.write_bytes(bin.read_bytes()[:-7]))
     refused('train.bin', 'uint32', change=lambda: edit(dtype='uint32'))
-    refused('train.bin', 'id', change=lambda: bin.write_bytes(np.full(json.loads(meta.read_text())['tokens'], 999, '<u2').tobytes()))
+    refused('train.bin', 'id 999 at token 0', change=lambda: bin.write_bytes(np.full(json.loads(meta.read_text())['tokens'], 999, '<u2').tobytes()))
     refused('train.bin', 'tokenizer_hash', change=lambda: edit(tokenizer_hash='0' * 64))
     refused('vocab_size', '300', flags=['--model.vocab-size', '300'])
     refused('tokenizer.model', change=lambda: (tmp_path/'tokenizer.model').write_bytes(b'junk'))

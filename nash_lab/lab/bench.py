@@ -133,7 +133,8 @@ COMPARISONS = {"residual": bench_residual, "decode": bench_decode}
 # %% ../../nbs/lab/71a_bench.ipynb #c019
 def table(rows: list[dict]) -> str:  # from rows_of
     "The rows as aligned text."
-    head = f"{'comparison':<11}{'contestant':<25}{'ms a turn':>11}{'tokens/s':>11}{'time ratio':>12}{'best turns':>12}{'speed':>8}"
+    head = (f"{'comparison':<11}{'contestant':<25}{'ms a turn':>11}{'tokens/s':>11}"
+            f"{'time ratio':>12}{'best turns':>12}{'speed':>8}")
     line = lambda r: (f"{r['what']:<11}{r['name']:<25}{r['ms']:>11.1f}{r['tokens_per_s']:>11,.0f}"
                       f"{r['time_ratio']:>12.2f}{r['best_ratio']:>12.2f}{r['speed_ratio']:>7.2f}x")
     return "\n".join([head, *map(line, rows)])

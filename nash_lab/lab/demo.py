@@ -40,7 +40,7 @@ class DemoConfig:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)  # the standard library
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=2048))  # pieces
     model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("demo"))  # the twin is plain
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=3e-3, final_scale=0.02))  # optimizer
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=3e-3, final_scale=0.02))  # AdamW
     loader: LoaderConfig = field(default_factory=LoaderConfig)  # batches
 
     def __post_init__(self):
@@ -73,6 +73,7 @@ def stage_tokenizer(
         train_tokenizer(texts, path, cfg.tokenizer)
     return f"{Tokenizer.load(path).vocab_size} pieces"
 
+# %% ../../nbs/lab/71b_demo.ipynb #c011
 def pack_split(
     corpus: CorpusConfig,  # where the text comes from
     split: str,  # train or validation
@@ -86,6 +87,7 @@ def pack_split(
     size = f"{meta.documents:,} documents, {meta.tokens:,} tokens of {meta.text_bytes / meta.tokens:.2f} bytes"
     return f"{split}: {size}, skipped {dict(report.skipped) or 'none'}"
 
+# %% ../../nbs/lab/71b_demo.ipynb #c012
 def stage_pack(cfg: DemoConfig) -> str:  # of all stages
     "Pack both splits; documents of one content are in one split."
     data = cfg.folder / "data"
@@ -93,7 +95,7 @@ def stage_pack(cfg: DemoConfig) -> str:  # of all stages
     missing = [s for s in ("train", "validation") if not (data / f"{s}.bin.json").exists()]
     return "; ".join(pack_split(cfg.corpus, s, tokenizer, data) for s in missing) or "there already"
 
-# %% ../../nbs/lab/71b_demo.ipynb #c012
+# %% ../../nbs/lab/71b_demo.ipynb #c014
 def stage_pretrain(cfg: DemoConfig, twin: bool = False) -> str:  # the plain twin instead of the model
     "Train the model, or its twin, from where its run directory left it."
     done = pretrain(cfg.training(twin))
@@ -104,7 +106,7 @@ def stage_twin(cfg: DemoConfig) -> str:  # of all stages
     "Train the twin with a plain residual on the same batches."
     return stage_pretrain(cfg, twin=True)
 
-# %% ../../nbs/lab/71b_demo.ipynb #c014
+# %% ../../nbs/lab/71b_demo.ipynb #c016
 PROBES = (
     Probe("class Counter:\n    def __init__(", "self"), Probe("import os\nimport s", "ys"),
     Probe("for i in ra", "nge("), Probe("    if value is No", "ne"), Probe("        raise ValueErr", "or("),
@@ -112,6 +114,7 @@ PROBES = (
     Probe("    with open(path) a", "s "),
 )
 
+# %% ../../nbs/lab/71b_demo.ipynb #c017
 def score_of(
     lm: LM,  # trained or not
     cfg: DemoConfig,  # says which batches
@@ -120,6 +123,7 @@ def score_of(
     "A model's score as plain JSON."
     return to_json(score(model_rows(lm, packed, seq_len=cfg.loader.seq_len, batches=cfg.eval_batches)))
 
+# %% ../../nbs/lab/71b_demo.ipynb #c018
 def stage_evaluate(cfg: DemoConfig) -> str:  # of all stages
     "Score the model, its twin, the untrained model and the tables; ask the probes."
     model, data = load(cfg.run), cfg.folder / "data"
@@ -134,7 +138,7 @@ def stage_evaluate(cfg: DemoConfig) -> str:  # of all stages
     figures = {"mHC": report["model"], "plain": twin["model"], **report["tables"]}
     return ", ".join(f"{name} {figure['bits_per_byte']:.3f}" for name, figure in figures.items()) + " bits per byte"
 
-# %% ../../nbs/lab/71b_demo.ipynb #c016
+# %% ../../nbs/lab/71b_demo.ipynb #c020
 PROMPTS = ("def ", "class ", "import ", "    def __init__(self", "for i in range(")
 
 def stage_samples(cfg: DemoConfig) -> str:  # of all stages
@@ -152,7 +156,7 @@ def stage_report(cfg: DemoConfig) -> str:  # of all stages
     "Write the HTML report."
     return str(write_report(cfg.run))
 
-# %% ../../nbs/lab/71b_demo.ipynb #c018
+# %% ../../nbs/lab/71b_demo.ipynb #c022
 STAGES: dict[str, Callable[[DemoConfig], str]] = {
     "tokenizer": stage_tokenizer, "pack": stage_pack, "pretrain": stage_pretrain, "twin": stage_twin,
     "evaluate": stage_evaluate, "samples": stage_samples, "report": stage_report,

@@ -49,7 +49,8 @@ def attention_mask(
     segments: Int[Array, "b t"] | None = None,   # document of each token, from 1; 0 is padding
 ) -> Bool[Array, "b 1 t t"]:
     "Causal within a document; padding (segment 0) neither sees nor is seen."
-    causal = positions[:, None, None, :] <= positions[:, None, :, None]
+    t = positions.shape[1]  # order in the array is order in time; positions may restart with each document
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool))[None, None], (positions.shape[0], 1, t, t))
     if segments is None: return causal
     same = segments[:, None, None, :] == segments[:, None, :, None]
     return causal & same & (segments != 0)[:, None, None, :]

@@ -142,7 +142,7 @@ def rope_frequencies(
     if head_dim < 2 or head_dim % 2: raise ValueError(f"{head_dim=} must be even and positive for rotary positions")
     return (cfg.theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
 
-# %% ../../nbs/model/10_layers.ipynb #c028
+# %% ../../nbs/model/10_layers.ipynb #c029
 def rope(
     x: Float[Array, "b t h k"],             # queries or keys
     positions: Int[Array, "#b t"],          # one row may serve the whole batch
@@ -158,13 +158,13 @@ def rope(
     y = jnp.stack([a, b], axis=-1).reshape(x.shape) if interleaved else jnp.concatenate([a, b], axis=-1)
     return y.astype(x.dtype)
 
-# %% ../../nbs/model/10_layers.ipynb #c038
+# %% ../../nbs/model/10_layers.ipynb #c039
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _contract(x, weight, axes, precision):
     return jnp.tensordot(x, weight.astype(x.dtype), axes=axes, precision=precision)
 
 def _contract_forward(x, weight, axes, precision):
-    return _contract(x, weight, axes, precision), (x, weight)
+    return jnp.tensordot(x, weight.astype(x.dtype), axes=axes, precision=precision), (x, weight)
 
 def _contract_backward(axes, precision, saved, dy):
     x, weight = saved
@@ -176,7 +176,7 @@ def _contract_backward(axes, precision, saved, dy):
 
 _contract.defvjp(_contract_forward, _contract_backward)
 
-# %% ../../nbs/model/10_layers.ipynb #c039
+# %% ../../nbs/model/10_layers.ipynb #c040
 def linear(
     x: Float[Array, "*m"],               # trailing axes: the input shape of `weight`
     weight: Float[Array, "*io"],         # input axes, then output axes; cast to the dtype of `x`
@@ -188,7 +188,7 @@ def linear(
     y = _contract(x, weight, axes, precision)
     return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 
-# %% ../../nbs/model/10_layers.ipynb #c041
+# %% ../../nbs/model/10_layers.ipynb #c042
 class Linear(nnx.Module):
     "Holds the weight (and bias) of `linear`; fp32, normal with standard deviation `std`, bias zero."
     def __init__(
@@ -208,7 +208,7 @@ class Linear(nnx.Module):
         "`linear` in the dtype of `x`."
         return linear(x, self.weight[...], self.axes, None if self.bias is None else self.bias[...])
 
-# %% ../../nbs/model/10_layers.ipynb #c045
+# %% ../../nbs/model/10_layers.ipynb #c046
 class SwiGLU(nnx.Module):
     "Gated FFN with SiLU (2002.05202, Eq. 6), without biases."
     def __init__(
@@ -247,7 +247,7 @@ class GELU(nnx.Module):
         "Two matrix products in the dtype of `x`."
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
-# %% ../../nbs/model/10_layers.ipynb #c046
+# %% ../../nbs/model/10_layers.ipynb #c047
 class ReLU2(nnx.Module):
     "Two-layer FFN with squared ReLU (2109.08668), without biases."
     def __init__(
@@ -269,7 +269,7 @@ class ReLU2(nnx.Module):
 
 FFNS = {"swiglu": SwiGLU, "gelu": GELU, "relu2": ReLU2}  # by the name a config uses
 
-# %% ../../nbs/model/10_layers.ipynb #c052
+# %% ../../nbs/model/10_layers.ipynb #c053
 def dropout(
     x: Float[Array, "*m"],   # activations
     rate: float,             # share set to zero, static

@@ -25,7 +25,7 @@ from .layers import linear, wide
 @dataclass(frozen=True)
 class MHCConfig:
     "Hyper-connection settings; ValueError for values that make no model (paper: n = 4, 20 iterations, alpha = 0.01)."
-    streams: int = 4  # n, width of the residual stream in vectors per token; the paper sees no gain beyond 4
+    streams: int = 4  # n, vectors per token; Hyper-Connections (2409.19606) found 8 no better than 4
     h_res: Literal["sinkhorn", "lite", "identity"] = "sinkhorn"  # how H_res is built; identity is the control
     alpha: float = 0.01  # the three gating factors at the start; small: the maps begin nearly static
     iterations: int = 20  # Sinkhorn iterations, columns then rows
@@ -40,7 +40,11 @@ class MHCConfig:
     def __post_init__(self):
         if self.streams < 1: raise ValueError(f"MHCConfig: streams={self.streams}, expected at least 1")
         if self.iterations < 1: raise ValueError(f"MHCConfig: iterations={self.iterations}, expected at least 1")
-        if self.h_res not in MODES: raise ValueError(f"MHCConfig: h_res={self.h_res!r}, expected one of {MODES}")
+        for name, known in (("h_res", MODES), ("readout", ("mean", "head")), ("convention", ("paper", "deepseek"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"MHCConfig: {name}={getattr(self, name)!r}, expected one of {known}")
+        if self.convention == "deepseek" and self.iterations < 2:
+            raise ValueError(f"MHCConfig: iterations={self.iterations}, expected at least 2 with convention='deepseek'")
         if self.h_res == "lite" and self.streams > 5:
             raise ValueError(f"MHCConfig: h_res='lite' mixes {self.streams}! permutations, expected streams <= 5")
         if min(self.eps, self.clamp, self.phi_std, self.stream_embedding) < 0:
@@ -65,7 +69,7 @@ class MHCConfig:
 
 MODES = ("sinkhorn", "lite", "identity")
 
-# %% ../../nbs/model/16_mhc.ipynb #c016
+# %% ../../nbs/model/16_mhc.ipynb #c017
 def project(
     streams: tuple[Float[Array, "b t d"], ...],  # the n residual streams, any float type
     phi: Float[Array, "nd m"],  # projection of the flattened stream, norm gain already multiplied in
@@ -77,7 +81,7 @@ def project(
     square = sum(jnp.sum(x * x, -1) for x in streams) / phi.shape[0]
     return u * jax.lax.rsqrt(square + eps)[None]
 
-# %% ../../nbs/model/16_mhc.ipynb #c022
+# %% ../../nbs/model/16_mhc.ipynb #c023
 def lite(
     logits: Float[Array, "p *m"],  # one logit per permutation matrix, p = n!
     n: int,  # streams
@@ -86,7 +90,7 @@ def lite(
     weights = jax.nn.softmax(logits, axis=0)
     return jnp.einsum("p...,pij->ij...", weights, permutations(n).astype(weights.dtype))
 
-# %% ../../nbs/model/16_mhc.ipynb #c025
+# %% ../../nbs/model/16_mhc.ipynb #c026
 def sinkhorn_deepseek(
     logits: Float[Array, "n n *m"],  # H_res logits, matrix axes in front, already transposed to H_res orientation
     iterations: int,  # total column-row rounds, at least 2
@@ -97,14 +101,14 @@ def sinkhorn_deepseek(
     start = start / (start.sum(1, keepdims=True) + eps)
     return sinkhorn_leading(jnp.log(start), iterations - 1, eps)
 
-# %% ../../nbs/model/16_mhc.ipynb #c028
+# %% ../../nbs/model/16_mhc.ipynb #c029
 class Routing(NamedTuple):
     "The three maps of one sublayer; axes are [b, t, ...] in public functions, [..., b, t] inside the model."
     pre: Array  # n read weights
     post: Array  # n write weights
     res: Array  # n x n, multiplies the streams from the left
 
-# %% ../../nbs/model/16_mhc.ipynb #c029
+# %% ../../nbs/model/16_mhc.ipynb #c030
 def _sinkhorn(h, cfg):
     logits = h.reshape(cfg.streams, cfg.streams, *h.shape[1:])
     if cfg.clamp: logits = jnp.clip(logits, -cfg.clamp, cfg.clamp)
@@ -118,7 +122,7 @@ def _identity(h, cfg):
 
 RESIDUALS = {"sinkhorn": _sinkhorn, "lite": lambda h, cfg: lite(h, cfg.streams), "identity": _identity}
 
-# %% ../../nbs/model/16_mhc.ipynb #c030
+# %% ../../nbs/model/16_mhc.ipynb #c031
 def route(
     streams: tuple[Float[Array, "b t d"], ...],  # the n residual streams
     phi: Float[Array, "nd m"],  # packed [pre | post | res row-major]
@@ -133,7 +137,7 @@ def route(
     if cfg.convention == "deepseek": pre = pre + cfg.eps
     return Routing(pre, post, RESIDUALS[cfg.h_res](a[2] * u[2*n:] + b[2*n:], cfg))
 
-# %% ../../nbs/model/16_mhc.ipynb #c031
+# %% ../../nbs/model/16_mhc.ipynb #c032
 def routing(
     x: Float[Array, "b t n d"],  # residual stream
     phi: Float[Array, "nd m"],  # packed [pre | post | res row-major], n*n + 2n columns for Sinkhorn
@@ -144,8 +148,10 @@ def routing(
     "Maps of one sublayer: pre [b t n], post [b t n], res [b t n n]; ValueError for other shapes (paper Eqs. 14-19)."
     n, d = x.shape[2:]
     if n != cfg.streams: raise ValueError(f"x has {n} streams, cfg.streams={cfg.streams}")
-    if phi.shape[0] != n * d or min(phi.shape[1], bias.shape[0]) < cfg.packed:
-        raise ValueError(f"phi {phi.shape} and bias {bias.shape}, expected ({n * d}, {cfg.packed}) and ({cfg.packed},)")
+    columns = {cfg.packed, n * n + 2 * n} if cfg.h_res == "identity" else {cfg.packed}  # identity ignores a res block
+    if phi.shape[0] != n * d or phi.shape[1] not in columns or bias.shape != phi.shape[1:] or alpha.shape != (3,):
+        raise ValueError(f"phi {phi.shape}, bias {bias.shape} and alpha {alpha.shape}, "
+                         f"expected ({n * d}, {cfg.packed}), ({cfg.packed},) and (3,)")
     return to_public(route(tuple(jnp.moveaxis(x, 2, 0)), phi, alpha, bias, cfg))
 
 def to_public(
@@ -155,7 +161,7 @@ def to_public(
     "Move the token axes before the stream axes: [*lead b t n] and [*lead b t n n]."
     return Routing(*(jnp.moveaxis(a, (-2, -1), (lead, lead + 1)) for a in r))
 
-# %% ../../nbs/model/16_mhc.ipynb #c035
+# %% ../../nbs/model/16_mhc.ipynb #c036
 def merge(
     x: Float[Array, "b t n d"],  # residual stream
     pre: Float[Array, "b t n"],  # read weights
@@ -173,7 +179,7 @@ def spread(
     kept = jnp.einsum("btij,btjd->btid", res, x.astype(res.dtype))
     return (kept + post[..., None] * y.astype(res.dtype)[..., None, :]).astype(x.dtype)
 
-# %% ../../nbs/model/16_mhc.ipynb #c039
+# %% ../../nbs/model/16_mhc.ipynb #c040
 def merge_streams(
     streams: tuple[Float[Array, "b t d"], ...],  # the n residual streams
     pre: Float[Array, "n b t"],  # read weights, token axes last
@@ -192,7 +198,7 @@ def spread_streams(
     def kept(i): return old[i] if res is None else sum(res[i, j][..., None] * x for j, x in enumerate(old))
     return tuple((kept(i) + post[i][..., None] * y).astype(streams[0].dtype) for i in range(len(old)))
 
-# %% ../../nbs/model/16_mhc.ipynb #c044
+# %% ../../nbs/model/16_mhc.ipynb #c045
 def starting_bias(cfg: MHCConfig) -> Float[Array, "m"]:
     "Static coefficients at step 0: read 1/n, write 1/n, H_res near the identity (diagonal 0.948 for n = 4)."
     n = cfg.streams
@@ -208,7 +214,7 @@ def _lite_bias(n):
     p = (diagonal - shared) / (1 - shared)
     return np.where(np.arange(factorial(n)) == 0, log(p * others / (1 - p)), 0.0)
 
-# %% ../../nbs/model/16_mhc.ipynb #c047
+# %% ../../nbs/model/16_mhc.ipynb #c048
 class HyperConnection(nnx.Module):
     "Weights of the maps around one sublayer, float32: phi [n*d, m], alpha [3], bias [m], norm gain [n*d]."
     def __init__(self,
@@ -218,17 +224,17 @@ class HyperConnection(nnx.Module):
     ):
         size = cfg.streams * width
         self.cfg = cfg
-        self.phi = nnx.Param(cfg.phi_std * jax.random.normal(rngs.params(), (size, cfg.packed)))
+        self.phi = nnx.Param(cfg.phi_std * jax.random.normal(rngs.params(), (size, cfg.packed), jnp.float32))
         self.alpha = nnx.Param(jnp.full(3, cfg.alpha, jnp.float32))
         self.bias = nnx.Param(starting_bias(cfg))
-        self.gain = nnx.Param(jnp.ones(size)) if cfg.gain else None
+        self.gain = nnx.Param(jnp.ones(size, jnp.float32)) if cfg.gain else None
 
     def __call__(self, streams: tuple[Float[Array, "b t d"], ...]) -> Routing:
         "Maps for these streams, token axes last."
         phi = self.phi[...] if self.gain is None else self.gain[...][:, None] * self.phi[...]
         return route(streams, phi, self.alpha[...], self.bias[...], self.cfg)
 
-# %% ../../nbs/model/16_mhc.ipynb #c048
+# %% ../../nbs/model/16_mhc.ipynb #c049
 def connect(
     hyper: HyperConnection | None,  # None is the plain residual on a single stream
     streams: tuple[Float[Array, "b t d"], ...],
@@ -243,7 +249,7 @@ def connect(
     mix = None if hyper.cfg.h_res == "identity" else maps.res
     return spread_streams(streams, y, maps.post, mix), extra, maps
 
-# %% ../../nbs/model/16_mhc.ipynb #c053
+# %% ../../nbs/model/16_mhc.ipynb #c054
 class StreamEnds(nnx.Module):
     "The two ends of the stream: learned stream embeddings [n, d] and, for readout='head', a learned mix."
     def __init__(self,
@@ -253,9 +259,9 @@ class StreamEnds(nnx.Module):
     ):
         self.cfg, size, n = cfg, cfg.streams * width, cfg.streams
         std = cfg.stream_embedding
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (n, width))) if std else None
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (n, width), jnp.float32)) if std else None
         if cfg.readout == "head":
-            self.phi = nnx.Param(cfg.phi_std * jax.random.normal(rngs.params(), (size, n)))
+            self.phi = nnx.Param(cfg.phi_std * jax.random.normal(rngs.params(), (size, n), jnp.float32))
             self.alpha, self.bias = nnx.Param(jnp.full(1, cfg.alpha, jnp.float32)), nnx.Param(starting_bias(cfg)[:n])
 
     def split(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], ...]:
@@ -266,7 +272,7 @@ class StreamEnds(nnx.Module):
     def join(self, streams: tuple[Float[Array, "b t d"], ...]) -> Float[Array, "b t d"]:
         "n streams to one vector."
         if self.cfg.readout == "mean":
-            return (sum(x.astype(jnp.float32) for x in streams) / len(streams)).astype(streams[0].dtype)
+            return (sum(wide(x) for x in streams) / len(streams)).astype(streams[0].dtype)
         u = project(streams, self.phi[...], self.cfg.eps)
         pre = jax.nn.sigmoid(self.alpha[...][0] * u + self.bias[...][:, None, None]) + self.cfg.eps
         return merge_streams(streams, pre)

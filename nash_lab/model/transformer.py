@@ -41,8 +41,9 @@ class ModelConfig:
     norm_eps: float = 1e-6  # inside the root of every RMSNorm
     tie_embeddings: bool = True  # one matrix for reading and writing tokens
     dropout: float = 0.0  # share of sublayer outputs and embeddings zeroed while training
-    remat: Literal["none", "block", "dots"] = "none"  # backward recomputes: nothing, blocks, all but matmuls
+    remat: Literal["none", "block", "dots"] = "none"  # backward recomputes: nothing, blocks, all but weight matmuls
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights stay float32
+    unroll: int = 1  # layers in one turn of the scan; more take longer to compile and run a little faster
     loss_chunk: int = 128  # time steps whose logits exist at once
     init_std: float = 0.02  # standard deviation at the start
 
@@ -71,7 +72,7 @@ def check_shape(
     cfg: ModelConfig,  # as given
 ) -> None:
     "ValueError for the first field that makes no model, with its value."
-    for name in "vocab_size width layers heads kv_heads head_dim ffn_width max_len loss_chunk".split():
+    for name in "vocab_size width layers heads kv_heads head_dim ffn_width max_len unroll loss_chunk".split():
         if getattr(cfg, name) < 1: raise ValueError(f"ModelConfig: {name}={getattr(cfg, name)}, expected at least 1")
     if cfg.heads % cfg.kv_heads:
         raise ValueError(f"ModelConfig: heads={cfg.heads} is not divisible by kv_heads={cfg.kv_heads}")
@@ -85,13 +86,13 @@ def check_shape(
 # %% ../../nbs/model/17_transformer.ipynb #c010
 ATTENTIONS = {"gqa": GQA}
 REMATS = {"none": None, "block": jax.checkpoint_policies.nothing_saveable,
-          "dots": jax.checkpoint_policies.checkpoint_dots}
+          "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
 
 PRESETS = {
     "tiny": dict(vocab_size=256, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_width=64,
                  max_len=64, loss_chunk=16),
     "demo": dict(vocab_size=2048, width=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_width=384,
-                 max_len=512, loss_chunk=16, init_std=0.06),
+                 max_len=512, unroll=4, loss_chunk=16, init_std=0.06),
     "mhc-120m": dict(width=768, layers=12, heads=12, kv_heads=12, head_dim=64, ffn_width=2304,
                      compute_dtype="bfloat16"),
     "mhc-350m": dict(width=1024, layers=24, heads=16, kv_heads=16, head_dim=64, ffn_width=2816,
@@ -214,7 +215,8 @@ def run_blocks(
         return (streams, None if new is None else new._replace(layer=None)), maps
     if cfg.remat != "none": layer = jax.checkpoint(layer, policy=REMATS[cfg.remat], prevent_cse=False)
     streams = (x,) if lm.ends is None else lm.ends.split(x)
-    (streams, cache), maps = jax.lax.scan(layer, (streams, cache), (weights, jnp.arange(cfg.layers), keys))
+    inputs = weights, jnp.arange(cfg.layers), keys
+    (streams, cache), maps = jax.lax.scan(layer, (streams, cache), inputs, unroll=cfg.unroll)
     return lm.norm(streams[0] if lm.ends is None else lm.ends.join(streams)), cache, maps
 
 # %% ../../nbs/model/17_transformer.ipynb #c027
@@ -234,7 +236,7 @@ class LM(nnx.Module):
         rngs: nnx.Rngs | None = None,  # nnx.Rngs(0) when not given
     ):
         rngs, draw = rngs or nnx.Rngs(0), normal_init(cfg.init_std)
-        embed = lambda: nnx.Param(draw(rngs.params(), (cfg.vocab_size, cfg.width)))
+        embed = lambda: nnx.Param(draw(rngs.params(), (cfg.vocab_size, cfg.width), jnp.float32))
         self.cfg, self.embedding, self.head = cfg, embed(), None if cfg.tie_embeddings else embed()
         self.blocks, self.norm = stacked_blocks(cfg, rngs), RMSNorm(cfg.width, cfg.norm_eps, rngs=rngs)
         self.ends = StreamEnds(cfg.width, cfg.mhc, rngs=rngs) if cfg.residual == "mhc" else None
