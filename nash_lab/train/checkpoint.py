@@ -168,7 +168,8 @@ class Writer:
     "Writes one checkpoint at a time in the background and reports its failure at the next call."
     def __init__(self):
         logging.getLogger("absl").addFilter(_not_orbax)
-        self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        waits = ocp.AsyncOptions(create_directories_asynchronously=False)  # else a failed save holds the process 300 s
+        self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=waits)
         self.thread, self.pending = ThreadPoolExecutor(1), None
 
     def write(
