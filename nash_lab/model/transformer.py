@@ -18,7 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .attention import GQA, KVCache
-from .layers import FFNS, RMSNorm, RopeConfig, dropout, named_key, normal_init
+from .ffn import FFNS
+from .layers import RMSNorm, RopeConfig, dropout, named_key, normal_init
 from .mhc import HyperConnection, MHCConfig, Routing, StreamEnds, connect, to_public
 
 # %% ../../nbs/model/17_transformer.ipynb #c006
