@@ -56,8 +56,9 @@ class CorpusConfig:
             raise ValueError(f"CorpusConfig.on_error={self.on_error!r} must be 'error' or 'skip'")
 
 # %% ../../nbs/data/21_corpus.ipynb #c010
-STDLIB_SKIP = {  # folders: tests, generated tables, and parts that many installs leave out
-    "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip",
+STDLIB_SKIP = {  # folders and files: generated tables, parts that many installs leave out, and what is not UTF-8
+    "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip",
+    "encoded_modules", "tokenizedata", "test_source_encoding.py", "badsyntax_pep3120.py",
     "site-packages", "dist-packages", "__pycache__", "__phello__"}
 
 

@@ -40,7 +40,8 @@ class DemoConfig:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)  # the standard library
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=2048))  # pieces
     model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("demo"))  # the twin is plain
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=3e-3, final_scale=0.02))  # AdamW
+    optim: OptimConfig = field(  # Muon on the blocks' matrices, AdamW on the rest
+        default_factory=lambda: OptimConfig("muon", learning_rate=6e-3, final_scale=0.02))
     loader: LoaderConfig = field(default_factory=LoaderConfig)  # batches
 
     def __post_init__(self):
