@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['normal_init', 'NORMS', 'SLOWED', 'FLOATS', 'to_json', 'from_json', 'named_key', 'wide', 'rms_norm', 'RMSNorm',
-           'RopeConfig', 'Rotary', 'plain_frequencies', 'rotary_width', 'rope_frequencies', 'attention_factor', 'rope',
-           'turns_ramp', 'index_of', 'index_ramp', 'linear', 'Linear', 'CastRule', 'set_casts', 'dropout']
+           'Rotary', 'plain_frequencies', 'rope', 'RopeConfig', 'turns_ramp', 'index_of', 'index_ramp',
+           'attention_factor', 'rotary_width', 'rope_frequencies', 'linear', 'Linear', 'CastRule', 'set_casts',
+           'dropout']
 
 # %% ../../nbs/model/10_layers.ipynb #c003
 import math
@@ -136,6 +137,34 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, jnp.broadcast_to(gain, x.shape[-1:]), self.eps)
 
 # %% ../../nbs/model/10_layers.ipynb #c027
+class Rotary(NamedTuple):
+    "What turns a head: the frequencies decide how many of its dimensions turn, the scale multiplies cos and sin."
+    frequencies: Float[np.ndarray, "r2"]  # radians per position of each of the r/2 pairs
+    scale: float = 1.0                    # 1 except under YaRN
+
+
+def plain_frequencies(width: int, theta: float) -> Float[np.ndarray, "r2"]:
+    "theta ** (-2i / r) in float64 (2104.09864, Eq. 15)."
+    return theta ** (-np.arange(0, width, 2) / width)
+
+# %% ../../nbs/model/10_layers.ipynb #c031
+def rope(
+    x: Float[Array, "b t h k"],     # queries or keys
+    positions: Int[Array, "#b t"],  # one row may serve the whole batch
+    rotary: Rotary,                 # made by `rope_frequencies` below
+    interleaved: bool = False,      # pairs (2i, 2i+1) instead of (i, i + r/2)
+) -> Float[Array, "b t h k"]:       # dtype of `x`
+    "Rotate each pair of the first r dimensions by position times frequency, in fp32 (2104.09864, Eq. 34)."
+    width = 2 * rotary.frequencies.shape[0]
+    y, rest = wide(x[..., :width]), x[..., width:]
+    angle = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(rotary.frequencies)[None, None, None]
+    cos, sin = (f(angle).astype(y.dtype) * rotary.scale for f in (jnp.cos, jnp.sin))
+    a, b = (y[..., 0::2], y[..., 1::2]) if interleaved else jnp.split(y, 2, axis=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    y = jnp.stack([a, b], axis=-1).reshape(y.shape) if interleaved else jnp.concatenate([a, b], axis=-1)
+    return jnp.concatenate([y.astype(x.dtype), rest], axis=-1) if rest.shape[-1] else y.astype(x.dtype)
+
+# %% ../../nbs/model/10_layers.ipynb #c043
 @dataclass(frozen=True)
 class RopeConfig:
     "Rotary positions (2104.09864) and their stretching to longer contexts. ValueError for values out of range."
@@ -151,77 +180,20 @@ class RopeConfig:
     high_freq_factor: float = 4.0  # llama3: a pair with more turns in L tokens than this is left alone
 
     def __post_init__(self):
+        slow, low = self.beta_slow, self.low_freq_factor
         for name, good, wanted in (
-            ("theta", self.theta > 1, "greater than 1"), ("rotary_fraction", 0 < self.rotary_fraction <= 1, "in (0, 1]"),
+            ("theta", self.theta > 1, "greater than 1"),
+            ("rotary_fraction", 0 < self.rotary_fraction <= 1, "in (0, 1]"),
             ("scaling", self.scaling in ("none", "yarn", "llama3"), "none | yarn | llama3"),
             ("factor", self.factor == 1 or (self.factor > 1 and self.scaling != "none"), "1, or more with a scaling"),
-            ("original_len", self.original_len > 0, "positive"), ("attention_factor", self.attention_factor >= 0, "0 or more"),
-            ("beta_fast", self.beta_fast > self.beta_slow > 0, f"greater than beta_slow={self.beta_slow} > 0"),
-            ("high_freq_factor", self.high_freq_factor > self.low_freq_factor > 0,
-             f"greater than low_freq_factor={self.low_freq_factor} > 0"),
+            ("original_len", self.original_len >= 7, "7 or more: the fastest pair turns once in 6.3"),
+            ("attention_factor", self.attention_factor >= 0, "0 or more"),
+            ("beta_fast", self.beta_fast > slow > 0, f"greater than beta_slow={slow} > 0"),
+            ("high_freq_factor", self.high_freq_factor > low > 0, f"greater than low_freq_factor={low} > 0"),
         ):
             if not good: raise ValueError(f"RopeConfig.{name}={getattr(self, name)!r} must be {wanted}")
 
-# %% ../../nbs/model/10_layers.ipynb #c028
-class Rotary(NamedTuple):
-    "What turns a head: the frequencies decide how many of its dimensions turn, the scale multiplies cos and sin."
-    frequencies: Float[np.ndarray, "r2"]  # radians per position of each of the r/2 pairs
-    scale: float = 1.0                    # 1 except under YaRN
-
-
-def plain_frequencies(width: int, theta: float) -> Float[np.ndarray, "r2"]:
-    "theta ** (-2i / r) in float64 (2104.09864, Eq. 15)."
-    return theta ** (-np.arange(0, width, 2) / width)
-
-# %% ../../nbs/model/10_layers.ipynb #c030
-SLOWED = {"none": lambda width, cfg: np.zeros(width // 2)}
-
-
-def rotary_width(
-    head_dim: int,    # k
-    cfg: RopeConfig,  # the share that turns
-) -> int:
-    "Number of dimensions of a head that turn, rounded down as Hugging Face does. ValueError if odd or zero."
-    width = int(head_dim * cfg.rotary_fraction)
-    if width > 0 and width % 2 == 0: return width
-    share = "" if cfg.rotary_fraction == 1 else f" rotary_fraction={cfg.rotary_fraction} turns {width} dimensions, which"
-    raise ValueError(f"{head_dim=}{share} must be even and positive for rotary positions")
-
-
-def rope_frequencies(
-    head_dim: int,    # k
-    cfg: RopeConfig,  # base, share that turns, stretching
-) -> Rotary:          # on the host: constants of the compiled program
-    "Angular frequencies in fp32, slowed as `cfg.scaling` says, and the scale of cos and sin."
-    width = rotary_width(head_dim, cfg)
-    plain = plain_frequencies(width, cfg.theta)
-    slowed = plain + SLOWED[cfg.scaling](width, cfg) * (plain / cfg.factor - plain)
-    return Rotary(slowed.astype(np.float32), attention_factor(cfg))
-
-
-def attention_factor(cfg: RopeConfig) -> float:
-    "Factor on cos and sin: 0.1 ln s + 1 under YaRN (2309.00071, Eq. 22) unless given, otherwise 1."
-    if cfg.scaling != "yarn": return 1.0
-    return cfg.attention_factor or 0.1 * math.log(cfg.factor) + 1
-
-# %% ../../nbs/model/10_layers.ipynb #c034
-def rope(
-    x: Float[Array, "b t h k"],     # queries or keys
-    positions: Int[Array, "#b t"],  # one row may serve the whole batch
-    rotary: Rotary,                 # from `rope_frequencies`
-    interleaved: bool = False,      # pairs (2i, 2i+1) instead of (i, i + r/2)
-) -> Float[Array, "b t h k"]:       # dtype of `x`
-    "Rotate each pair of the first r dimensions by position times frequency, in fp32 (2104.09864, Eq. 34)."
-    width = 2 * rotary.frequencies.shape[0]
-    y, rest = wide(x[..., :width]), x[..., width:]
-    angle = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(rotary.frequencies)[None, None, None]
-    cos, sin = (f(angle).astype(y.dtype) * rotary.scale for f in (jnp.cos, jnp.sin))
-    a, b = (y[..., 0::2], y[..., 1::2]) if interleaved else jnp.split(y, 2, axis=-1)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    y = jnp.stack([a, b], axis=-1).reshape(y.shape) if interleaved else jnp.concatenate([a, b], axis=-1)
-    return jnp.concatenate([y.astype(x.dtype), rest], axis=-1) if rest.shape[-1] else y.astype(x.dtype)
-
-# %% ../../nbs/model/10_layers.ipynb #c046
+# %% ../../nbs/model/10_layers.ipynb #c044
 def turns_ramp(
     width: int,        # r, dimensions that turn
     cfg: RopeConfig,   # L and theta
@@ -247,11 +219,39 @@ def index_ramp(
     high = min(math.ceil(index_of(cfg.beta_slow, width, cfg)), width - 1)
     return np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0, 1)
 
-# %% ../../nbs/model/10_layers.ipynb #c047
-SLOWED |= {"yarn": index_ramp,
-           "llama3": lambda width, cfg: turns_ramp(width, cfg, cfg.low_freq_factor, cfg.high_freq_factor)}
+# %% ../../nbs/model/10_layers.ipynb #c050
+def attention_factor(cfg: RopeConfig) -> float:
+    "Factor on cos and sin: 0.1 ln s + 1 under YaRN (2309.00071, Eq. 22) unless given, otherwise 1."
+    if cfg.scaling != "yarn": return 1.0
+    return cfg.attention_factor or 0.1 * math.log(cfg.factor) + 1
 
-# %% ../../nbs/model/10_layers.ipynb #c066
+# %% ../../nbs/model/10_layers.ipynb #c053
+SLOWED = {"none": lambda width, cfg: np.zeros(width // 2), "yarn": index_ramp,
+          "llama3": lambda width, cfg: turns_ramp(width, cfg, cfg.low_freq_factor, cfg.high_freq_factor)}
+
+
+def rotary_width(
+    head_dim: int,    # k
+    cfg: RopeConfig,  # the share that turns
+) -> int:
+    "Number of dimensions of a head that turn, rounded down as Hugging Face does. ValueError if odd or zero."
+    width = int(head_dim * cfg.rotary_fraction)
+    if width > 0 and width % 2 == 0: return width
+    share = "" if cfg.rotary_fraction == 1 else f" rotary_fraction={cfg.rotary_fraction} turns {width} of them, which"
+    raise ValueError(f"{head_dim=}{share} must be even and positive for rotary positions")
+
+
+def rope_frequencies(
+    head_dim: int,    # k
+    cfg: RopeConfig,  # base, share that turns, stretching
+) -> Rotary:          # on the host: constants of the compiled program
+    "Angular frequencies in fp32, slowed as `cfg.scaling` says, and the scale of cos and sin."
+    width = rotary_width(head_dim, cfg)
+    plain = plain_frequencies(width, cfg.theta)
+    slowed = plain + SLOWED[cfg.scaling](width, cfg) * (plain / cfg.factor - plain)
+    return Rotary(slowed.astype(np.float32), attention_factor(cfg))
+
+# %% ../../nbs/model/10_layers.ipynb #c067
 def _dot(a, b, axes, cast, out, precision):
     "Contract `axes` of a and b; with `cast` both are rounded to it before and summed in fp32."
     if cast: a, b = a.astype(cast), b.astype(cast)
@@ -275,7 +275,7 @@ def _contract_backward(axes, precision, casts, saved, dy):
 
 _contract.defvjp(_contract_forward, _contract_backward)
 
-# %% ../../nbs/model/10_layers.ipynb #c067
+# %% ../../nbs/model/10_layers.ipynb #c068
 def linear(
     x: Float[Array, "*m"],               # trailing axes: the input shape of `weight`
     weight: Float[Array, "*io"],         # input axes, then output axes; cast to the dtype of `x`
@@ -288,7 +288,7 @@ def linear(
     y = _contract(x, weight, axes, precision, tuple(casts))
     return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 
-# %% ../../nbs/model/10_layers.ipynb #c069
+# %% ../../nbs/model/10_layers.ipynb #c070
 class Linear(nnx.Module):
     "Holds the weight (and bias) of `linear`; fp32, normal with standard deviation `std`, bias zero."
     def __init__(
@@ -310,7 +310,7 @@ class Linear(nnx.Module):
         bias, casts = None if self.bias is None else self.bias[...], (self.forward_dtype, self.backward_dtype)
         return linear(x, self.weight[...], self.axes, bias, casts=casts)
 
-# %% ../../nbs/model/10_layers.ipynb #c073
+# %% ../../nbs/model/10_layers.ipynb #c074
 FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -323,7 +323,8 @@ class CastRule:
 
     def __post_init__(self):
         for name, value in (("forward", self.forward), ("backward", self.backward)):
-            if value and value not in FLOATS: raise ValueError(f"CastRule.{name}={value!r}, expected one of {', '.join(FLOATS)}")
+            if value in ("", *FLOATS): continue
+            raise ValueError(f"CastRule.{name}={value!r}, expected one of {', '.join(FLOATS)}")
 
 
 def set_casts(
@@ -338,7 +339,7 @@ def set_casts(
         for path in fitting: maps[path].forward_dtype, maps[path].backward_dtype = rule.forward, rule.backward
     return {path: (m.forward_dtype, m.backward_dtype) for path, m in maps.items()}
 
-# %% ../../nbs/model/10_layers.ipynb #c082
+# %% ../../nbs/model/10_layers.ipynb #c083
 def dropout(
     x: Float[Array, "*m"],   # activations
     rate: float,             # share set to zero, static
