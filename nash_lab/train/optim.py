@@ -103,7 +103,7 @@ def matrix_axes(
     "Which axes of a block's weight are inputs and outputs; the axes in front of them count matrices."
     names = path.removesuffix("/value").split("/")
     if names[-1] != "weight" or names[0] not in ("blocks", "mtp"): return None
-    first = 2 if "experts" in names else 1
+    first = 2 if "ffn" in names and ndim == 4 else 1  # [l, e, d, f]: one matrix an expert
     inputs = 2 if names[-2] == "o" else 1
     if ndim <= first + inputs: return None
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, first + inputs)), tuple(range(first + inputs, ndim)))
