@@ -136,6 +136,7 @@ class GQA(nnx.Module):
         positions: Int[Array, "#b t"],              # of each token in its row; "b t" with a cache
         segments: Int[Array, "b t"] | None = None,  # documents, only without cache
         cache: KVCache | None = None,               # holds the tokens before these
+        depth: Int[Array, ""] | None = None,        # index of the layer, which a sibling of this class asks for
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         "Attend among `x` itself, or through the cache after writing `x` to it. ValueError for segments with a cache."
         turn = lambda y: rope(y, positions, rope_frequencies(self.head_dim, self.rope))

@@ -258,13 +258,14 @@ def _dot(a, b, axes, cast, out, precision):
     total = jnp.float32 if cast else out
     return jax.lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=total).astype(out)
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _contract(x, weight, axes, precision, casts):
+def _forward(x, weight, axes, precision, casts):
     inner = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
     return _dot(x, weight if casts[0] else weight.astype(x.dtype), inner, casts[0], x.dtype, precision)
 
-def _contract_forward(x, weight, axes, precision, casts):
-    return _contract(x, weight, axes, precision, casts), (x, weight)
+_contract = jax.custom_vjp(_forward, nondiff_argnums=(2, 3, 4))
+
+def _contract_forward(x, weight, axes, precision, casts):  # the bare product, which a remat policy can see and save
+    return _forward(x, weight, axes, precision, casts), (x, weight)
 
 def _contract_backward(axes, precision, casts, saved, dy):
     x, weight = saved

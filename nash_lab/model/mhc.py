@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODES', 'RESIDUALS', 'MHCConfig', 'project', 'lite', 'sinkhorn_deepseek', 'Routing', 'route', 'routing', 'to_public',
-           'merge', 'spread', 'merge_streams', 'spread_streams', 'starting_bias', 'HyperConnection', 'connect',
-           'StreamEnds']
+           'merge', 'spread', 'merge_streams', 'spread_streams', 'starting_bias', 'gated', 'to_gate', 'HyperConnection',
+           'connect', 'StreamEnds']
 
 # %% ../../nbs/model/16_mhc.ipynb #c003
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ class MHCConfig:
     stream_embedding: float = 0.02  # std of a learned vector per stream, 0 for none; breaks the symmetry
     readout: Literal["mean", "head"] = "mean"  # streams to one vector at the end: mean, or a learned mix
     convention: Literal["paper", "deepseek"] = "paper"  # coefficient arithmetic and storage order of H_res
+    gates: bool = False  # a learned scalar g per sublayer: H_res becomes (1 - g) I + g H_res
 
     def __post_init__(self):
         if self.streams < 1: raise ValueError(f"MHCConfig: streams={self.streams}, expected at least 1")
@@ -45,6 +46,8 @@ class MHCConfig:
                 raise ValueError(f"MHCConfig: {name}={getattr(self, name)!r}, expected one of {known}")
         if self.convention == "deepseek" and self.iterations < 2:
             raise ValueError(f"MHCConfig: iterations={self.iterations}, expected at least 2 with convention='deepseek'")
+        if self.gates and self.h_res == "identity":
+            raise ValueError("MHCConfig: gates=True with h_res='identity', there is nothing between I and I")
         if self.h_res == "lite" and self.streams > 5:
             raise ValueError(f"MHCConfig: h_res='lite' mixes {self.streams}! permutations, expected streams <= 5")
         if min(self.eps, self.clamp, self.phi_std, self.stream_embedding) < 0:
@@ -215,6 +218,20 @@ def _lite_bias(n):
     return np.where(np.arange(factorial(n)) == 0, log(p * others / (1 - p)), 0.0)
 
 # %% ../../nbs/model/16_mhc.ipynb #c048
+def gated(
+    res: Float[Array, "n n *m"],  # H_res, matrix axes in front
+    g: Float[Array, ""],  # 0 the identity, 1 H_res
+) -> Float[Array, "n n *m"]:
+    "(1 - g) I + g H_res."
+    eye = jnp.eye(res.shape[0], dtype=res.dtype).reshape(*res.shape[:2], *(1,) * (res.ndim - 2))
+    g = g.astype(res.dtype)
+    return (1 - g) * jnp.broadcast_to(eye, res.shape) + g * res
+
+def to_gate(g: Float[Array, "*m"]) -> Float[Array, "*m"]:  # in [0, 1], both ends allowed
+    "The weight of a gate with this value: its logit."
+    return jnp.log(g) - jnp.log1p(-g)
+
+# %% ../../nbs/model/16_mhc.ipynb #c051
 class HyperConnection(nnx.Module):
     "Weights of the maps around one sublayer, float32: phi [n*d, m], alpha [3], bias [m], norm gain [n*d]."
     def __init__(self,
@@ -228,13 +245,15 @@ class HyperConnection(nnx.Module):
         self.alpha = nnx.Param(jnp.full(3, cfg.alpha, jnp.float32))
         self.bias = nnx.Param(starting_bias(cfg))
         self.gain = nnx.Param(jnp.ones(size, jnp.float32)) if cfg.gain else None
+        self.gate = nnx.Param(to_gate(jnp.float32(0.01))) if cfg.gates else None  # barely open, as its source starts
 
     def __call__(self, streams: tuple[Float[Array, "b t d"], ...]) -> Routing:
         "Maps for these streams, token axes last."
         phi = self.phi[...] if self.gain is None else self.gain[...][:, None] * self.phi[...]
-        return route(streams, phi, self.alpha[...], self.bias[...], self.cfg)
+        maps = route(streams, phi, self.alpha[...], self.bias[...], self.cfg)
+        return maps if self.gate is None else maps._replace(res=gated(maps.res, jax.nn.sigmoid(self.gate[...])))
 
-# %% ../../nbs/model/16_mhc.ipynb #c049
+# %% ../../nbs/model/16_mhc.ipynb #c052
 def connect(
     hyper: HyperConnection | None,  # None is the plain residual on a single stream
     streams: tuple[Float[Array, "b t d"], ...],
@@ -249,7 +268,7 @@ def connect(
     mix = None if hyper.cfg.h_res == "identity" else maps.res
     return spread_streams(streams, y, maps.post, mix), extra, maps
 
-# %% ../../nbs/model/16_mhc.ipynb #c054
+# %% ../../nbs/model/16_mhc.ipynb #c057
 class StreamEnds(nnx.Module):
     "The two ends of the stream: learned stream embeddings [n, d] and, for readout='head', a learned mix."
     def __init__(self,
