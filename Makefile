@@ -12,7 +12,7 @@ READY  := $(VENV)/.ready
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-.PHONY: help demo test docs lab export refresh readme constraints clean clean-venv
+.PHONY: help demo test test-faults mutate docs lab export refresh readme constraints clean clean-venv
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/:.*/, "", $$1); printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ demo: $(LEAN)      ## the whole life of a small model on this CPU -> runs/demo/r
 test: $(READY)   ## export, clean, every notebook, every test
 	$(BIN)/python tools/sync.py --check
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(READY)  ## every fault and attack, the slow ones too
+	$(BIN)/python -m pytest -m faults --durations=10 $(ARGS)
+
+mutate: $(READY) ## remove one guard after the other: its test has to fail
+	$(BIN)/python tools/mutate.py $(ARGS)
 
 docs: $(READY)   ## the site -> _docs/html/index.html
 	$(BIN)/python tools/build_docs.py $(ARGS)

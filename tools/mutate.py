@@ -1,0 +1,86 @@
+"""Remove one guard after the other: the test that stands for it has to fail.
+
+    python tools/mutate.py [WORD ...]     only the mutations whose name has one of the words
+
+Works on a copy of the package and the tests in a temporary folder; the checkout is never touched. First every test runs on the unchanged copy, where
+it has to pass, so that a failure later is the guard's. A test that is skipped shows nothing, and counts as not shown."""
+import os, shutil, subprocess, sys, tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ('nash_lab', 'tests', 'tools', 'nbs', 'pyproject.toml', 'settings.ini')
+LIMIT = 300   # seconds for one test
+
+
+class Mutation(NamedTuple):
+    name: str   # page: guard
+    file: str   # in the package
+    old: str    # stands there exactly once
+    new: str    # the same without the guard
+    test: str   # what has to fail
+
+
+CONFINE, SANDBOX, ATTACK = 'nash_lab/evals/confine.py', 'nash_lab/evals/sandbox.py', 'tests/test_sandbox.py::test_attack'
+MUTATIONS = [
+    Mutation('sandbox: network', CONFINE, '"network": "socket 41 198 connect 42 203 bind 49 200"', '"network": ""', f'{ATTACK}[2-network]'),
+    Mutation('sandbox: reading files', CONFINE, 'if readable is not None: landlock(readable)', 'pass', f'{ATTACK}[2-read_files]'),
+    Mutation('sandbox: writing files', CONFINE, 'WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000', 'WRITING = 0', f'{ATTACK}[1-write_files]'),
+    Mutation('sandbox: early exit', SANDBOX, '''if kept["result"].count(b"\\n") < 2 or code:''', '''if not code and kept["result"].count(b"\\n") < 2: return dict(status="passed", error="", values=())
+    if kept["result"].count(b"\\n") < 2 or code:''', 'tests/test_sandbox.py::test_leaving_early_is_no_pass'),
+    Mutation('sandbox: nonce', SANDBOX, 'if verdict.pop("nonce") != nonce: raise', 'if verdict.pop("nonce") is None: raise', f'{ATTACK}[2-forgeries]'),
+    Mutation('sandbox: children', CONFINE, '"children": "fork 57 - vfork 58 - execve 59 221 execveat 322 281"', '"children": ""', f'{ATTACK}[2-forks]'),
+    Mutation('sandbox: environment', SANDBOX, 'env=_ENVIRONMENT, pass_fds', 'env=os.environ | _ENVIRONMENT, pass_fds', f'{ATTACK}[2-environment]'),
+    Mutation('sandbox: time', SANDBOX, 'deadline = time.monotonic() + limits.wall_s', 'deadline = time.monotonic() + limits.wall_s + 5', f'{ATTACK}[2-clock]'),
+    Mutation('sandbox: signals', CONFINE, 'for number in (kill, tgkill): code += only_if(number, 0, EQUAL, pid, True)', 'pass', f'{ATTACK}[2u-signals]'),
+]
+
+
+def copy(folder: Path):
+    for name in COPIED:
+        ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+        if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, folder/name, ignore=ignore)
+        elif (ROOT/name).exists(): shutil.copy(ROOT/name, folder/name)
+
+
+def outcome(folder: Path, test: str) -> tuple[str, str]:
+    "passed, failed or skipped, and the last line of pytest"
+    env = os.environ | {'PYTHONPATH': str(folder), 'PYTHONDONTWRITEBYTECODE': '1'}
+    run = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-m', '', test]
+    try: r = subprocess.run(run, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT)
+    except subprocess.TimeoutExpired: return 'failed', f'not done after {LIMIT} s'
+    last = (r.stdout.strip().splitlines() or [r.stderr.strip()[-200:]])[-1].strip('= ')
+    if r.returncode not in (0, 1): return 'broken', last
+    return 'failed' if r.returncode else 'passed' if 'passed' in last else 'skipped', last
+
+
+def mutate(folder: Path, m: Mutation) -> str:
+    "The file's text before, after writing the mutated one. ValueError when the guard does not stand there exactly once"
+    text = (folder/m.file).read_text(encoding='utf-8')
+    if text.count(m.old) != 1: raise ValueError(f'{m.name}: {m.file} has {text.count(m.old)} times {m.old!r}, expected once')
+    (folder/m.file).write_text(text.replace(m.old, m.new), encoding='utf-8')
+    return text
+
+
+def main(words) -> int:
+    chosen = [m for m in MUTATIONS if not words or any(w in m.name for w in words)]
+    if not chosen: sys.exit(f'no mutation has {words} in its name')
+    missed = 0
+    with tempfile.TemporaryDirectory(prefix='nash_lab-mutate-') as place:
+        os.chmod(place, 0o755)   # a plain user reads it too
+        copy(folder := Path(place))
+        for m in chosen:
+            with_guard, why = outcome(folder, m.test)
+            if with_guard == 'passed':
+                before = mutate(folder, m)
+                without, why = outcome(folder, m.test)
+                (folder/m.file).write_text(before, encoding='utf-8')
+            shown = with_guard == 'passed' and without == 'failed'
+            missed += not shown
+            said = 'its test fails' if shown else f'NOT SHOWN, {with_guard} with the guard: {why}' if with_guard != 'passed' else f'NOT NOTICED: {why}'
+            print(f'{m.name:<28} removed: {said}', flush=True)
+    print(f'{len(chosen) - missed} of {len(chosen)} guards are missed when they are gone')
+    return missed > 0
+
+
+if __name__ == '__main__': sys.exit(main(sys.argv[1:]))
