@@ -408,7 +408,8 @@ attempt("no death signal", lambda: libc.prctl(1, 0, 0, 0, 0))
 for node in ("/dev/sda", "/dev/vda", "/dev/mem", "/dev/kmsg", "/dev/kvm", "/dev/nvidia0", "/dev/tty", "/dev/fuse", "/dev/net/tun"):
     for flags in (os.O_RDONLY, os.O_RDWR): attempt(node, lambda: os.open(node, flags))
 ''', ['done'])
-        out = list(r.values[0]) if r.values else [r.error]
+        everyone = lambda node: self.level == 1 and node.startswith('/dev/') and os.stat(node).st_mode & 0o004   # level 1 reads what everyone may read
+        out = [o for o in r.values[0] if not everyone(o)] if r.values else [r.error]
         if Path('/proc/mounts').read_text() != mounts: out.append('mounts changed')
         if Path('/proc/sysvipc/shm').read_text() != shm: out.append('shared memory left')
         return out + ['a node'] * Path('/tmp/disk').exists()

@@ -154,7 +154,7 @@ def test_a_level_that_is_missing_is_an_error(monkeypatch):
         with pytest.raises(SandboxError, match=f'level {level}: '): run_python('x = 1', '', Limits(level=level))
 
 def test_a_guard_that_fails_runs_nothing(monkeypatch):
-    monkeypatch.setattr(sandbox, 'launcher', lambda: [sys.executable, '-c', 'import sys; sys.exit("no such guard")'])
+    monkeypatch.setattr(sandbox, 'launcher', lambda: [sandbox._INTERPRETER, '-c', 'import sys; sys.exit("no such guard")'])
     with pytest.raises(SandboxError, match='no such guard'): run_python('x = 1', '', MILD)
 
 def test_every_offered_level_says_so():

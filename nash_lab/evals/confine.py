@@ -138,7 +138,9 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000  # and 
 LOAD, EQUAL, ABOVE, BITS, RETURN = 0x20, 0x15, 0x25, 0x45, 0x06  # classic BPF instructions
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 
-def refuse(reason: int = errno.EPERM) -> tuple:
+def refuse(
+    reason: int = errno.EPERM,  # the error
+) -> tuple:
     "The instruction that answers a call with an error."
     return RETURN, 0, 0, 0x00050000 | reason
 
@@ -148,10 +150,11 @@ def only_if(
     test: int,      # EQUAL or BITS
     value: int,     # to compare with
     wanted: bool,   # allowed when the test says this
+    reason: int = errno.EPERM,  # the error otherwise
 ) -> list[tuple]:
     "Instructions that allow a call by one of its arguments."
     jump = (0, 1) if wanted else (1, 0)
-    outcome = [(test, *jump, value), (RETURN, 0, 0, ALLOW), refuse()]
+    outcome = [(test, *jump, value), (RETURN, 0, 0, ALLOW), refuse(reason)]
     return [(EQUAL, 0, 4, number), (LOAD, 0, 0, 16 + 8 * argument), *outcome]
 
 # %% ../../nbs/evals/40_confine.ipynb #c030
@@ -163,7 +166,8 @@ def program(
     "The filter: instructions of (operation, jump if true, jump if false, constant). ValueError as `numbers`."
     arm = machine == "aarch64"
     refused = numbers(machine)
-    open_, openat, clone, kill, tgkill, limit = (None, 56, 220, 129, 131, 261) if arm else (2, 257, 56, 62, 234, 302)
+    open_, openat, clone, kill, tgkill, limit, ioctl = (
+        (None, 56, 220, 129, 131, 261, 29) if arm else (2, 257, 56, 62, 234, 302, 16))
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, 0xC00000B7 if arm else 0xC000003E), (RETURN, 0, 0, KILL)]
     code += [(LOAD, 0, 0, 0), (ABOVE, 0, 1, LAST), refuse(errno.ENOSYS)]
     for number in refused: code += [(EQUAL, 0, 1, number), refuse()]
@@ -173,6 +177,7 @@ def program(
     code += only_if(clone, 0, BITS, 0x10000, True) if threads else [(EQUAL, 0, 1, clone), refuse()]
     for number in (kill, tgkill): code += only_if(number, 0, EQUAL, pid, True)
     code += only_if(limit, 0, EQUAL, 0, True) + only_if(_PRCTL[machine], 0, EQUAL, 1, False)
+    code += only_if(ioctl, 1, EQUAL, 0x5421, True, errno.ENOTTY)  # FIONBIO; Python takes ENOTTY for "use fcntl"
     return code + [(RETURN, 0, 0, ALLOW)]
 
 # %% ../../nbs/evals/40_confine.ipynb #c036
@@ -255,18 +260,22 @@ def send(
 # %% ../../nbs/evals/40_confine.ipynb #c051
 def main(
     fd: int,  # where messages go
+    go: int,  # a byte comes from here when the parent has read the first
 ):
     "Reads a request, runs it in the box and reports; never returns."
     request = json.load(sys.stdin)
     out, err = sys.stdout, sys.stderr
     empty, into = os.pipe()
     os.dup2(empty, 0)  # nothing more to read; the box may lack /dev/null
-    os.closerange(3, fd); os.closerange(fd + 1, 256)
+    for other in range(3, 256):
+        if other not in (fd, go): os.closerange(other, other + 1)
     try: close_box(**request["box"])
     except Exception as error:
         send(fd, {"refused": describe(error)})
         os._exit(1)
     send(fd, {"ready": True})
+    if not os.read(go, 1): os._exit(1)
+    os.close(go)
     verdict = judge(**request["job"])
     for stream in (out, err):
         try: stream.flush()

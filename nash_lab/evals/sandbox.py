@@ -99,8 +99,8 @@ _INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", None) or sys.ex
 
 @cache
 def launcher() -> list[str]:
-    "The command that starts a box, without the descriptor for its messages."
-    source = Path(confine.__file__).read_text(encoding="utf-8") + "\nmain(int(sys.argv[1]))\n"
+    "The command that starts a box, without the two descriptors of its pipes."
+    source = Path(confine.__file__).read_text(encoding="utf-8") + "\nmain(int(sys.argv[1]), int(sys.argv[2]))\n"
     return [_INTERPRETER, "-s", "-S", "-P", "-B", "-c", source]
 
 # %% ../../nbs/evals/40a_sandbox.ipynb #c017
@@ -144,6 +144,7 @@ def private_uid():
 def listen(
     pipes: dict[str, int],  # name -> descriptor; `result` is the one that starts the clock
     limits: Limits,         # of time and of bytes
+    go: int | None = None,  # told when the clock starts
 ) -> tuple[dict[str, bytes], bool]:  # what was kept, at most one byte more than the limit; is the time over?
     "Reads until all pipes are closed or the time is over."
     kept, deadline = {name: bytearray() for name in pipes}, time.monotonic() + limits.start_s
@@ -153,7 +154,9 @@ def listen(
             for key, _ in open_.select(left):
                 data = os.read(key.fd, 1 << 16)
                 if not data: open_.unregister(key.fd)
-                elif key.data == "result" and not kept["result"]: deadline = time.monotonic() + limits.wall_s
+                elif key.data == "result" and not kept["result"]:
+                    deadline = time.monotonic() + limits.wall_s
+                    if go is not None: os.write(go, b"g")
                 kept[key.data] += data[: limits.output_bytes + 1 - len(kept[key.data])]
         return {name: bytes(data) for name, data in kept.items()}, bool(open_.get_map())
 
@@ -246,20 +249,20 @@ def _outcome(kept, late, code, nonce, tests) -> dict:
 
 # %% ../../nbs/evals/40a_sandbox.ipynb #c043
 def converse(
-    command: list[str],  # starts the box; the descriptor for its messages is added
+    command: list[str],  # starts the box; the descriptors of two pipes are added: its messages, our answer
     request: dict,       # what the launcher reads
     limits: Limits,      # of time and of bytes
 ) -> tuple[dict[str, bytes], bool, int]:  # what the pipes gave, is the time over, exit code
     "Starts a box, hands it the request, listens, ends it."
-    result, into = os.pipe()
-    with tempfile.TemporaryFile() as file, os.fdopen(result, "rb"):
+    (result, into), (go, tell) = os.pipe(), os.pipe()
+    with tempfile.TemporaryFile() as file, os.fdopen(result, "rb"), os.fdopen(go, "rb"), os.fdopen(tell, "wb"):
         file.write(json.dumps(request).encode())
         file.seek(0)
-        try: process = subprocess.Popen([*command, str(into)], stdin=file, stdout=-1, stderr=-1, cwd="/",
-                                        env=_ENVIRONMENT, pass_fds=[into], start_new_session=True)
+        try: process = subprocess.Popen([*command, str(into), str(go)], stdin=file, stdout=-1, stderr=-1, cwd="/",
+                                        env=_ENVIRONMENT, pass_fds=[into, go], start_new_session=True)
         finally: os.close(into)
         with process.stdout as out, process.stderr as err:
-            kept, late = listen({"result": result, "stdout": out.fileno(), "stderr": err.fileno()}, limits)
+            kept, late = listen({"result": result, "stdout": out.fileno(), "stderr": err.fileno()}, limits, tell)
             return kept, late, finish(process, result)
 
 # %% ../../nbs/evals/40a_sandbox.ipynb #c044
