@@ -74,28 +74,33 @@ class TrainConfig:
         schedule(self.optim, self.steps)  # refuses a warm-up longer than the run
 
 # %% ../../nbs/train/33_pretrain.ipynb #c009
+PLAIN = ("tokens", "targets", "mask")  # a batch without document boundaries: causal, positions from 0
+
+# %% ../../nbs/train/33_pretrain.ipynb #c010
 def batch_gradient(
     graphdef: nnx.GraphDef,  # of the LM
     params: dict,  # nested dict of float32 arrays
     batch: dict,  # tokens, targets, mask "b t", and positions and segments where documents are masked
     key: PRNGKeyArray,  # of this step's dropout
     accumulate: int = 1,  # micro-batches
-) -> tuple[Float[Array, ""], dict]:
-    "Mean nats per counted target, and its gradient."
-    def nats(params, micro, key):
+) -> tuple[dict[str, Float[Array, ""]], dict]:  # loss, aux and mtp; gradient
+    "Mean nats per counted target with what else is descended, and the gradient of the sum."
+    def objective(params, micro, key):
         lm, data = nnx.merge(graphdef, params), dict(micro)
-        return lm.loss(data.pop("tokens"), data.pop("targets"), data.pop("mask"), dropout_key=key, **data)
+        total, terms = lm.objective(*[data.pop(k) for k in PLAIN], dropout_key=key, **data)
+        return total, terms | {"aux": terms["aux"] * terms["count"]}
     def add(sums, item):
         index, micro = item
-        (total, count), grads = jax.value_and_grad(nats, has_aux=True)(params, micro, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, sums, (total, count, grads)), None
+        (_, terms), grads = jax.value_and_grad(objective, has_aux=True)(params, micro, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, sums, (terms, grads)), None
     micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    (total, count, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))
-    count = jnp.maximum(count, 1)  # a batch of padding alone has gradient 0
-    return total / count, jax.tree.map(lambda g: g / count, grads)
+    zero = (dict.fromkeys(("nats", "count", "aux", "mtp"), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
+    (sums, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))
+    count = jnp.maximum(sums["count"], 1)  # a batch of padding alone has gradient 0
+    terms = {"loss": sums["nats"], "aux": sums["aux"], "mtp": sums["mtp"]}
+    return jax.tree.map(lambda x: x / count, (terms, grads))
 
-# %% ../../nbs/train/33_pretrain.ipynb #c016
+# %% ../../nbs/train/33_pretrain.ipynb #c017
 class TrainState(NamedTuple):
     "What a step maps to its successor."
     params: dict  # nested dict of float32 arrays
@@ -103,7 +108,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # steps made
     skipped: Int[Array, ""]  # of these, steps without an update
 
-# %% ../../nbs/train/33_pretrain.ipynb #c017
+# %% ../../nbs/train/33_pretrain.ipynb #c018
 def make_train_step(
     graphdef: nnx.GraphDef,  # of the LM
     tx: optax.GradientTransformation,  # from `optimizer`
@@ -112,17 +117,17 @@ def make_train_step(
     "The train step; a non-finite loss or gradient leaves parameters and moments as they are."
     def step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
-        loss, grads = batch_gradient(graphdef, state.params, batch, key, accumulate)
+        terms, grads = batch_gradient(graphdef, state.params, batch, key, accumulate)
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        good = jnp.isfinite(sum(terms.values())) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new = (optax.apply_updates(state.params, updates), opt_state)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.opt_state))
         skipped = state.skipped + (~good).astype(jnp.int32)
-        return TrainState(*new, state.step + 1, skipped), {"loss": loss, "grad_norm": norm, "skipped": skipped}
+        return TrainState(*new, state.step + 1, skipped), terms | {"grad_norm": norm, "skipped": skipped}
     return jax.jit(step, donate_argnums=0)
 
-# %% ../../nbs/train/33_pretrain.ipynb #c019
+# %% ../../nbs/train/33_pretrain.ipynb #c020
 def fresh_state(
     params: dict,  # initial parameters
     tx: optax.GradientTransformation,  # from `optimizer`
@@ -131,7 +136,7 @@ def fresh_state(
     params = jax.tree.map(lambda x: x.astype(x.dtype), params)
     return TrainState(params, tx.init(params), jnp.int32(0), jnp.int32(0))
 
-# %% ../../nbs/train/33_pretrain.ipynb #c024
+# %% ../../nbs/train/33_pretrain.ipynb #c025
 @lru_cache(maxsize=8)
 def make_eval_step(
     graphdef: nnx.GraphDef,  # of the LM
@@ -139,7 +144,7 @@ def make_eval_step(
     "Sum of nats and number of counted targets of a batch, without dropout."
     return jax.jit(lambda params, batch: nnx.merge(graphdef, params).loss(*(batch[k] for k in PLAIN)))
 
-# %% ../../nbs/train/33_pretrain.ipynb #c025
+# %% ../../nbs/train/33_pretrain.ipynb #c026
 def evaluate_loss(
     eval_step: Callable,  # from make_eval_step
     params: dict,  # to evaluate
@@ -153,9 +158,6 @@ def evaluate_loss(
     sums = jax.device_get([eval_step(params, batch) for batch in batches])
     nats, count = np.sum(np.array(sums, np.float64), axis=0)
     return {"val_loss": nats / count, "val_bpb": nats / count / math.log(2) / packed.bytes_per_token}
-
-# %% ../../nbs/train/33_pretrain.ipynb #c026
-PLAIN = ("tokens", "targets", "mask")  # a batch without document boundaries: causal, positions from 0
 
 # %% ../../nbs/train/33_pretrain.ipynb #c032
 def routing_stats(
@@ -288,7 +290,8 @@ def train_record(
     speed = (job.step - job.logged) * tokens / max(seconds, 1e-9)
     job.logged = job.step
     peak = peak_flops(jax.devices()[0].device_kind)
-    return {"step": job.step, "loss": metrics["loss"], "lr": rate(job.step - 1 - int(metrics["skipped"])),
+    more = {name: metrics[name] for name in ("aux", "mtp") if metrics[name]}  # 0: this model has none
+    return {"step": job.step, "loss": metrics["loss"], **more, "lr": rate(job.step - 1 - int(metrics["skipped"])),
             "grad_norm": metrics["grad_norm"], "skipped": int(metrics["skipped"]), "tokens": job.step * tokens,
             "tokens_per_s": speed, "time_s": job.time_s,
             "mfu": flops_per_token(cfg.model, cfg.loader.seq_len) * speed / peak if peak else None}
