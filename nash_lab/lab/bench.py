@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMPARISONS', 'BenchConfig', 'take_turns', 'rows_of', 'train_turn', 'bench_residual', 'forward_turn', 'bench_decode',
-           'table', 'bench']
+           'bench_ablation', 'score_table', 'table', 'bench']
 
 # %% ../../nbs/lab/71a_bench.ipynb #c003
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from .ablate import AblationConfig, ablate, variants
 from ..model.generate import generate
 from ..model.layers import to_json
 from ..model.transformer import LM, ModelConfig
@@ -29,7 +31,7 @@ from ..train.pretrain import fresh_state, make_train_step
 @dataclass(frozen=True)
 class BenchConfig:
     "What to measure; raises ValueError on a count below 1."
-    what: tuple[Literal["residual", "decode"], ...] = ("residual", "decode")  # comparisons, in this order
+    what: tuple[Literal["residual", "decode", "ablation"], ...] = ("residual", "decode")  # comparisons, in this order
     model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("demo"))  # its plain twin is the peer
     batch_size: int = 16  # rows of a train step
     seq_len: int = 128  # tokens a row of a train step
@@ -37,6 +39,7 @@ class BenchConfig:
     steps: int = 3  # train steps a turn
     new_tokens: int = 256  # tokens that decoding makes
     prompts: int = 1  # rows that decoding continues
+    ablation: AblationConfig = field(default_factory=AblationConfig)  # the switches against each other, 20 minutes or more
     out: str = ""  # JSON file for the rows; none when empty
 
     def __post_init__(self):
@@ -128,9 +131,30 @@ def bench_decode(cfg: BenchConfig) -> list[dict]:  # preset and sizes
                    "cached loop": lambda: generate(lm, prompts, max_new_tokens=cfg.new_tokens, temperature=0.0)}
     return rows_of("decode", take_turns(contestants, cfg.rounds), cfg.new_tokens * cfg.prompts)
 
-COMPARISONS = {"residual": bench_residual, "decode": bench_decode}
+# %% ../../nbs/lab/71a_bench.ipynb #c017
+def bench_ablation(cfg: BenchConfig) -> list[dict]:  # cfg.ablation holds the switches
+    "Scores of every variant and the ratio of its train step to the first one's; prints a table of its own."
+    small = replace(cfg, batch_size=cfg.ablation.batch_size, seq_len=cfg.ablation.seq_len)
+    with tempfile.TemporaryDirectory() as folder: scored = ablate(cfg.ablation, Path(folder))
+    contestants = {name: train_turn(model, small) for name, model in variants(cfg.ablation).items()}
+    timed = rows_of("ablation", take_turns(contestants, cfg.rounds), small.steps * small.batch_size * small.seq_len)
+    rows = [score | time for score, time in zip(scored, timed, strict=True)]
+    print(score_table(rows))
+    return rows
 
-# %% ../../nbs/lab/71a_bench.ipynb #c019
+# %% ../../nbs/lab/71a_bench.ipynb #c018
+def score_table(rows: list[dict]) -> str:  # from bench_ablation
+    "Bits per byte with spread over seeds, paired difference to the first row, size, FLOPs and time ratio, aligned."
+    head = (f"{'variant':<22}{'bits/byte':>10}{'+-':>7}{'delta':>9}{'+-':>7}"
+            f"{'parameters':>12}{'MFLOP/token':>13}{'time ratio':>12}")
+    line = lambda r: (f"{r['name']:<22}{r['bpb']:>10.3f}{r['bpb_std']:>7.3f}{r['delta']:>+9.3f}{r['delta_std']:>7.3f}"
+                      f"{r['parameters']:>12,}{r['flops_per_token'] / 1e6:>13.2f}{r['time_ratio']:>12.2f}")
+    return "\n".join([head, *map(line, rows)])
+
+# %% ../../nbs/lab/71a_bench.ipynb #c020
+COMPARISONS = {"residual": bench_residual, "decode": bench_decode, "ablation": bench_ablation}
+
+# %% ../../nbs/lab/71a_bench.ipynb #c024
 def table(rows: list[dict]) -> str:  # from rows_of
     "The rows as aligned text."
     head = (f"{'comparison':<11}{'contestant':<25}{'ms a turn':>11}{'tokens/s':>11}"
