@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AGGREGATES', 'MAHAConfig', 'scale_weights', 'row_windows', 'coarser', 'serve_aligned', 'serve', 'Blocks',
            'find_blocks', 'gather_windows', 'Level', 'aligned_level', 'packed_level', 'take_rows', 'query_key',
-           'scale_outputs', 'MAHACache', 'touched', 'put_slots', 'get_slots', 'cached_outputs', 'Scale', 'MAHA',
-           'attend_scales', 'mean_of_tokens', 'attention_parameters', 'score_ratio']
+           'scale_outputs', 'MAHACache', 'empty_scales', 'touched', 'put_slots', 'get_slots', 'cached_outputs', 'Scale',
+           'MAHA', 'attend_scales', 'mean_of_tokens', 'attention_parameters', 'score_ratio']
 
 # %% ../../nbs/model/14_maha.ipynb #c003
 from collections.abc import Callable
@@ -235,6 +235,19 @@ class MAHACache(NamedTuple):
     layer: Int[Array, ""] | None = None        # with a leading layer axis: the layer that is meant
 
 
+def empty_scales(
+    batch: int,        # rows
+    slots: list[int],  # of each scale
+    width: int,        # d
+    kv_heads: int,     # g
+    head_dim: int,     # k
+    dtype: jnp.dtype = jnp.float32,  # compute dtype
+) -> MAHACache:
+    "Zeros for one layer."
+    heads = lambda: tuple(jnp.zeros((batch, s, kv_heads, head_dim), dtype) for s in slots)
+    return MAHACache(heads(), heads(), tuple(jnp.zeros((batch, s, width), dtype) for s in slots[:-1]))
+
+
 def touched(
     positions: Int[Array, "b t"],  # consecutive in each row
     size: int,                     # B, tokens of a block
@@ -343,9 +356,8 @@ class MAHA(nnx.Module):
         cfg.check(width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         rope_frequencies(head_dim, rope)  # refuses an odd head_dim here
         self.cfg, self.rope, self.width, self.kv_heads, self.head_dim = cfg, rope, width, kv_heads, head_dim
-        self.q = Linear((width,), (heads, head_dim), std=std, rngs=rngs)
-        self.k = Linear((width,), (kv_heads, head_dim), std=std, rngs=rngs)
-        self.v = Linear((width,), (kv_heads, head_dim), std=std, rngs=rngs)
+        into = lambda n: Linear((width,), (n, head_dim), std=std, rngs=rngs)
+        self.q, self.k, self.v = into(heads), into(kv_heads), into(kv_heads)
         self.o = Linear((heads, head_dim), (width,), std=out_std, rngs=rngs)
         for scale in range(1, cfg.scales):
             setattr(self, f"scale{scale}", Scale(width, heads, kv_heads, head_dim, std=std, rngs=rngs, cfg=cfg))
@@ -373,8 +385,7 @@ class MAHA(nnx.Module):
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> MAHACache:
         "Zeros: `length` slots for the tokens, `length // r**l` for the blocks of scale l."
         slots = [length // self.cfg.stride**scale for scale in range(self.cfg.scales)]
-        heads = lambda: tuple(jnp.zeros((batch, s, self.kv_heads, self.head_dim), dtype) for s in slots)
-        return MAHACache(heads(), heads(), tuple(jnp.zeros((batch, s, self.width), dtype) for s in slots[:-1]))
+        return empty_scales(batch, slots, self.width, self.kv_heads, self.head_dim, dtype)
 
 # %% ../../nbs/model/14_maha.ipynb #c040
 def attend_scales(
