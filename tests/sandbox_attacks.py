@@ -433,19 +433,19 @@ for node in ("/dev/sda", "/dev/vda", "/dev/mem", "/dev/kmsg", "/dev/kvm", "/dev/
 
     def concurrent(self):
         "64 runs at once, half of them misbehaving"
-        self.run(''); before = self.footprint()
+        self.run(''); time.sleep(.5); before = self.footprint()   # bubblewrap's own process takes a moment to end
         codes = ['x = 1', 'import os; os._exit(0)', 'x = 1', 'import time; time.sleep(100)']
         results = self.sandbox.run_many([(codes[i % 4], 'assert x == 1') for i in range(64)], self.sandbox.Limits(level=self.level, wall_s=5.0), workers=64)
-        time.sleep(.2)
+        time.sleep(.5)
         after = self.footprint()
         wrong = [i for i, r in enumerate(results) if r.passed != (i % 2 == 0)]
         return [f'wrong verdicts {wrong}'] * bool(wrong) + [f'{k}: {before[k]} -> {after[k]}' for k in before if before[k] != after[k]]
 
     def sequential(self):
         "1,000 runs one after the other (200 in bubblewrap, which takes longer to start)"
-        self.run(''); before = self.footprint()
+        self.run(''); time.sleep(.5); before = self.footprint()   # bubblewrap's own process takes a moment to end
         wrong = sum(not self.run('x = 1', 'assert x == 1').passed for _ in range(200 if self.level == 3 else 1000))
-        time.sleep(.2)
+        time.sleep(.5)
         after = self.footprint()
         return [f'{wrong} wrong verdicts'] * bool(wrong) + [f'{k}: {before[k]} -> {after[k]}' for k in before if before[k] != after[k]]
 
