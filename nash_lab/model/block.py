@@ -54,6 +54,7 @@ def with_aux(
     "What the layer returns, and its auxiliary loss: a float32 scalar, or None if it has none."
     return layer.with_aux(*args, **kwargs) if hasattr(layer, "with_aux") else (layer(*args, **kwargs), None)
 
+# %% ../../nbs/model/16b_block.ipynb #c011
 def add_aux(
     *losses: Float[Array, ""] | None,  # of the parts
 ) -> Float[Array, ""] | None:
@@ -61,7 +62,7 @@ def add_aux(
     there = [a for a in losses if a is not None]
     return sum(there[1:], there[0]) if there else None
 
-# %% ../../nbs/model/16b_block.ipynb #c013
+# %% ../../nbs/model/16b_block.ipynb #c014
 class Block(nnx.Module):
     "Attention and FFN, each pre-normed and joined to the residual streams."
     def __init__(self,
@@ -95,7 +96,7 @@ class Block(nnx.Module):
         streams, more, second = connect(self.ffn_hyper, streams, feed)
         return streams, cache, (first, second), add_aux(aux, more)
 
-# %% ../../nbs/model/16b_block.ipynb #c016
+# %% ../../nbs/model/16b_block.ipynb #c017
 def stacked(
     make: Callable[[nnx.Rngs], nnx.Module],  # builds one
     count: int,  # how many
@@ -104,7 +105,7 @@ def stacked(
     "One module whose every weight has a leading axis of `count`, each slice drawn by itself."
     return nnx.split_rngs(splits=count)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
-# %% ../../nbs/model/16b_block.ipynb #c017
+# %% ../../nbs/model/16b_block.ipynb #c018
 def run_stack(
     cfg: ModelConfig,  # of the blocks
     blocks: Block,  # stacked, cfg.layers of them
@@ -128,7 +129,7 @@ def run_stack(
     (streams, cache), (maps, aux) = jax.lax.scan(layer, (streams, cache), inputs, unroll=cfg.unroll)
     return streams, cache, maps, None if aux is None else aux.sum()
 
-# %% ../../nbs/model/16b_block.ipynb #c023
+# %% ../../nbs/model/16b_block.ipynb #c024
 def chunked_nats(
     hidden: Float[Array, "b t d"],  # final hidden states
     head: Float[Array, "v d"],  # unembedding, one row per token
@@ -139,6 +140,7 @@ def chunked_nats(
     "Sum of weights * negative log-likelihood in nats; gradients are taken chunk by chunk in the forward pass."
     return _nats(hidden, head, targets, weights, min(chunk, targets.shape[1]))
 
+# %% ../../nbs/model/16b_block.ipynb #c025
 def token_nats(
     hidden: Float[Array, "b t d"],  # final hidden states
     head: Float[Array, "v d"],  # unembedding
@@ -151,7 +153,7 @@ def token_nats(
     _, nats = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(targets, chunk)))
     return jnp.moveaxis(nats, 0, 1).reshape(targets.shape[0], -1)[:, : targets.shape[1]]
 
-# %% ../../nbs/model/16b_block.ipynb #c024
+# %% ../../nbs/model/16b_block.ipynb #c026
 def _chunks(a, chunk):  # [b, t, ...] -> [t / chunk, b, chunk, ...], zero-padded
     a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % chunk)) + ((0, 0),) * (a.ndim - 2))
     return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
@@ -161,12 +163,13 @@ def _chunk_nats(h, head, y):  # float32 logits from matmuls in h's type
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
     return (total - jnp.take_along_axis(z, y[..., None], -1))[..., 0], z, total
 
-# %% ../../nbs/model/16b_block.ipynb #c025
+# %% ../../nbs/model/16b_block.ipynb #c027
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _nats(hidden, head, targets, weights, chunk):
     step = lambda total, hyw: (total + jnp.sum(hyw[2] * _chunk_nats(hyw[0], head, hyw[1])[0]), None)
     return jax.lax.scan(step, jnp.float32(0), tuple(_chunks(a, chunk) for a in (hidden, targets, weights)))[0]
 
+# %% ../../nbs/model/16b_block.ipynb #c028
 def _nats_forward(hidden, head, targets, weights, chunk):
     def step(carry, hyw):
         (total, d_head), (h, y, w) = carry, hyw
@@ -180,6 +183,7 @@ def _nats_forward(hidden, head, targets, weights, chunk):
     whole = [jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, : targets.shape[1]] for a in per_token]
     return carry[0], (carry[1].T.astype(head.dtype), *whole)
 
+# %% ../../nbs/model/16b_block.ipynb #c029
 def _nats_backward(chunk, saved, ct):
     d_head, d_hidden, nats = saved
     return d_hidden * ct.astype(d_hidden.dtype), d_head * ct.astype(d_head.dtype), None, nats * ct

@@ -27,6 +27,7 @@ def ahead(
     "The row moved left by k: what stands k positions later, 0 where nothing does."
     return jnp.pad(row[:, k:], ((0, 0), (0, k)))
 
+# %% ../../nbs/model/16c_mtp.ipynb #c007
 def ahead_targets(
     targets: Int[Array, "b t"],  # next tokens
     weights: Float[Array, "b t"],  # of each in the loss
@@ -38,7 +39,7 @@ def ahead_targets(
     if segments is not None: weights = weights * (ahead(segments, k) == segments).astype(weights.dtype)
     return ahead(targets, k), weights
 
-# %% ../../nbs/model/16c_mtp.ipynb #c010
+# %% ../../nbs/model/16c_mtp.ipynb #c011
 class MTPHead(nnx.Module):
     "One depth of multi-token prediction: a block between a norm-and-projection (sequential only) and a norm."
     def __init__(self,
@@ -66,7 +67,7 @@ class MTPHead(nnx.Module):
         streams, cache, _, aux = self.block(streams, cache=cache, **where)
         return self.norm(streams[0] if self.ends is None else self.ends.join(streams)), cache, aux
 
-# %% ../../nbs/model/16c_mtp.ipynb #c013
+# %% ../../nbs/model/16c_mtp.ipynb #c014
 def head_at(
     heads: MTPHead,  # stacked
     k: int,  # depth, from 1
@@ -75,6 +76,7 @@ def head_at(
     graph, weights = nnx.split(heads)
     return nnx.merge(graph, jax.tree.map(lambda w: w[k - 1], weights))
 
+# %% ../../nbs/model/16c_mtp.ipynb #c015
 def look_ahead(
     cfg: ModelConfig,  # of the model
     heads: MTPHead,  # stacked

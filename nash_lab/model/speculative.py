@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from .generate import (
     Rollout, SampleConfig, Sampling, cut_rollout, filtered_logits, prompt_batch, rollout, room_for)
-from .transformer import LM
+from .transformer import LM, draft, init_draft
 
 # %% ../../nbs/model/18a_speculative.ipynb #c006
 def probabilities(
@@ -31,6 +31,7 @@ def probabilities(
     best = lambda: jax.nn.one_hot(jnp.where(cfg.forbidden[None], -jnp.inf, z).argmax(-1), z.shape[-1], dtype=z.dtype)
     return jax.lax.cond(cfg.temperature > 0, lambda: jax.nn.softmax(filtered_logits(z, cfg)), best)
 
+# %% ../../nbs/model/18a_speculative.ipynb #c007
 def draw(
     keys: Array,             # one JAX key a row
     p: Float[Array, "b v"],  # need not sum to one
@@ -38,7 +39,7 @@ def draw(
     "One token a row; a token with p = 0 is never drawn."
     return jax.vmap(jax.random.categorical)(keys, jnp.log(p)).astype(jnp.int32)
 
-# %% ../../nbs/model/18a_speculative.ipynb #c007
+# %% ../../nbs/model/18a_speculative.ipynb #c008
 def accept(
     p: Float[Array, "b m v"],   # trunk, after the last token and after each draft; m = D + 1
     q: Float[Array, "b k v"],   # what the drafts were drawn from; k = D
@@ -56,7 +57,7 @@ def accept(
     rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, own)  # equal up to rounding: nothing left but p itself
     return kept, draw(keys[:, 1], rest)
 
-# %% ../../nbs/model/18a_speculative.ipynb #c012
+# %% ../../nbs/model/18a_speculative.ipynb #c013
 class SpecState(NamedTuple):
     "Everything a round changes; slots are positions."
     tokens: Int[Array, "b s"]      # prompt, drawn tokens, and drafts beyond `at`
@@ -69,6 +70,7 @@ class SpecState(NamedTuple):
     counts: Int[Array, "3 b"]      # drafts proposed, drafts accepted, rounds
     turn: Int[Array, ""]           # number of the round
 
+# %% ../../nbs/model/18a_speculative.ipynb #c014
 def at_slots(
     a: Array,                  # buffer "b s ..."
     slots: Int[Array, "b m"],  # positions
@@ -84,7 +86,7 @@ def put_slots(
     "The buffer with `new` at these positions."
     return a.at[jnp.arange(a.shape[0])[:, None], slots].set(new.astype(a.dtype))
 
-# %% ../../nbs/model/18a_speculative.ipynb #c013
+# %% ../../nbs/model/18a_speculative.ipynb #c015
 def make_drafts(
     lm: LM,
     s: SpecState,
@@ -97,12 +99,13 @@ def make_drafts(
     trunk = h = at_slots(s.hidden, window)
     last = s.at - 1 - window[:, 0]  # a window that begins at 0 may reach beyond at - 1, where nothing sees it
     for k, cache in enumerate(s.heads, 1):
-        h, cache = lm.draft(k, h if lm.cfg.mtp == "sequential" else trunk, at_slots(tokens, window + k), window, cache)
+        h, cache = draft(lm, k, h if lm.cfg.mtp == "sequential" else trunk, at_slots(tokens, window + k), window, cache)
         q = probabilities(lm.logits(at_slots(h, last[:, None])[:, 0]), cfg)
         guess = draw(jax.vmap(jax.random.fold_in, (0, None))(keys, k), q)
         tokens, heads, qs = put_slots(tokens, s.at[:, None] + k, guess[:, None]), [*heads, cache], [*qs, q]
     return s._replace(tokens=tokens, heads=heads), jnp.stack(qs, 1)
 
+# %% ../../nbs/model/18a_speculative.ipynb #c016
 def fill_heads(
     lm: LM,
     s: SpecState,
@@ -112,11 +115,11 @@ def fill_heads(
     trunk = h = at_slots(s.hidden, everywhere)
     heads = []
     for k, cache in enumerate(s.heads, 1):
-        h, cache = lm.draft(k, h if lm.cfg.mtp == "sequential" else trunk, at_slots(s.tokens, everywhere + k), everywhere, cache)
+        h, cache = draft(lm, k, h if lm.cfg.mtp == "sequential" else trunk, at_slots(s.tokens, everywhere + k), everywhere, cache)
         heads.append(cache)
     return heads
 
-# %% ../../nbs/model/18a_speculative.ipynb #c014
+# %% ../../nbs/model/18a_speculative.ipynb #c017
 def check_drafts(
     lm: LM,
     s: SpecState,
@@ -138,6 +141,7 @@ def check_drafts(
     return s._replace(tokens=tokens, logprobs=put_slots(s.logprobs, slots + 1, logprob), cache=cache,
                       hidden=put_slots(s.hidden, slots, hidden)), kept
 
+# %% ../../nbs/model/18a_speculative.ipynb #c018
 def advance(
     s: SpecState,
     kept: Int[Array, "b"],   # drafts that stay
@@ -155,7 +159,7 @@ def advance(
     counts = s.counts + live[None] * jnp.stack([jnp.full_like(kept, depths), kept, jnp.ones_like(kept)])
     return s._replace(at=jnp.where(s.done, s.at, at), done=done, counts=counts, turn=s.turn + 1)
 
-# %% ../../nbs/model/18a_speculative.ipynb #c016
+# %% ../../nbs/model/18a_speculative.ipynb #c020
 @partial(jax.jit, static_argnames=("graphdef", "room", "rule"))
 def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, room, rule):
     "Prefill, then rounds until every row has ended."
@@ -173,7 +177,7 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
     here = lambda a, new: put_slots(a, lengths[:, None], new[:, None])
     first = jnp.take_along_axis(jax.nn.log_softmax(z), token[:, None], -1)[:, 0]
     s = SpecState(here(wide(prompt), token), here(jnp.zeros((b, slots), jnp.float32), first), wide(hidden), lengths,
-                  ~active | (token == eos) | (lengths == end), cache, lm.init_draft(b, slots),
+                  ~active | (token == eos) | (lengths == end), cache, init_draft(lm, b, slots),
                   jnp.zeros((3, b), jnp.int32), jnp.int32(1))
 
     def one_round(s):
@@ -189,7 +193,7 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
     tokens = jnp.where(within, at_slots(s.tokens, new), jnp.maximum(eos, 0))
     return (tokens, drawn, jnp.where(within, at_slots(s.logprobs, new), 0.0)), s.counts * active[None].astype(jnp.int32)
 
-# %% ../../nbs/model/18a_speculative.ipynb #c018
+# %% ../../nbs/model/18a_speculative.ipynb #c022
 class SpecStats(NamedTuple):
     "What speculation did, summed over rows."
     proposed: int  # drafts
@@ -207,6 +211,7 @@ class SpecStats(NamedTuple):
         "Tokens per trunk step; 1 is plain decoding."
         return self.tokens / max(self.calls, 1)
 
+# %% ../../nbs/model/18a_speculative.ipynb #c023
 def speculate(
     lm: LM,                            # with MTP heads
     prompts: Sequence[Sequence[int]],  # token ids, of any lengths
@@ -221,7 +226,7 @@ def speculate(
     drawn, (proposed, accepted, calls) = cut_rollout(out, len(prompts), cfg), np.asarray(counts).sum(1).tolist()
     return drawn, SpecStats(proposed, accepted, calls, int(drawn.lengths.sum()) - len(prompts))
 
-# %% ../../nbs/model/18a_speculative.ipynb #c038
+# %% ../../nbs/model/18a_speculative.ipynb #c043
 def speculative_ratio(
     lm: LM,                            # with MTP heads, trained
     prompts: Sequence[Sequence[int]],  # token ids
