@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Adapter', 'NAMES', 'STACKS', 'TENSORS', 'CONFIG', 'BEYOND_LORA', 'Factors', 'delta', 'LoRAConfig', 'Shape',
            'linear_maps', 'lead_axes', 'shape_of', 'target_shapes', 'init_adapter', 'Adapted', 'attach', 'fitting',
-           'merge_adapter', 'next_token', 'make_adapter_step', 'combine', 'extract_adapter', 'peft_name',
-           'peft_tensors', 'write_peft', 'peft_config', 'read_peft']
+           'merge_adapter', 'next_token', 'make_adapter_step', 'combine', 'extract_adapter', 'explained', 'peft_name',
+           'peft_tensors', 'write_peft', 'peft_config', 'read_peft', 'read_adapters', 'save_merged']
 
 # %% ../../nbs/adapt/51_lora.ipynb #c003
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +28,11 @@ from safetensors.flax import load_file
 from safetensors.numpy import save as to_safetensors
 
 from ..data.tokenizer import write_atomic
-from ..model.layers import Linear, dropout, from_json, linear, named_key
+from ..model.layers import Linear, dropout, from_json, linear, named_key, to_json
 from ..model.moe import ExpertLinear, grouped
 from ..model.transformer import LM
-from ..train.checkpoint import write_json_atomic
-from ..train.pretrain import PLAIN, TrainState
+from ..train.checkpoint import Checkpoints, run_lock, write_json_atomic
+from ..train.pretrain import PLAIN, TrainState, saved_config
 
 # %% ../../nbs/adapt/51_lora.ipynb #c006
 class Factors(NamedTuple):
@@ -271,6 +272,19 @@ def extract_adapter(
     return {path: factors(path, shape) for path, shape in target_shapes(lm, cfg).items()}
 
 # %% ../../nbs/adapt/51_lora.ipynb #c060
+def explained(
+    lm: LM,              # the base
+    tuned: LM,           # of the same shape
+    adapter: Adapter,    # stands for the difference
+    scale: float = 1.0,  # s
+) -> float:
+    "Share of the squared difference of all weights that the adapter makes; 1 when there is no difference."
+    leaves = lambda lm: jax.tree.leaves(nnx.state(lm, nnx.Param))
+    def between(a, b): return sum(float(jnp.vdot(x - y, x - y)) for x, y in zip(leaves(a), leaves(b)))
+    whole = between(tuned, lm)
+    return 1 - between(tuned, merge_adapter(lm, adapter, scale)) / whole if whole else 1.0
+
+# %% ../../nbs/adapt/51_lora.ipynb #c063
 NAMES = {  # path within a block -> within a layer of LlamaForCausalLM and its relatives
     **{f"attention/{x}": f"self_attn.{x}_proj" for x in "qkvo"},
     **{f"ffn/{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
@@ -290,7 +304,7 @@ def peft_name(
         name = f"{above}.experts.{index[1]}.{last}"
     return f"base_model.model.{STACKS[stack]}.{index[0]}.{name}"
 
-# %% ../../nbs/adapt/51_lora.ipynb #c063
+# %% ../../nbs/adapt/51_lora.ipynb #c066
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -329,7 +343,7 @@ def write_peft(
     write_json_atomic(folder / CONFIG, config)
     return folder
 
-# %% ../../nbs/adapt/51_lora.ipynb #c066
+# %% ../../nbs/adapt/51_lora.ipynb #c069
 BEYOND_LORA = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
                "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
                "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config")
@@ -353,7 +367,7 @@ def peft_config(
     try: return from_json(LoRAConfig, {"alpha": 8} | {own: data[name] for own, name in theirs.items() if name in data})
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
 
-# %% ../../nbs/adapt/51_lora.ipynb #c068
+# %% ../../nbs/adapt/51_lora.ipynb #c071
 def read_peft(
     folder: str | Path,  # as `peft` or `write_peft` made it
     lm: LM,              # the base
@@ -373,7 +387,7 @@ def read_peft(
     adapter = {path: _factors(file, tensors, path, shapes[path], cfg.rank) for path in shapes if path in paths}
     return adapter, LoRAConfig(cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora, tuple(adapter), ())
 
-# %% ../../nbs/adapt/51_lora.ipynb #c069
+# %% ../../nbs/adapt/51_lora.ipynb #c072
 def _factors(file, tensors, path, shape, rank):
     "Stack the layers of one map; ValueError for a tensor that is missing or has another shape."
     def stack(letter, axes, turned):
@@ -386,3 +400,34 @@ def _factors(file, tensors, path, shape, rank):
             out.append((t.T if turned else t).astype(np.float32))
         return jnp.asarray(np.stack(out)).reshape(*shape.lead, *axes, rank)
     return Factors(stack("A", shape.inputs, True), stack("B", shape.outputs, False))
+
+# %% ../../nbs/adapt/51_lora.ipynb #c077
+def read_adapters(
+    lm: LM,                      # the base
+    folders: Sequence[str | Path],  # PEFT adapters
+    weights: Sequence[float] = (),  # of each in the sum; all 1 when empty
+) -> Adapter:
+    "The weighted sum of PEFT folders, of scale 1. ValueError or OSError as `read_peft`."
+    if not folders: raise ValueError("no adapters given, expected at least one PEFT folder")
+    if weights and len(weights) != len(folders): raise ValueError(f"{len(weights)} weights for {len(folders)} adapters")
+    read = [read_peft(folder, lm) for folder in folders]
+    return combine([(adapter, w * cfg.scale) for (adapter, cfg), w in zip(read, weights or [1.0] * len(read))])
+
+
+def save_merged(
+    run: str | Path,  # run directory of the base
+    out: str | Path,  # run directory to make
+    lm: LM,           # merged weights
+    notes: dict,      # what was merged, for merged.json
+) -> Path:
+    "A run with these weights. ValueError when there is one already; OSError when it cannot be written."
+    run, out = Path(run), Path(out)
+    cfg, own = saved_config(run), run / "tokenizer.model"
+    if (out / "config.json").exists(): raise ValueError(f"{out}: there is a run already, give another name")
+    with closing(Checkpoints(run / "checkpoints")) as base: step = base.latest()
+    with run_lock(out), closing(Checkpoints(out / "checkpoints", asynchronous=False)) as points:
+        points.save(step, {"model": nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
+        if own.exists(): write_atomic(out / "tokenizer.model", own.read_bytes())
+        write_json_atomic(out / "merged.json", notes)
+        write_json_atomic(out / "config.json", to_json(replace(cfg, run=str(out))))
+    return out
