@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..data.corpus import CorpusConfig, PackedTokens, documents, pack
 from ..data.loader import LoaderConfig, loader
-from ..data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from ..data.tokenizer import TokenizerConfig, train_tokenizer
 from ..model.transformer import LM, ModelConfig, flops_per_token, parameter_count
 from ..train.optim import OptimConfig, optimizer
 from ..train.pretrain import PLAIN, evaluate_loss, fresh_state, make_eval_step, make_train_step
@@ -44,7 +44,8 @@ class AblationConfig:
 
     def __post_init__(self):
         for name in ("seeds", "steps", "batch_size", "seq_len", "eval_batches"):
-            if getattr(self, name) < 1: raise ValueError(f"AblationConfig.{name}={getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value < 1: raise ValueError(f"AblationConfig.{name}={value}, expected at least 1")
         if self.model.vocab_size != self.vocab_size:
             raise ValueError(f"AblationConfig: model.vocab_size={self.model.vocab_size} but {self.vocab_size=}")
         if not self.residuals or not self.attentions:
@@ -94,8 +95,8 @@ def train_seeds(
         key = jax.random.key(seed)
         state, batches = initial(key), loader(data["train"], LoaderConfig(cfg.seq_len, cfg.batch_size, seed=seed))
         for batch in islice(batches, cfg.steps): state, _ = step(state, pick(batch), key)
-        score = evaluate_loss(eval_step, state.params, data["validation"], cfg.seq_len, cfg.batch_size, cfg.eval_batches)
-        scores.append(float(score["val_bpb"]))
+        rows = data["validation"], cfg.seq_len, cfg.batch_size, cfg.eval_batches
+        scores.append(float(evaluate_loss(eval_step, state.params, *rows)["val_bpb"]))
     return scores
 
 # %% ../../nbs/lab/70b_ablate.ipynb #c014

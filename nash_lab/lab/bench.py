@@ -39,7 +39,7 @@ class BenchConfig:
     steps: int = 3  # train steps a turn
     new_tokens: int = 256  # tokens that decoding makes
     prompts: int = 1  # rows that decoding continues
-    ablation: AblationConfig = field(default_factory=AblationConfig)  # the switches against each other, 20 minutes or more
+    ablation: AblationConfig = field(default_factory=AblationConfig)  # switches against each other, long
     out: str = ""  # JSON file for the rows; none when empty
 
     def __post_init__(self):
