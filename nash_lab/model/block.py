@@ -122,7 +122,8 @@ def run_stack(
         (streams, cache), (weights, index, key) = carry, own
         mine = None if cache is None else cache._replace(layer=index)  # written in place, not copied through the scan
         block = nnx.merge(graph, weights)
-        streams, new, maps, aux = block(streams, positions=positions, segments=segments, cache=mine, depth=index, key=key)
+        where = dict(positions=positions, segments=segments, cache=mine, depth=index, key=key)
+        streams, new, maps, aux = block(streams, **where)
         return (streams, None if new is None else new._replace(layer=None)), (maps, aux)
     if cfg.remat != "none": layer = jax.checkpoint(layer, policy=REMATS[cfg.remat], prevent_cse=False)
     inputs = weights, jnp.arange(cfg.layers), keys

@@ -31,7 +31,7 @@ class ModelConfig:
     attention: Literal["gqa", "diff1", "diff2", "mla", "maha"] = "gqa"  # attention sublayer
     ffn: Literal["swiglu", "gelu", "relu2", "leaky_relu2", "signed_sqrt", "moe"] = "swiglu"  # feed-forward sublayer
     residual: Literal["plain", "mhc"] = "mhc"  # how sublayers are joined to the stream
-    mtp: Literal["none", "parallel", "sequential"] = "none"  # further tokens predicted: Meta's heads, DeepSeek's modules
+    mtp: Literal["none", "parallel", "sequential"] = "none"  # further tokens: Meta's heads, DeepSeek's modules
     mtp_depth: int = 1  # tokens predicted beyond the next one, when mtp is on
     mtp_weight: float = 0.3  # of their mean loss; 0.3 at first and 0.1 at the end in DeepSeek-V3
     diff: DiffConfig = field(default_factory=DiffConfig)  # used when attention is diff1 or diff2
@@ -40,7 +40,7 @@ class ModelConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)  # used when ffn is moe
     mhc: MHCConfig = field(default_factory=MHCConfig)  # used when residual is mhc
     rope: RopeConfig = field(default_factory=RopeConfig)  # rotary position embedding
-    norm: Literal["uncentred", "centred", "scalar", "none"] = "uncentred"  # gain of every RMSNorm: g, 1 + g, a number, none
+    norm: Literal["uncentred", "centred", "scalar", "none"] = "uncentred"  # gain of each RMSNorm: g, 1 + g, a number
     norm_eps: float = 1e-6  # inside the root of every RMSNorm
     casts: tuple[CastRule, ...] = ()  # dtypes of the factors of chosen matrix products, by path
     tie_embeddings: bool = True  # one matrix for reading and writing tokens

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .attention import KVCache
-from .block import REMATS, Block, add_aux, stacked
+from .block import REMATS, Block, add_aux
 from .config import ModelConfig
 from .layers import Linear, RMSNorm, named_key
 from .mhc import StreamEnds
@@ -91,8 +91,8 @@ def look_ahead(
     states, losses, h = [], [], hidden
     for k in range(1, cfg.depths + 1):
         own = None if key is None else named_key(key, f"mtp {k}")
-        def run(head, h, after):
-            return head(h, after, positions=positions, segments=segments, depth=jnp.int32(cfg.layers + k - 1), key=own)[::2]
+        where = dict(positions=positions, segments=segments, depth=jnp.int32(cfg.layers + k - 1), key=own)
+        def run(head, h, after, where=where): return head(h, after, **where)[::2]
         if cfg.remat != "none": run = nnx.remat(run, policy=REMATS[cfg.remat])
         h, aux = run(head_at(heads, k), h if cfg.mtp == "sequential" else hidden, embed(ahead(tokens, k)))
         states, losses = [*states, h], [*losses, aux]

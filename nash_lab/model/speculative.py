@@ -115,7 +115,8 @@ def fill_heads(
     trunk = h = at_slots(s.hidden, everywhere)
     heads = []
     for k, cache in enumerate(s.heads, 1):
-        h, cache = draft(lm, k, h if lm.cfg.mtp == "sequential" else trunk, at_slots(s.tokens, everywhere + k), everywhere, cache)
+        before, after = h if lm.cfg.mtp == "sequential" else trunk, at_slots(s.tokens, everywhere + k)
+        h, cache = draft(lm, k, before, after, everywhere, cache)
         heads.append(cache)
     return heads
 
@@ -245,5 +246,6 @@ def speculative_ratio(
             way()
             seconds[name].append(time.perf_counter() - begin)
     best = {name: min(turns) for name, turns in seconds.items()}
-    return {"plain_s": best["plain"], "speculative_s": best["speculative"], "speedup": best["plain"] / best["speculative"],
+    plain, ours = best["plain"], best["speculative"]
+    return {"plain_s": plain, "speculative_s": ours, "speedup": plain / ours,
             "acceptance": stats.acceptance, "tokens_per_call": stats.tokens_per_call}

@@ -99,7 +99,7 @@ class LM(nnx.Module):
         one = self.blocks.attention.init_cache(batch, length, jnp.dtype(self.cfg.compute_dtype))
         return jax.tree.map(lambda a: jnp.zeros((self.cfg.layers, *a.shape), a.dtype), one)
 
-    def step(self, tokens, positions, cache: KVCache) -> tuple[Float[Array, "b t d"], KVCache]:  # [b t]; from init_cache
+    def step(self, tokens, positions, cache: KVCache) -> tuple[Float[Array, "b t d"], KVCache]:  # from init_cache
         "Hidden states of new tokens at their positions (which are their cache slots), and the cache with them in it."
         return run_blocks(self, tokens, positions, cache=cache)[:2]
 
