@@ -34,7 +34,7 @@ demo: $(LEAN)      ## the whole life of a small model on this CPU -> runs/demo/r
 
 test: $(READY)   ## export, clean, every notebook, every test
 	$(BIN)/python tools/sync.py --check
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal $(ARGS)
 
 test-faults: $(READY)  ## every fault and attack, the slow ones too
 	$(BIN)/python -m pytest -m faults --durations=10 $(ARGS)
