@@ -22,7 +22,7 @@ from nash_lab.model.speculative import speculate
 from nash_lab.model.transformer import LM
 from nash_lab.train.checkpoint import Checkpoints
 from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.pretrain import fresh_state, make_train_step
+from nash_lab.train.step import fresh_state, make_train_step
 
 ATTENTIONS, RESIDUALS, MTPS = ("gqa", "diff1", "diff2", "mla", "maha"), ("plain", "mhc"), ("none", "parallel", "sequential")
 GRID = [(a, "swiglu", r, m) for a in ATTENTIONS for r in RESIDUALS for m in MTPS]

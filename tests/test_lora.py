@@ -12,7 +12,7 @@ from nash_lab.model.config import ModelConfig
 from nash_lab.model.generate import _decode, generate
 from nash_lab.model.transformer import LM
 from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.pretrain import fresh_state
+from nash_lab.train.step import fresh_state
 
 CFG = LoRAConfig(rank=2, alpha=4)
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)

@@ -24,8 +24,8 @@ from nash_lab.train import pretrain as module
 from nash_lab.train import rundir
 from nash_lab.train.checkpoint import Checkpoints, Damaged, run_lock, steps_in, verify
 from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.pretrain import (TrainConfig, batch_gradient, fresh_state, load_run, make_train_step, pretrain,
-                                     read_metrics)
+from nash_lab.train.pretrain import TrainConfig, load_run, pretrain, read_metrics
+from nash_lab.train.step import batch_gradient, fresh_state, make_train_step
 
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "skipped", "val_loss", "val_bpb")
 

@@ -32,7 +32,8 @@ from ..model.layers import Linear, dropout, from_json, linear, named_key, to_jso
 from ..model.moe import ExpertLinear, grouped
 from ..model.transformer import LM
 from ..train.checkpoint import Checkpoints, run_lock, write_json_atomic
-from ..train.pretrain import PLAIN, TrainState, saved_config
+from ..train.pretrain import saved_config
+from ..train.step import PLAIN, TrainState
 
 # %% ../../nbs/adapt/51_lora.ipynb #c006
 class Factors(NamedTuple):

@@ -21,7 +21,7 @@ from ..data.loader import LoaderConfig, loader
 from ..data.tokenizer import TokenizerConfig, train_tokenizer
 from ..model.transformer import LM, ModelConfig, flops_per_token, parameter_count
 from ..train.optim import OptimConfig, optimizer
-from ..train.pretrain import PLAIN, evaluate_loss, fresh_state, make_eval_step, make_train_step
+from ..train.step import PLAIN, evaluate_loss, fresh_state, make_eval_step, make_train_step
 
 # %% ../../nbs/lab/70b_ablate.ipynb #c006
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..model.layers import to_json
 from ..model.transformer import LM, ModelConfig
 from ..train.checkpoint import write_json_atomic
 from ..train.optim import OptimConfig, optimizer
-from ..train.pretrain import fresh_state, make_train_step
+from ..train.step import fresh_state, make_train_step
 
 # %% ../../nbs/lab/71a_bench.ipynb #c006
 @dataclass(frozen=True)
