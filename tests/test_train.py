@@ -22,6 +22,7 @@ from nash_lab.model.layers import to_json
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train import pretrain as module
 from nash_lab.train import rundir
+from nash_lab.train import step as step_module
 from nash_lab.train.checkpoint import Checkpoints, Damaged, run_lock, steps_in, verify
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.pretrain import TrainConfig, load_run, pretrain, read_metrics
@@ -134,7 +135,7 @@ def test_finite_loss_with_bad_gradient_is_skipped(tiny, monkeypatch):
         loss, grads = batch_gradient(graphdef, params, dict(zip(("mask", "targets", "tokens"), batch)), *rest)
         bad = grads["norm"]["gain"].at[0].mul(gain)
         return loss, jax.tree.map(lambda g: g * others, grads) | {"norm": {"gain": bad}}
-    monkeypatch.setattr(module, "batch_gradient", poisoned)
+    monkeypatch.setattr(step_module, "batch_gradient", poisoned)
     tx = optimizer(OptimConfig(warmup_steps=0), 10)
     step = make_train_step(graphdef, tx)
     for gain, others, skipped in ((jnp.inf, 1, 1), (jnp.nan, jnp.nan, 1), (1, jnp.inf, 1), (1, 1, 0)):
