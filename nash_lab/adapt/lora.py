@@ -31,7 +31,8 @@ from ..data.tokenizer import write_atomic
 from ..model.layers import Linear, dropout, from_json, linear, named_key, to_json
 from ..model.moe import ExpertLinear, grouped
 from ..model.transformer import LM
-from ..train.checkpoint import Checkpoints, run_lock, write_json_atomic
+from ..train.checkpoint import Checkpoints, write_json_atomic
+from ..train.guard import run_lock
 from ..train.pretrain import saved_config
 from ..train.step import PLAIN, TrainState
 
