@@ -145,7 +145,7 @@ def save(
                         f"the newest checkpoint is of step {job.checkpoints.latest()}")
     job.ledger.enter(job.ledger.phase)  # up to now
     write_json_atomic(run / "goodput.json", goodput(job.ledger.seconds, at.step, at.skipped))
-    due = job.due if at.step == job.step else None
+    due = plain(job.due) if at.step == job.step else None
     counters = {"step": at.step, "skipped": at.skipped, "time_s": job.time_s, "due": due,
                 "seconds": dict(job.ledger.seconds)}
     items = {"model": job.state.params, "optimizer": job.state.opt_state, "rng": {"key": jax.random.key_data(job.key)},
