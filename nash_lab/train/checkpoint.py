@@ -87,10 +87,10 @@ def read_manifest(
         if path.is_symlink() or path.stat().st_size > 1 << 26: raise ValueError("not a plain file below 64 MiB")
         text = path.read_bytes().decode("utf-8")
         manifest = json.loads(text)
+        same = text == _text(manifest)
     except OSError as error: raise Damaged(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError): manifest = None
     if not isinstance(manifest, dict): raise Damaged(f"{path}: not a JSON object")
-    same = text == _text(manifest)
     if manifest.pop("digest", None) != _digest(manifest) or not same:
         raise Damaged(f"{path}: does not match its own digest")
     return manifest
