@@ -316,6 +316,7 @@ def run_guarded(
     try: run_steps(job, report, guard.signals)
     except KeyboardInterrupt: pass  # raised only where the state is whole
     guard.ledger.enter("checkpoint")
+    if job.since: job.time_s += time.monotonic() - job.mark  # steps without a line
     with guard.leaving: surely(lambda: save_now(job))
     if job.step < job.cfg.steps or job.due:
         raise Stopped(f"{job.cfg.run}: stopped at step {job.step}, saved; the same command continues")
