@@ -92,7 +92,7 @@ def test_odd_text_files(tmp_path):
     for name, data in files.items(): (tmp_path/f'{name}.txt').write_bytes(data)
     cfg = dict(source='text', paths=(str(tmp_path),), holdout=0)
     report = CorpusReport()
-    assert sorted(d.text for d in documents(CorpusConfig(**cfg, on_error='skip'), report=report)) == ['a\0b', 'a\r\nb\r\n', 'bom\n']
+    assert sorted(d.text for d in documents(CorpusConfig(**cfg, on_error='skip', max_bad_share=1), report=report)) == ['a\0b', 'a\r\nb\r\n', 'bom\n']
     assert report.skipped == {'blank': 2, 'duplicate': 1, 'invalid UTF-8': 1}
     assert 'bad.txt:2: invalid UTF-8: byte 0xFF' in message(lambda: list(documents(CorpusConfig(**cfg))))
 
@@ -112,13 +112,13 @@ def test_bad_json_lines(tmp_path, line, cause):
     cfg = dict(source='jsonl', paths=(str(tmp_path/'rows.jsonl'),), holdout=0)
     assert f'rows.jsonl:2: {cause}' in message(lambda: list(documents(CorpusConfig(**cfg))))
     report = CorpusReport()
-    assert [d.text for d in documents(CorpusConfig(**cfg, on_error='skip'), report=report)] == ['good', 'also']
+    assert [d.text for d in documents(CorpusConfig(**cfg, on_error='skip', max_bad_share=1), report=report)] == ['good', 'also']
     assert report.skipped == {cause: 1} and f'rows.jsonl:2: {cause}' in report.examples[0]
 
 # ---- packing
 
 def test_wide_ids_for_a_large_vocabulary(tmp_path):
-    tok = SimpleNamespace(vocab_size=70_000, hash='wide', encode_batch=lambda texts: [[69_999, 5]] * len(texts))
+    tok = SimpleNamespace(vocab_size=70_000, hash='wide', eos_id=EOS, encode_batch=lambda texts: [[69_999, 5]] * len(texts))
     pack([Document('x', 'a'), Document('y', 'b')], tok, tmp_path/'wide.bin')
     packed = PackedTokens.open(tmp_path/'wide.bin', tokenizer_hash='wide', vocab_size=70_000)
     assert packed.meta.dtype == 'uint32' and packed.tokens.tolist() == [69_999, 5, EOS] * 2

@@ -21,7 +21,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from jaxtyping import Integer
 
-from .tokenizer import EOS, Tokenizer, utf8, write_atomic
+from .tokenizer import EOS, HFTokenizer, Tokenizer, utf8, write_atomic
 from ..model.layers import from_json, to_json
 
 # %% ../../nbs/data/21_corpus.ipynb #c006
@@ -42,6 +42,8 @@ class CorpusConfig:
     holdout: float = 0.05          # share of documents, by SHA-256, that is validation; 0 = all of it is train
     max_bytes: int = 0             # stop before a split has more UTF-8 bytes than this; 0 = no limit
     on_error: Literal["error", "skip"] = "error"  # unreadable record: stop and name it, or count it and go on
+    max_bad_share: float = 0.01    # skip: more unreadable records than this share stop the reading after all
+    max_record_bytes: int = 16 << 20  # longer files, parts and lines are unreadable: one is encoded as a whole
 
     def __post_init__(self):
         if self.source not in ("stdlib", "text", "jsonl"):
@@ -54,6 +56,10 @@ class CorpusConfig:
         if self.max_bytes < 0: raise ValueError(f"CorpusConfig.max_bytes={self.max_bytes} must not be negative")
         if self.on_error not in ("error", "skip"):
             raise ValueError(f"CorpusConfig.on_error={self.on_error!r} must be 'error' or 'skip'")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"CorpusConfig.max_bad_share={self.max_bad_share} must be in [0, 1]")
+        if self.max_record_bytes < 1:
+            raise ValueError(f"CorpusConfig.max_record_bytes={self.max_record_bytes} must be positive")
 
 # %% ../../nbs/data/21_corpus.ipynb #c010
 STDLIB_SKIP = {  # folders and files: generated tables, parts that many installs leave out, and what is not UTF-8
@@ -90,25 +96,38 @@ def _files(cfg: CorpusConfig) -> list[tuple[str, Path]]:
     return list(dict.fromkeys((p.as_posix(), p) for pattern in cfg.paths for p in _match(pattern, suffix)))
 
 # %% ../../nbs/data/21_corpus.ipynb #c017
-def _split_stream(file: BinaryIO, separator: bytes, size: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
-    "First line number and bytes of each part of a file between separators, read `size` bytes at a time."
-    line, rest = 1, b""
+def _split_stream(
+    file: BinaryIO,
+    separator: bytes,      # what stands between two parts; empty: the file is one part
+    limit: int = 1 << 62,  # bytes of a part
+    size: int = 1 << 20,   # bytes read at a time
+) -> Iterator[tuple[int, bytes]]:
+    "First line number and bytes of each part; of a part beyond `limit` no more than `limit` + `size` are kept."
+    line, rest, passed = 1, b"", 0  # passed: lines of the present part that were not kept
     while block := file.read(size):
-        *whole, rest = (rest + block).split(separator)
+        *whole, rest = (rest + block).split(separator) if separator else [rest + block]
         for raw in whole:
             yield line, raw
-            line += raw.count(b"\n") + separator.count(b"\n")
-    yield line, rest
+            line, passed = line + passed + raw.count(b"\n") + separator.count(b"\n"), 0
+        if len(rest) > limit + len(separator) + size:
+            middle = rest[limit + 1:len(rest) - len(separator)]  # the end may be half a separator
+            passed, rest = passed + middle.count(b"\n"), rest[:limit + 1] + rest[len(rest) - len(separator):]
+    if rest or separator != b"\n": yield line, rest  # a last newline ends a line and begins none
 
-
+# %% ../../nbs/data/21_corpus.ipynb #c019
 def _records(cfg: CorpusConfig, path: Path) -> Iterator[tuple[int, bytes]]:
-    "First line number and bytes of each record of one file."
-    with open(path, "rb") as file:
-        if cfg.source == "jsonl": yield from enumerate(file, 1)
-        elif cfg.separator: yield from _split_stream(file, utf8(cfg.separator))
-        else: yield 1, file.read()
+    "First line number and bytes of each record; ValueError when the file changes while it is read."
+    separator = b"\n" if cfg.source == "jsonl" else utf8(cfg.separator)
+    before = os.stat(path)
+    with open(path, "rb") as file: yield from _split_stream(file, separator, cfg.max_record_bytes)
+    now = os.stat(path) if path.exists() else None
+    if now is None: raise ValueError(f"{path}: is gone, it was being read")
+    if now.st_size != before.st_size:
+        raise ValueError(f"{path}: changed while read: {now.st_size} bytes, expected {before.st_size}")
+    if (now.st_mtime_ns, now.st_ino) != (before.st_mtime_ns, before.st_ino):
+        raise ValueError(f"{path}: changed while read: same size, but another file or time")
 
-# %% ../../nbs/data/21_corpus.ipynb #c021
+# %% ../../nbs/data/21_corpus.ipynb #c024
 class BadRecord(ValueError):
     "A record that gives no document: the cause under which it is counted, and the detail."
     def __init__(
@@ -120,7 +139,7 @@ class BadRecord(ValueError):
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause, self.line = cause, line
 
-# %% ../../nbs/data/21_corpus.ipynb #c022
+# %% ../../nbs/data/21_corpus.ipynb #c025
 def _unique(pairs: list[tuple]) -> dict:
     "A JSON object whose keys are all different; BadRecord names one that is given twice."
     twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
@@ -141,9 +160,10 @@ def _json_text(line: str, key: str) -> str:
     if not isinstance(row[key], str): raise BadRecord("wrong type", f"{key!r} is {type(row[key]).__name__}, not str")
     return row[key]
 
-# %% ../../nbs/data/21_corpus.ipynb #c023
+# %% ../../nbs/data/21_corpus.ipynb #c026
 def _text(cfg: CorpusConfig, raw: bytes) -> str:
     "The text of one record; BadRecord says why there is none."
+    if len(raw) > cfg.max_record_bytes: raise BadRecord("too long", f"more than {cfg.max_record_bytes} bytes")
     try: text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start)
@@ -153,7 +173,7 @@ def _text(cfg: CorpusConfig, raw: bytes) -> str:
     except ValueError as error: raise BadRecord("unpaired surrogate", str(error)) from None
     return text
 
-# %% ../../nbs/data/21_corpus.ipynb #c026
+# %% ../../nbs/data/21_corpus.ipynb #c029
 def split_of(
     digest: bytes,   # SHA-256 of the document's UTF-8 bytes
     holdout: float,  # epsilon
@@ -161,10 +181,12 @@ def split_of(
     "The half a document belongs to."
     return "validation" if int.from_bytes(digest[:8], "big") < holdout * 2**64 else "train"
 
-# %% ../../nbs/data/21_corpus.ipynb #c030
+# %% ../../nbs/data/21_corpus.ipynb #c033
 @dataclass
 class CorpusReport:
     "What became of the records that were read."
+    records: int = 0                                   # read
+    bad: int = 0                                       # that could not be read
     documents: int = 0                                 # yielded
     bytes: int = 0                                     # of their UTF-8
     skipped: Counter = field(default_factory=Counter)  # cause -> records that gave no document
@@ -175,7 +197,14 @@ class CorpusReport:
         self.skipped[cause] += 1
         if len(self.examples) < 20: self.examples.append(message)
 
-# %% ../../nbs/data/21_corpus.ipynb #c031
+    def check(self, share: float) -> None:  # CorpusConfig.max_bad_share
+        "ValueError when more than `share` of the records so far could not be read."
+        if self.bad > share * self.records:
+            first = next((m for m in self.examples if not m.endswith((": blank", ": duplicate"))), "")
+            raise ValueError(f"{self.bad} of {self.records} records cannot be read, more than "
+                             f"max_bad_share={share:g}; the first: {first}")
+
+# %% ../../nbs/data/21_corpus.ipynb #c034
 def documents(
     cfg: CorpusConfig,
     split: Literal["train", "validation"] = "train",
@@ -186,11 +215,14 @@ def documents(
     report, seen = CorpusReport() if report is None else report, set()
     for name, path in _files(cfg):
         for line, raw in _records(cfg, path):
+            report.records += 1
+            if report.records % 1000 == 0: report.check(cfg.max_bad_share)
             try: text = _text(cfg, raw)
             except BadRecord as error:
                 message = f"{name}:{line + error.line}: {error}"
                 if cfg.on_error == "error": raise ValueError(message) from None
                 report.skip(error.cause, message)
+                report.bad += 1
                 continue
             data = utf8(text)
             digest = hashlib.sha256(data).digest()
@@ -202,13 +234,14 @@ def documents(
                 seen.add(digest)
                 report.documents, report.bytes = report.documents + 1, report.bytes + len(data)
                 yield Document(text, name)
+    report.check(cfg.max_bad_share)
 
-# %% ../../nbs/data/21_corpus.ipynb #c038
+# %% ../../nbs/data/21_corpus.ipynb #c043
 def id_dtype(vocab_size: int) -> str:  # v
     "Name of the smallest unsigned integer type of a packed file that holds every id."
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
-
+# %% ../../nbs/data/21_corpus.ipynb #c045
 @dataclass(frozen=True)
 class PackedMeta:
     "What `<file>.bin.json` says about `<file>.bin`; ValueError for values no packed file can have."
@@ -221,6 +254,7 @@ class PackedMeta:
     sha256: str                    # of the .bin itself
     source_hashes: dict[str, str]  # file name -> SHA-256 of the texts packed from it
     split: str = ""                # "train", "validation" or "" when it is neither
+    eos_id: int = EOS              # the id that ends each document; files written before this field have 2
     skipped: dict[str, int] = field(default_factory=dict)  # cause -> records of the sources that were left out
     version: int = 1               # of this format
 
@@ -229,9 +263,11 @@ class PackedMeta:
             raise ValueError(f"PackedMeta.dtype={self.dtype!r}, expected {fits!r} for vocab_size={self.vocab_size}")
         for name in ("tokens", "documents"):
             if getattr(self, name) < 1: raise ValueError(f"PackedMeta.{name}={getattr(self, name)} must be positive")
+        if not 0 <= self.eos_id < self.vocab_size:
+            raise ValueError(f"PackedMeta.eos_id={self.eos_id} must be in [0, {self.vocab_size})")
         if self.version != 1: raise ValueError(f"PackedMeta.version={self.version} must be 1")
 
-# %% ../../nbs/data/21_corpus.ipynb #c040
+# %% ../../nbs/data/21_corpus.ipynb #c047
 MAX_SOURCES = 1000  # files with a hash of their own; all after them share one under "..."
 
 
@@ -247,7 +283,7 @@ def _groups(docs: Iterable[Document], size: int = 1 << 20) -> Iterator[list[Docu
     if group: yield group
 
 
-def _write_tokens(docs: Iterable[Document], tokenizer: Tokenizer, file: BinaryIO, dtype: str) -> dict:
+def _write_tokens(docs: Iterable[Document], tokenizer: Tokenizer | HFTokenizer, file: BinaryIO, dtype: str) -> dict:
     "Write the ids of all documents, each ended by EOS; gives the counts and hashes of `PackedMeta`."
     tokens, count, text_bytes, content, sources = 0, 0, 0, hashlib.sha256(), {}
     for group in _groups(docs):
@@ -255,17 +291,17 @@ def _write_tokens(docs: Iterable[Document], tokenizer: Tokenizer, file: BinaryIO
             data, name = utf8(doc.text), doc.source
             if name not in sources and len(sources) >= MAX_SOURCES: name = "..."
             sources.setdefault(name, hashlib.sha256()).update(data)
-            block = np.asarray([*ids, EOS], np.dtype(dtype).newbyteorder("<")).tobytes()
+            block = np.asarray([*ids, tokenizer.eos_id], np.dtype(dtype).newbyteorder("<")).tobytes()
             file.write(block)
             content.update(block)
             tokens, count, text_bytes = tokens + len(ids) + 1, count + 1, text_bytes + len(data)
     return dict(tokens=tokens, documents=count, text_bytes=text_bytes, sha256=content.hexdigest(),
                 source_hashes={name: h.hexdigest() for name, h in sources.items()})
 
-# %% ../../nbs/data/21_corpus.ipynb #c042
+# %% ../../nbs/data/21_corpus.ipynb #c049
 def pack(
     docs: Iterable[Document],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | HFTokenizer,
     path: str | Path,                    # the .bin; its description goes to <path>.json
     *,
     split: str = "",                     # written into the description
@@ -283,25 +319,33 @@ def pack(
         skipped = dict(report.skipped) if report else {}
         if not counts["documents"]: raise ValueError(f"{path}: nothing to pack: no documents ({split=}, {skipped=})")
         meta = PackedMeta(dtype=dtype, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash,
-                          split=split, skipped=skipped, **counts)
+                          eos_id=tokenizer.eos_id, split=split, skipped=skipped, **counts)
         description.unlink(missing_ok=True)  # from here until the next but one line nothing describes the .bin
         os.replace(part, path)
         write_atomic(description, json.dumps(to_json(meta), indent=1).encode())
     finally: part.unlink(missing_ok=True)
     return meta
 
-# %% ../../nbs/data/21_corpus.ipynb #c046
+# %% ../../nbs/data/21_corpus.ipynb #c053
 @dataclass(frozen=True, eq=False)
 class PackedTokens:
     "A packed file, checked and mapped into memory."
     tokens: Integer[np.ndarray, "n"]  # uint16 or uint32, read from disk as it is used
     meta: PackedMeta
     path: Path
+    stamp: tuple = ()                 # size, time of change and number of the file at open; () = not from a file
 
     @property
     def bytes_per_token(self) -> float: return self.meta.text_bytes / self.meta.tokens
 
     def __len__(self) -> int: return len(self.tokens)
+
+    def check(self) -> None:
+        "ValueError when the file changed since it was opened: reading past a cut end would end the process."
+        now = _stamp(self.path) if self.stamp else ()
+        if now != self.stamp:
+            raise ValueError(f"{self.path}: changed while it was in use: {now[0] if now else 'no'} bytes, "
+                             f"expected {self.stamp[0]}{' unchanged' if now and now[0] == self.stamp[0] else ''}")
 
     @classmethod
     def open(
@@ -320,11 +364,18 @@ class PackedTokens:
         size, expected = path.stat().st_size, meta.tokens * dtype.itemsize
         if size != expected:
             raise ValueError(f"{path}: {size} bytes, expected {expected} ({meta.tokens} ids of {meta.dtype})")
-        packed = cls(np.memmap(path, dtype, mode="r"), meta, path)
+        packed = cls(np.memmap(path, dtype, mode="r"), meta, path, _stamp(path))
         _check_ids(packed)
         return packed
 
-# %% ../../nbs/data/21_corpus.ipynb #c047
+# %% ../../nbs/data/21_corpus.ipynb #c054
+def _stamp(path: Path) -> tuple:
+    "Size, time of change and number of a file; () when there is none."
+    try: found = os.stat(path)
+    except FileNotFoundError: return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def _read_meta(path: Path) -> PackedMeta:
     "The description of a packed file; ValueError or FileNotFoundError names the file and the key."
     description = path.with_name(path.name + ".json")

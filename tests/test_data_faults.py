@@ -1,0 +1,187 @@
+"What can go wrong with data while it is read: broken records by the hundred, giant lines, files that change, workers that die."
+import json, multiprocessing, os, signal, subprocess, sys, time
+from dataclasses import replace
+import numpy as np
+import pytest
+from nash_lab.data.corpus import CorpusConfig, CorpusReport, Document, PackedTokens, documents, pack
+from nash_lab.data.loader import LoaderConfig, loader
+from nash_lab.data.sources import Source, SourceConfig
+from nash_lab.data.stream import StreamConfig, stream_loader
+from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+
+pytestmark = pytest.mark.faults
+
+@pytest.fixture(scope='module')
+def tok(tmp_path_factory):
+    texts = [f'line {i} of a text with {i * 7} words\n' for i in range(300)]
+    return train_tokenizer(texts, tmp_path_factory.mktemp('tok')/'tok.model', TokenizerConfig(vocab_size=320))
+
+def message(call, kind=ValueError) -> str:
+    with pytest.raises(kind) as e: call()
+    assert '\n' not in str(e.value), 'an error is one line'
+    return str(e.value)
+
+def rows(path, n, bad=()):
+    path.write_text('\n'.join('{"text": 5}' if i in bad else json.dumps({'text': f'row {i}'}) for i in range(n)) + '\n')
+    return CorpusConfig('jsonl', (str(path),), holdout=0, on_error='skip')
+
+# ---- a share of broken records
+
+def test_more_than_one_per_cent_of_broken_records_stops(tmp_path):
+    report = CorpusReport()
+    assert len(list(documents(rows(tmp_path/'few.jsonl', 3000, range(0, 3000, 100)), report=report))) == 2970
+    assert (report.records, report.bad) == (3000, 30)
+    cfg = rows(tmp_path/'many.jsonl', 3000, range(2969, 3000))
+    assert '31 of 3000 records cannot be read, more than max_bad_share=0.01; the first: ' in message(lambda: list(documents(cfg)))
+    assert len(list(documents(replace(cfg, max_bad_share=1)))) == 2969
+
+def test_a_file_of_another_kind_stops_early(tmp_path):
+    "All of it is broken: no need to read to the end"
+    report = CorpusReport()
+    cfg = rows(tmp_path/'none.jsonl', 50_000, range(50_000))
+    assert '999 of 1000 records' in message(lambda: list(documents(cfg, report=report))) and report.records == 1000
+
+def test_rows_that_are_no_text_in_a_stream(tmp_path, tok):
+    (tmp_path/'odd.jsonl').write_text('\n'.join(json.dumps({'text': None if i % 50 == 0 else f'row {i}'}) for i in range(2000)))
+    cfg = StreamConfig((SourceConfig(str(tmp_path/'odd.jsonl')),), seq_len=32, batch_size=2, epochs=1, on_error='skip', prefetch=0)
+    assert 'of 1000 rows are no text' in message(lambda: list(stream_loader(cfg, tok)))
+    run = stream_loader(replace(cfg, max_bad_share=.03), tok)
+    assert sum(1 for _ in run) > 10 and run.counters()[cfg.sources[0].name]['not text'] >= 35
+    assert "'text' is NoneType, not str" in message(lambda: list(stream_loader(replace(cfg, on_error='error'), tok)))
+
+# ---- giant lines
+
+GIANT = '''if 1:
+    import resource, sys
+    from nash_lab.data.corpus import CorpusConfig, CorpusReport, documents
+    report = CorpusReport()
+    cfg = CorpusConfig(sys.argv[1], (sys.argv[2],), holdout=0, on_error='skip', max_bad_share=1, separator=sys.argv[3])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(len(list(documents(cfg, report=report))), report.skipped['too long'], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)'''
+
+@pytest.mark.parametrize('source, separator', [('jsonl', ''), ('text', '<|end|>'), ('text', '')])
+def test_a_giant_line_is_refused_in_bounded_memory(tmp_path, source, separator):
+    "100 MB without white space: counted as too long, the records around it are read, memory stays below a line of the limit and some"
+    part = (separator or '\n').encode()
+    with open(tmp_path/'giant.txt', 'wb') as f:
+        f.write(b'{"text": "before"}' + part + b'{"text": "')
+        for _ in range(100): f.write(b'x' * 1_000_000)
+        f.write(b'"}' + part + b'{"text": "after"}')
+    out = subprocess.run([sys.executable, '-c', GIANT, source, str(tmp_path/'giant.txt'), separator], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    docs, long, mb = map(int, out.stdout.split())
+    assert (docs, long) == ((0, 1) if source == 'text' and not separator else (2, 1))
+    assert mb < 80, f'{mb} MB for a line of 100 MB that is not kept'
+
+def test_a_limit_is_exact(tmp_path):
+    (tmp_path/'a.jsonl').write_text('{"text": "%s"}\n' % ('x' * 88))                    # 100 bytes
+    cfg = CorpusConfig('jsonl', (str(tmp_path/'a.jsonl'),), holdout=0, max_record_bytes=100)
+    assert len(list(documents(cfg))) == 1
+    assert 'a.jsonl:1: too long: more than 99 bytes' in message(lambda: list(documents(replace(cfg, max_record_bytes=99))))
+
+# ---- files that change under the reader
+
+def truncate(path): os.truncate(path, path.stat().st_size // 2)
+def append(path): path.open('ab').write(b'{"text": "more"}\n')
+def swap(path): (path.parent/'other').write_bytes(path.read_bytes()); os.replace(path.parent/'other', path)
+def rewrite(path): path.write_bytes(path.read_bytes().replace(b'row', b'ROW')); os.utime(path, ns=(1, 1))
+def delete(path): path.unlink()
+
+CHANGES = pytest.mark.parametrize('change', [truncate, append, swap, rewrite, delete], ids=lambda f: f.__name__)
+
+@CHANGES
+def test_a_text_file_that_changes_is_an_error(tmp_path, change):
+    path = tmp_path/'rows.jsonl'
+    path.write_text(''.join(json.dumps({'text': f'row {i} {"long " * 20}'}) + '\n' for i in range(30_000)))    # more than a block
+    docs = documents(CorpusConfig('jsonl', (str(path),), holdout=0))
+    next(docs)
+    change(path)
+    error = message(lambda: list(docs))
+    assert 'rows.jsonl' in error and ('changed while read' in error or 'is gone' in error or 'not JSON' in error)
+
+@CHANGES
+def test_a_source_that_changes_is_an_error(tmp_path, change):
+    for i in range(3): (tmp_path/f'{i}.jsonl').write_text(''.join(json.dumps({'text': f'row {i}.{j}'}) + '\n' for j in range(50)))
+    source = Source(SourceConfig(str(tmp_path)), epochs=1)
+    next(source)
+    change(tmp_path/'2.jsonl')
+    error = message(lambda: list(source))
+    assert '2.jsonl' in error and ('changed while read' in error or 'is gone' in error)
+
+@CHANGES
+def test_a_packed_file_that_changes_is_an_error_and_no_signal(tmp_path, tok, change):
+    pack((Document(f'row {i} of a file that will change', 'made') for i in range(3000)), tok, tmp_path/'t.bin')
+    packed = PackedTokens.open(tmp_path/'t.bin')
+    data = loader(packed, LoaderConfig(seq_len=64, batch_size=4, shuffle=False, prefetch=0))
+    next(data)
+    change(tmp_path/'t.bin')
+    assert 't.bin: changed while it was in use' in message(lambda: [next(data) for _ in range(100)])
+    data.close()
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no named pipes on this system')
+@pytest.mark.parametrize('name', ['pipe.jsonl', 'folder.jsonl', 'none.jsonl', '*.csv'])
+def test_a_pipe_or_nothing_is_no_source(tmp_path, name):
+    os.mkfifo(tmp_path/'pipe.jsonl')
+    (tmp_path/'folder.jsonl').mkdir()
+    start = time.monotonic()
+    assert str(tmp_path/name) in message(lambda: Source(SourceConfig(str(tmp_path/name))), FileNotFoundError)
+    assert time.monotonic() - start < 10
+
+# ---- empty and tiny documents
+
+def test_blank_and_one_token_documents(tmp_path, tok):
+    texts = ['', ' ', '\n', 'a', 'b', '\ufeff', 'c' * 3, 'a']
+    (tmp_path/'t.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in texts))
+    cfg = StreamConfig((SourceConfig(str(tmp_path/'t.jsonl')),), seq_len=4, batch_size=2, epochs=1, prefetch=0)
+    run = stream_loader(cfg, tok)
+    batches = list(run)
+    assert sum(b['mask'].sum() for b in batches) > 0
+    assert run.counters()[cfg.sources[0].name] | {'bytes': 0} == {'rows': 8, 'too short': 4, 'documents': 3, 'exact duplicate': 1, 'bytes': 0, 'epoch': 1}
+    (tmp_path/'none.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in texts[:3]))
+    for epochs in (0, 1):                                                              # without end it would be read for ever
+        empty = replace(cfg, sources=(SourceConfig(str(tmp_path/'none.jsonl')),), epochs=epochs)
+        assert 'a whole pass gave no document (too short 3)' in message(lambda: next(stream_loader(empty, tok)))
+
+# ---- threads and workers that die
+
+class Failing:
+    "Tokens on a disk that fails"
+    def __init__(self, n): self.n = n
+    def __len__(self): return self.n
+    def __array__(self, dtype=None, copy=None): raise OSError('[Errno 5] Input/output error')
+
+def test_an_error_in_the_thread_of_the_loader_comes_out(tmp_path, tok):
+    pack((Document(f'row {i}', 'made') for i in range(300)), tok, tmp_path/'t.bin')
+    packed = PackedTokens.open(tmp_path/'t.bin')
+    broken = PackedTokens(Failing(len(packed)), packed.meta, packed.path)
+    start = time.monotonic()
+    data = loader(broken, LoaderConfig(seq_len=16, batch_size=2, prefetch=4))
+    assert 'Input/output error' in message(lambda: next(data), OSError) and time.monotonic() - start < 10
+    data.close()
+
+def corpus(folder, files=4, rows=400):
+    for f in range(files): (folder/f'{f}.jsonl').write_text('\n'.join(json.dumps({'text': f'text {f}.{i} ' + 'and more ' * (i % 9)}) for i in range(rows)))
+    return SourceConfig(str(folder))
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no SIGKILL on this system')
+def test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost(tmp_path, tok):
+    cfg = StreamConfig((corpus(tmp_path),), seq_len=32, batch_size=4, lanes=2, workers=2, prefetch=1)
+    expected = stream_loader(replace(cfg, workers=0), tok)
+    whole = [next(expected) for _ in range(30)]
+    run = stream_loader(cfg, tok)
+    try:
+        for b in whole[:3]: assert all(np.array_equal(v, next_[k]) for next_ in [next(run)] for k, v in b.items())    # workers change nothing
+        children = [p for p in multiprocessing.active_children() if 'grain' in p.name]
+        assert len(children) == 2
+        os.kill(children[1].pid, signal.SIGKILL)
+        start, made = time.monotonic(), 3
+        with pytest.raises(ChildProcessError, match='a data worker died: .* exit code -9'):
+            while made < 30: next(run); made += 1
+        assert time.monotonic() - start < 10
+        state = json.loads(json.dumps(run.get_state()))
+        assert state['batch'] == made
+    finally: run.close()
+    again = stream_loader(replace(cfg, workers=0), tok)
+    again.set_state(state)
+    assert all(np.array_equal(v, b[k]) for b, w in zip([next(again) for _ in range(5)], whole[made:]) for k, v in w.items())
+    for r in (again, expected): r.close()
