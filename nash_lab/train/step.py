@@ -34,24 +34,30 @@ def batch_gradient(
     batch: dict,  # tokens, targets, mask "b t", and positions and segments where documents are masked
     key: PRNGKeyArray,  # of this step's dropout
     accumulate: int = 1,  # micro-batches
+    accumulate_dtype: str = "float32",  # of their sum; bfloat16 needs half the memory and rounds every addition
 ) -> tuple[dict[str, Float[Array, ""]], dict]:  # loss, aux and mtp; gradient
     "Mean nats per counted target with what else is descended, and the gradient of the sum."
     def objective(params, micro, key):
         lm, data = nnx.merge(graphdef, params), dict(micro)
         total, terms = lm.objective(*[data.pop(k) for k in PLAIN], dropout_key=key, **data)
         return total, terms | {"aux": terms["aux"] * terms["count"]}
-    def add(sums, item):
-        index, micro = item
+    def one(index, micro):
         (_, terms), grads = jax.value_and_grad(objective, has_aux=True)(params, micro, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, sums, (terms, grads)), None
-    micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-    zero = (dict.fromkeys(("nats", "count", "aux", "mtp"), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
-    (sums, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))
+        return terms, grads
+    def add(sums, item):
+        plus = lambda a, b: (a.astype(b.dtype) + b).astype(a.dtype)
+        return jax.tree.map(plus, sums, one(*item)), None
+    if accumulate == 1: sums, grads = one(0, batch)
+    else:
+        micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
+        zero = (dict.fromkeys(("nats", "count", "aux", "mtp"), jnp.float32(0)),
+                jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), params))
+        (sums, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))
     count = jnp.maximum(sums["count"], 1)  # a batch of padding alone has gradient 0
     terms = {"loss": sums["nats"], "aux": sums["aux"], "mtp": sums["mtp"]}
-    return jax.tree.map(lambda x: x / count, (terms, grads))
+    return jax.tree.map(lambda x: x.astype(jnp.float32) / count, (terms, grads))
 
-# %% ../../nbs/train/31a_step.ipynb #c015
+# %% ../../nbs/train/31a_step.ipynb #c017
 class TrainState(NamedTuple):
     "What a step maps to its successor."
     params: dict  # nested dict of float32 arrays
@@ -59,16 +65,17 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # steps made
     skipped: Int[Array, ""]  # of these, steps without an update
 
-# %% ../../nbs/train/31a_step.ipynb #c016
+# %% ../../nbs/train/31a_step.ipynb #c018
 def make_train_step(
     graphdef: nnx.GraphDef,  # of the LM
     tx: optax.GradientTransformation,  # from `optimizer`
     accumulate: int = 1,  # micro-batches per update
+    accumulate_dtype: str = "float32",  # of the sum of their gradients
 ) -> Callable:  # (state, batch, key) -> (state, metrics), jitted, state donated
     "The train step; a non-finite loss or gradient leaves parameters and moments as they are."
     def step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
-        terms, grads = batch_gradient(graphdef, state.params, batch, key, accumulate)
+        terms, grads = batch_gradient(graphdef, state.params, batch, key, accumulate, accumulate_dtype)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(sum(terms.values())) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -78,7 +85,7 @@ def make_train_step(
         return TrainState(*new, state.step + 1, skipped), terms | {"grad_norm": norm, "skipped": skipped}
     return jax.jit(step, donate_argnums=0)
 
-# %% ../../nbs/train/31a_step.ipynb #c018
+# %% ../../nbs/train/31a_step.ipynb #c020
 def fresh_state(
     params: dict,  # initial parameters
     tx: optax.GradientTransformation,  # from `optimizer`
@@ -87,7 +94,7 @@ def fresh_state(
     params = jax.tree.map(lambda x: x.astype(x.dtype), params)
     return TrainState(params, tx.init(params), jnp.int32(0), jnp.int32(0))
 
-# %% ../../nbs/train/31a_step.ipynb #c023
+# %% ../../nbs/train/31a_step.ipynb #c025
 @lru_cache(maxsize=8)
 def make_eval_step(
     graphdef: nnx.GraphDef,  # of the LM
@@ -95,7 +102,7 @@ def make_eval_step(
     "Sum of nats and number of counted targets of a batch, without dropout."
     return jax.jit(lambda params, batch: nnx.merge(graphdef, params).loss(*(batch[k] for k in PLAIN)))
 
-# %% ../../nbs/train/31a_step.ipynb #c024
+# %% ../../nbs/train/31a_step.ipynb #c026
 def evaluate_loss(
     eval_step: Callable,  # from make_eval_step
     params: dict,  # to evaluate
@@ -110,7 +117,7 @@ def evaluate_loss(
     nats, count = np.sum(np.array(sums, np.float64), axis=0)
     return {"val_loss": nats / count, "val_bpb": nats / count / math.log(2) / packed.bytes_per_token}
 
-# %% ../../nbs/train/31a_step.ipynb #c030
+# %% ../../nbs/train/31a_step.ipynb #c032
 def routing_stats(
     lm: LM,  # with residual="mhc"
     tokens: Int[Array, "b t"],  # the probe
@@ -123,7 +130,7 @@ def routing_stats(
         "pre_entropy": jax.scipy.special.entr(share).sum(-1)}
     return {name: value.mean((1, 2)) for name, value in stats.items()} | {"usage": share.mean((1, 2))}
 
-# %% ../../nbs/train/31a_step.ipynb #c033
+# %% ../../nbs/train/31a_step.ipynb #c035
 PEAK_FLOPS = {  # part of device_kind -> bf16 FLOP/s of one chip, no sparsity; the first match counts
     "TPU v6": 918e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v4": 275e12, "TPU v3": 123e12,
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12, "V100": 125e12}
