@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAUSES', 'open_data', 'Job', 'lost_seconds', 'start', 'all_finite', 'save', 'save_now', 'surely', 'train_record',
-           'compile_step', 'validator', 'settle', 'end_if_bad', 'look_after', 'run_steps', 'run_guarded', 'Result',
+           'compile_step', 'validator', 'settle', 'end_if_bad', 'made_up_for', 'run_steps', 'run_guarded', 'Result',
            'result', 'pretrain', 'load_run']
 
 # %% ../../nbs/train/33_pretrain.ipynb #c003
@@ -144,7 +144,8 @@ def save(
         raise NonFinite(f"{run}: the parameters of step {job.step} are not finite; not saved, "
                         f"the newest checkpoint is of step {job.checkpoints.latest()}")
     job.ledger.enter(job.ledger.phase)  # up to now
-    write_json_atomic(run / "goodput.json", goodput(job.ledger.seconds, at.step, at.skipped))
+    try: write_json_atomic(run / "goodput.json", goodput(job.ledger.seconds, at.step, at.skipped))
+    except OSError as error: raise OSError(f"{run}: step {at.step} not saved: {error.strerror or error}") from None
     due = plain(job.due) if at.step == job.step else None
     counters = {"step": at.step, "skipped": at.skipped, "time_s": job.time_s, "due": due,
                 "seconds": dict(job.ledger.seconds)}
@@ -264,11 +265,12 @@ def end_if_bad(
                     f"{job.good.step}, the last good one, saved; a lower learning rate needs --allow-changes")
 
 # %% ../../nbs/train/33_pretrain.ipynb #c035
-def look_after(
-    job: Job,  # after a step
+def made_up_for(
+    job: Job,  # between two steps
+    action: Callable,  # begins a save, or asks after the one in the background
 ):
-    "Raises OSError when the save in the background has failed and three more have, too; does not wait for it."
-    try: job.checkpoints.poll()
+    "Does `action`; when it fails, the present step is saved instead, and nothing goes on before it is on the disk."
+    try: action()
     except OSError as error:
         print(f"{error}; saving step {job.step} instead", file=sys.stderr)
         with job.ledger.during("checkpoint"): surely(lambda: save_now(job))
@@ -292,7 +294,7 @@ def run_steps(
             job.step, job.position = job.step + 1, job.batches.get_state()
             job.since.append(Seen(job.step, metrics["skipped"], job.position))
             bar.update()
-            look_after(job)
+            made_up_for(job, job.checkpoints.poll)  # never waits
             check, keep = (job.step % n == 0 or job.step == cfg.steps for n in (cfg.eval_every, cfg.checkpoint_every))
             if not (check or keep or job.step % cfg.log_every == 0): continue
             record = train_record(job, metrics, rate)
@@ -302,7 +304,7 @@ def run_steps(
             if check and not signals: settle(job, report, validate)
             end_if_bad(job)
             if keep and not signals:
-                with ledger.during("checkpoint"): surely(lambda: save(job))
+                with ledger.during("checkpoint"): made_up_for(job, lambda: save(job))
             job.mark = time.monotonic()
 
 # %% ../../nbs/train/33_pretrain.ipynb #c037
@@ -372,7 +374,8 @@ def _pretrain(cfg, run, hooks, guard):
         if changes or job.notes: record_changes(cfg, run, job.step, changes + job.notes)
         guard.ledger.add(job.ledger.seconds)
         job.ledger = guard.ledger
-        log, trackers = MetricsLog(run / "metrics.jsonl", job.step), Trackers(cfg.trackers, run, to_json(cfg))
+        log = MetricsLog(run / "metrics.jsonl", job.step - bool(job.due))  # the line that is due comes again
+        trackers = Trackers(cfg.trackers, run, to_json(cfg))
         def report(record):
             job.record = plain(record)
             with job.ledger.during("log"): log.write(job.record), trackers.write(job.record)
