@@ -18,7 +18,7 @@ BLOB = f'{CFG.git_url}/blob/{CFG.branch}/'
 TAGS = {'echo: false': 'remove-input', 'output: false': 'remove-output', 'include: false': 'remove-cell',
         'code-fold: true': 'hide-input', 'code-fold: show': 'hide-input'}
 CAPTIONS = dict(maths='Maths', model='Model', data='Data', train='Train', evals='Evals', adapt='Adapt', discover='Discover', lab='Lab')
-GUIDE_ORDER = ('READING', 'TRAINING', 'DATA', 'TPU_SETUP', 'SECURITY', 'LOG')
+GUIDE_ORDER = ('READING', 'TRAINING', 'DATA', 'TPU_SETUP', 'FAULTS', 'SECURITY', 'LOG')
 
 class Processors(FilterDefaults):
     "nbdev's processors, without those that run code, place API entries (`api.py` makes them from the source), link, or fold"

@@ -21,8 +21,22 @@ class Mutation(NamedTuple):
     test: str   # what has to fail
 
 
+TRAIN, FAULT = 'nash_lab/train', 'tests/test_faults.py::test'
 CONFINE, SANDBOX, ATTACK = 'nash_lab/evals/confine.py', 'nash_lab/evals/sandbox.py', 'tests/test_sandbox.py::test_attack'
 MUTATIONS = [
+    Mutation('checkpoint: manifest', f'{TRAIN}/checkpoint.py', '            if want[name][key] != value:', '            if False:', f'{FAULT}_forty_bit_flips'),
+    Mutation('checkpoint: links', f'{TRAIN}/checkpoint.py', 'if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)): raise', 'if False: raise', f'{FAULT}_links_and_pipes[link to a file]'),
+    Mutation('checkpoint: fall-back', f'{TRAIN}/checkpoint.py', 'for step in reversed(numbered(folder)):', 'for step in numbered(folder)[-1:]:', f'{FAULT}_damage_to_any_file[one bit]'),
+    Mutation('checkpoint: no fresh start', f'{TRAIN}/checkpoint.py', '        return bool(numbered(self.folder))', '        return bool(self.steps())', f'{FAULT}_all_damaged_is_no_fresh_start'),
+    Mutation('checkpoint: rename first', f'{TRAIN}/checkpoint.py', '    with suppress(OSError): os.rename(folder, gone)\n    shutil.rmtree(gone, ignore_errors=True)', '    shutil.rmtree(folder)', f'{FAULT}_kill_at_each_deletion'),
+    Mutation('run: lock', f'{TRAIN}/guard.py', '    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)', '    try: pass', f'{FAULT}_second_process_is_refused'),
+    Mutation('run: signals', f'{TRAIN}/guard.py', 'self._note) for n in (signal.SIGTERM, signal.SIGINT)}', 'self._note) for n in ()}', f'{FAULT}_signal_saves_that_step[SIGTERM-data]'),
+    Mutation('run: watchdog', f'{TRAIN}/guard.py', 'if still > (self.watchdog_s or math.inf): hang', 'if False: hang', f'{FAULT}_hang_is_ended_and_explained'),
+    Mutation('run: position', f'{TRAIN}/pretrain.py', '    try: batches.set_state(got["data"])', '    try: pass', f'{FAULT}_ten_stops'),
+    Mutation('run: background saves', f'{TRAIN}/pretrain.py', '            made_up_for(job, job.checkpoints.poll)  # never waits', '            pass', f'{FAULT}_failed_save_is_made_up_for'),
+    Mutation('numbers: bad steps', f'{TRAIN}/step.py', 'good = jnp.isfinite(sum(terms.values())) & jnp.isfinite(norm)', 'good = jnp.array(True)', f'{FAULT}_bad_step_changes_nothing[one leaf]'),
+    Mutation('numbers: in a row', f'{TRAIN}/pretrain.py', 'if not cfg.max_bad_steps or bad < cfg.max_bad_steps: return', 'return', f'{FAULT}_bad_steps_in_a_row_end_the_run[1]'),
+    Mutation('numbers: saved state', f'{TRAIN}/pretrain.py', '    if not all_finite((job.state.params, job.state.opt_state)):', '    if False:', f'{FAULT}_no_state_is_saved_that_is_not_finite'),
     Mutation('sandbox: network', CONFINE, '"network": "socket 41 198 connect 42 203 bind 49 200"', '"network": ""', f'{ATTACK}[2-network]'),
     Mutation('sandbox: reading files', CONFINE, 'if readable is not None: landlock(readable)', 'pass', f'{ATTACK}[2-read_files]'),
     Mutation('sandbox: writing files', CONFINE, 'WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000', 'WRITING = 0', f'{ATTACK}[1-write_files]'),
