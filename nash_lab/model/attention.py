@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import Linear, RopeConfig, rope, rope_frequencies, wide
+from .layers import Linear, RMSNorm, RopeConfig, rope, rope_frequencies, wide
 
 # %% ../../nbs/model/11_attention.ipynb #c008
 def attention(
@@ -108,7 +108,7 @@ def cache_bytes(
 
 # %% ../../nbs/model/11_attention.ipynb #c030
 class GQA(nnx.Module):
-    "Grouped-query attention with rotary positions (2305.13245), without biases. ValueError if heads do not fit."
+    "Grouped-query attention with rotary positions (2305.13245). ValueError if heads do not fit."
     def __init__(
         self,
         width: int,        # d
@@ -119,14 +119,17 @@ class GQA(nnx.Module):
         rope: RopeConfig,  # positions
         std: float,        # of the query, key and value maps
         out_std: float,    # of the output map
+        qkv_bias: bool = False,  # of the query, key and value maps, as in Qwen2
+        qk_norm: bool = False,   # RMSNorm of each query and key head before it turns, as in Qwen3
+        eps: float = 1e-6,       # inside the roots of these norms
         rngs: nnx.Rngs,
     ):
         if kv_heads < 1 or heads % kv_heads: raise ValueError(f"{heads=} is not divisible by {kv_heads=}")
         rope_frequencies(head_dim, rope)  # refuses an odd head_dim here
         self.kv_heads, self.head_dim, self.rope = kv_heads, head_dim, rope
-        self.q = Linear((width,), (heads, head_dim), std=std, rngs=rngs)
-        self.k = Linear((width,), (kv_heads, head_dim), std=std, rngs=rngs)
-        self.v = Linear((width,), (kv_heads, head_dim), std=std, rngs=rngs)
+        into = lambda n: Linear((width,), (n, head_dim), std=std, bias=qkv_bias, rngs=rngs)
+        self.q, self.k, self.v = into(heads), into(kv_heads), into(kv_heads)
+        self.q_norm, self.k_norm = [RMSNorm(head_dim, eps) if qk_norm else None for _ in range(2)]
         self.o = Linear((heads, head_dim), (width,), std=out_std, rngs=rngs)
 
     def __call__(
@@ -139,8 +142,8 @@ class GQA(nnx.Module):
         depth: Int[Array, ""] | None = None,        # index of the layer, which a sibling of this class asks for
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         "Attend among `x` itself, or through the cache after writing `x` to it. ValueError for segments with a cache."
-        turn = lambda y: rope(y, positions, rope_frequencies(self.head_dim, self.rope))
-        q, k, v = turn(self.q(x)), turn(self.k(x)), self.v(x)
+        turn = lambda y, norm: rope(norm(y) if norm else y, positions, rope_frequencies(self.head_dim, self.rope))
+        q, k, v = turn(self.q(x), self.q_norm), turn(self.k(x), self.k_norm), self.v(x)
         if cache is None: return self.o(attention(q, k, v, attention_mask(positions, segments))), None
         if segments is not None: raise ValueError("segments and cache exclude each other")
         cache = write_cache(cache, k, v, positions)

@@ -41,7 +41,8 @@ def make_sublayers(
     "The attention and the FFN that `cfg` names."
     std = dict(std=cfg.init_std, out_std=cfg.init_std / sqrt(2 * cfg.layers))  # 2l writes add up to init_std
     kind, own = ATTENTIONS[cfg.attention]
-    extra = {} if own is None else {"cfg": getattr(cfg, own)}
+    plain = dict(qkv_bias=cfg.qkv_bias, qk_norm=cfg.qk_norm, eps=cfg.norm_eps)
+    extra = plain if own is None else {"cfg": getattr(cfg, own)}
     attention = kind(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, rope=cfg.rope, rngs=rngs, **std, **extra)
     if cfg.ffn == "moe": return attention, MoE(cfg.width, cfg.ffn_width, rngs=rngs, cfg=cfg.moe, **std)
     return attention, FFNS[cfg.ffn](cfg.width, cfg.ffn_width, rngs=rngs, **std)
@@ -74,6 +75,7 @@ class Block(nnx.Module):
         self.cfg, self.attention_norm, self.ffn_norm = cfg, norm(), norm()
         self.attention, self.ffn = make_sublayers(cfg, rngs)
         self.attention_hyper, self.ffn_hyper = hyper(), hyper()
+        self.place = None  # or what keeps activations [b, ...] where their rows belong, see train/30_parallel
 
     def __call__(self,
         streams: tuple[Float[Array, "b t d"], ...],  # residual streams
@@ -84,6 +86,7 @@ class Block(nnx.Module):
         key: PRNGKeyArray | None = None,  # turns dropout on
     ):
         "Next streams, the updated cache, the (attention, FFN) maps (None when plain), the auxiliary loss or None."
+        if self.place: streams = tuple(map(self.place, streams))
         drop = lambda y, name: dropout(y, self.cfg.dropout, None if key is None else named_key(key, name))
         def attend(x):
             (y, new), aux = with_aux(self.attention, self.attention_norm(x), positions=positions, segments=segments,

@@ -34,6 +34,8 @@ class ModelConfig:
     mtp: Literal["none", "parallel", "sequential"] = "none"  # further tokens: Meta's heads, DeepSeek's modules
     mtp_depth: int = 1  # tokens predicted beyond the next one, when mtp is on
     mtp_weight: float = 0.3  # of their mean loss; 0.3 at first and 0.1 at the end in DeepSeek-V3
+    qkv_bias: bool = False  # biases of query, key and value maps, as in Qwen2; gqa only
+    qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3; gqa only
     diff: DiffConfig = field(default_factory=DiffConfig)  # used when attention is diff1 or diff2
     mla: MLAConfig = field(default_factory=MLAConfig)  # used when attention is mla
     maha: MAHAConfig = field(default_factory=MAHAConfig)  # used when attention is maha
@@ -83,6 +85,8 @@ def check_shape(
             ("head_dim", cfg.head_dim % 2 == 0, "is odd, RoPE turns pairs"),
             ("dropout", 0 <= cfg.dropout < 1, "is not in 0 <= dropout < 1"),
             ("mtp_weight", cfg.mtp_weight >= 0, "is below 0"),
+            ("qkv_bias", not cfg.qkv_bias or cfg.attention == "gqa", f"needs attention='gqa', not {cfg.attention!r}"),
+            ("qk_norm", not cfg.qk_norm or cfg.attention == "gqa", f"needs attention='gqa', not {cfg.attention!r}"),
             ("mtp_depth", cfg.depths < cfg.max_len - 1, f"leaves nothing to predict in max_len={cfg.max_len}")):
         if not good: raise ValueError(f"ModelConfig: {name}={getattr(cfg, name)} {what}")
     check_parts(cfg)
