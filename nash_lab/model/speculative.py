@@ -36,8 +36,11 @@ def draw(
     keys: Array,             # one JAX key a row
     p: Float[Array, "b v"],  # need not sum to one
 ) -> Int[Array, "b"]:
-    "One token a row; a token with p = 0 is never drawn."
-    return jax.vmap(jax.random.categorical)(keys, jnp.log(p)).astype(jnp.int32)
+    "One token a row, by the inverse of the cumulated p: one uniform number; a token with p = 0 is never drawn."
+    edge = jnp.cumsum(p, axis=-1)
+    at = jax.vmap(jax.random.uniform)(keys)[:, None] * edge[:, -1:]
+    inside = (edge > jnp.minimum(at, edge[:, -1:] * (1 - 2**-22))).astype(jnp.int8)  # a product may round up to the end
+    return inside.argmax(-1).astype(jnp.int32)
 
 # %% ../../nbs/model/18a_speculative.ipynb #c008
 def accept(
@@ -133,7 +136,7 @@ def check_drafts(
     b, depths, v = q.shape
     slots = s.at[:, None] + jnp.arange(depths + 1)[None]
     hidden, cache = lm.step(at_slots(s.tokens, slots), slots, s.cache)
-    z = lm.logits(hidden)
+    z = jnp.stack([lm.logits(hidden[:, i]) for i in range(depths + 1)], 1)  # a CPU packs the head anew for two columns
     p = probabilities(z.reshape(-1, v), cfg).reshape(z.shape)
     kept, token = rule(p, q, at_slots(s.tokens, slots[:, 1:]), keys)
     tokens = put_slots(s.tokens, (s.at + kept + 1)[:, None], token[:, None])
