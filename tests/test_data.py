@@ -143,6 +143,17 @@ def test_a_damaged_description_is_refused(stdlib, tmp_path, text, expected):
     error = message(lambda: PackedTokens.open(tmp_path/'t.bin'))
     assert 't.bin.json' in error and expected in error
 
+def test_a_description_without_eos_id_means_two(stdlib, tmp_path):
+    "Files packed before the field was there"
+    (tmp_path/'t.bin').write_bytes((stdlib.folder/'validation.bin').read_bytes())
+    meta = json.loads((stdlib.folder/'validation.bin.json').read_text())
+    assert meta.pop('eos_id') == EOS
+    (tmp_path/'t.bin.json').write_text(json.dumps(meta))
+    packed = PackedTokens.open(tmp_path/'t.bin')
+    assert packed.meta.eos_id == EOS and (packed.tokens == EOS).sum() == packed.meta.documents
+    (tmp_path/'t.bin.json').write_text(json.dumps(meta | dict(eos_id=1024)))
+    assert 'PackedMeta.eos_id=1024 must be in [0, 1024)' in message(lambda: PackedTokens.open(tmp_path/'t.bin'))
+
 def test_every_flipped_bit_is_found(stdlib, tmp_path):
     data, rng = bytearray((stdlib.folder/'validation.bin').read_bytes()), random.Random(0)
     (tmp_path/'t.bin.json').write_bytes((stdlib.folder/'validation.bin.json').read_bytes())

@@ -186,5 +186,6 @@ def eval_batches(
     if len(packed) < 2: raise ValueError(f"{packed.path}: {len(packed)} tokens, expected at least 2")
     rows = row_count(len(packed), seq_len)
     for start in range(0, rows, batch_size)[:limit]:
+        packed.check()
         numbers = np.arange(start, start + batch_size)
         yield make_batch(packed.tokens, np.where(numbers < rows, numbers, -1), seq_len)

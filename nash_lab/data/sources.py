@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'HUB_S', 'BLOCK', 'SourceConfig', 'parse_source', 'local_fil
 import glob
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,6 +103,13 @@ def check_stamps(
             raise ValueError(f"{path}: changed while read: same size, but another file or time")
 
 # %% ../../nbs/data/21a_sources.ipynb #c016
+def _library():
+    "The `datasets` package, imported when a source is opened: it takes a second or two."
+    import datasets
+    if not sys.stderr.isatty(): datasets.disable_progress_bars()
+    return datasets
+
+# %% ../../nbs/data/21a_sources.ipynb #c018
 HUB_S = 8.0  # seconds for a connection to the hub, and as many for its answer
 
 
@@ -128,19 +136,19 @@ def hub_fault(
         return f"{type(error).__name__}: {(str(error) or 'no answer').splitlines()[0]}"
     return ""
 
-# %% ../../nbs/data/21a_sources.ipynb #c017
+# %% ../../nbs/data/21a_sources.ipynb #c019
 def _first_line(error: BaseException) -> str:
     "The reason of an error in one line; the library wraps the real one in another."
     error = error.__cause__ or error
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
-# %% ../../nbs/data/21a_sources.ipynb #c019
+# %% ../../nbs/data/21a_sources.ipynb #c021
 def _from_hub(cfg: SourceConfig):
     "A hub data set, streamed or cached; ConnectionError or ValueError in one line."
-    import datasets
+    library = _library()
     what = f"{cfg.name}{':' * bool(cfg.subset)}{cfg.subset}"
     where = dict(name=cfg.subset or None, split=cfg.split, revision=cfg.revision or None)
-    def load(streaming): return datasets.load_dataset(cfg.name, streaming=streaming, **where)
+    def load(streaming): return library.load_dataset(cfg.name, streaming=streaming, **where)
     if fault := hub_fault(cfg.name):
         try:
             with _offline(): return load(False)
@@ -152,14 +160,13 @@ def _from_hub(cfg: SourceConfig):
 
 def _from_files(cfg: SourceConfig, files: tuple[str, ...]):
     "Local files, streamed or cached; ValueError names what cannot be read."
-    import datasets
     kind = _kind(files[0])
     more = {"sample_by": cfg.sample_by} if kind == "text" else {}
     where = dict(data_files=list(files), split="train", streaming=cfg.streaming)
-    try: return datasets.load_dataset(kind, **where, **more)
+    try: return _library().load_dataset(kind, **where, **more)
     except Exception as error: raise ValueError(f"{cfg.name}: {_first_line(error)}") from None
 
-# %% ../../nbs/data/21a_sources.ipynb #c021
+# %% ../../nbs/data/21a_sources.ipynb #c023
 @lru_cache(maxsize=64)
 def _opened(cfg: SourceConfig, files: tuple[str, ...], found: tuple):
     "The data set behind a source, with the one column; `found`, the stamps of its files, is there for the cache."
@@ -172,7 +179,7 @@ def _opened(cfg: SourceConfig, files: tuple[str, ...], found: tuple):
         raise ValueError(f"{cfg.name}: no column {cfg.column!r}, there are {', '.join(map(repr, columns)) or 'none'}")
     return data.select_columns([cfg.column])
 
-# %% ../../nbs/data/21a_sources.ipynb #c022
+# %% ../../nbs/data/21a_sources.ipynb #c024
 def open_source(
     cfg: SourceConfig,
 ):  # a `datasets.IterableDataset` when streaming, otherwise a `datasets.Dataset` (from the cache, also without the hub)
@@ -189,7 +196,7 @@ def fingerprint(
     sizes = "".join(f"{p.name} {p.stat().st_size}\n" for p in local_files(cfg.name))
     return hashlib.sha256(sizes.encode()).hexdigest()[:16]
 
-# %% ../../nbs/data/21a_sources.ipynb #c029
+# %% ../../nbs/data/21a_sources.ipynb #c031
 BLOCK = 256  # rows read at a time when they are not shuffled
 
 
@@ -201,7 +208,7 @@ def block_order(
     "The order in which the rows of a block are handed out: a function of the key alone."
     return np.random.default_rng(key).permutation(rows).tolist() if shuffle else list(range(rows))
 
-# %% ../../nbs/data/21a_sources.ipynb #c032
+# %% ../../nbs/data/21a_sources.ipynb #c034
 def lane_files(
     files: int,              # of the source
     shuffle: bool,           # another order in each epoch
@@ -213,7 +220,7 @@ def lane_files(
     order = block_order(files, shuffle, key)
     return (order[lane::lanes], 1) if files >= lanes else (order, lanes)
 
-# %% ../../nbs/data/21a_sources.ipynb #c035
+# %% ../../nbs/data/21a_sources.ipynb #c037
 class Source:
     "The rows of one source, epoch after epoch, with an exact position."
     def __init__(
@@ -261,7 +268,7 @@ class Source:
             self._at, self._block = next(self._blocks)
             self._row = state["row"]
 
-# %% ../../nbs/data/21a_sources.ipynb #c037
+# %% ../../nbs/data/21a_sources.ipynb #c039
 def _values(source: Source, rows: Iterator[dict], size: int) -> list:
     "Up to `size` values of the column; ValueError or ConnectionError in one line for whatever goes wrong."
     try: return [row[source.cfg.column] for row in islice(rows, size)]
@@ -270,7 +277,7 @@ def _values(source: Source, rows: Iterator[dict], size: int) -> list:
         remote = not source.stamps and isinstance(error, OSError)
         raise (ConnectionError if remote else ValueError)(f"{source.cfg.name}: {_first_line(error)}") from None
 
-# %% ../../nbs/data/21a_sources.ipynb #c038
+# %% ../../nbs/data/21a_sources.ipynb #c040
 def _streamed(source: Source, epoch: int, at: dict) -> Iterator[tuple[dict, list]]:
     "Positions and values of the blocks of a stream from `at` to the end of the epoch."
     shuffle, size = source.cfg.shuffle_buffer > 0, source.cfg.shuffle_buffer or BLOCK
@@ -287,7 +294,7 @@ def _streamed(source: Source, epoch: int, at: dict) -> Iterator[tuple[dict, list
             place, first = part.state_dict(), first + len(values)
         check_stamps(source.stamps)
 
-# %% ../../nbs/data/21a_sources.ipynb #c039
+# %% ../../nbs/data/21a_sources.ipynb #c041
 def _indexed(source: Source, epoch: int, at: dict) -> Iterator[tuple[dict, list]]:
     "Positions and values of the blocks of a data set on disk from `at` to the end of the epoch."
     n, order = len(source.data), grain.MapDataset.range(len(source.data))

@@ -183,8 +183,8 @@ def _chunks(texts: Iterable[str], max_bytes: int) -> Iterator[bytes]:
 
 # %% ../../nbs/data/20_tokenizer.ipynb #c043
 SPECIAL_NAMES = {  # how published vocabularies call them, the first that is there counts
-    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|end▁of▁sentence|>", "[EOS]", "<|im_end|>"),
-    "bos": ("<s>", "<|begin_of_text|>", "<bos>", "<|begin▁of▁sentence|>", "[BOS]"),
+    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]", "<|im_end|>"),
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[BOS]"),
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>"),
     "unk": ("<unk>", "[UNK]")}
 
