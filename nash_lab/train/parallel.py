@@ -356,7 +356,7 @@ def replicate(
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), x.__getitem__)
     return jax.tree.map(place, tree)
 
-# %% ../../nbs/train/30_parallel.ipynb #c064
+# %% ../../nbs/train/30_parallel.ipynb #c066
 CACHED = {"k": ("batch", "time", "kv_heads", None), "v": ("batch", "time", "kv_heads", None),
           "latent": ("batch", "time", None), "x": ("batch", "time", None)}  # field of a cache -> its last axes
 
@@ -372,7 +372,7 @@ def cache_specs(
         return NamedSharding(mesh, spec_of(axes, x.shape, rules, mesh))
     return jax.tree_util.tree_map_with_path(place, cache)
 
-# %% ../../nbs/train/30_parallel.ipynb #c069
+# %% ../../nbs/train/30_parallel.ipynb #c071
 @dataclass(frozen=True)
 class ProcessConfig:
     "How the processes of a run find each other; ValueError for flags that do not belong together."
@@ -391,7 +391,7 @@ class ProcessConfig:
         if self.coordinator and not re.fullmatch(r"\S+:\d+", self.coordinator):
             raise ValueError(f"ProcessConfig.coordinator={self.coordinator!r}: expected host:port")
 
-# %% ../../nbs/train/30_parallel.ipynb #c070
+# %% ../../nbs/train/30_parallel.ipynb #c072
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 def surroundings(
@@ -404,7 +404,7 @@ def surroundings(
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env: return "kubernetes"
     return "tpu" if hosts() > 1 else ""
 
-# %% ../../nbs/train/30_parallel.ipynb #c073
+# %% ../../nbs/train/30_parallel.ipynb #c075
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 
 def ask_metadata() -> str:
@@ -423,7 +423,7 @@ def pod_hosts(
     try: return ask().count(",") + 1 if chips else 1
     except OSError: return 1
 
-# %% ../../nbs/train/30_parallel.ipynb #c075
+# %% ../../nbs/train/30_parallel.ipynb #c077
 def initialize(
     cfg: ProcessConfig = ProcessConfig(),  # flags
     env: Mapping[str, str] = os.environ,  # where SLURM and Kubernetes say who is who
@@ -440,7 +440,7 @@ def initialize(
         raise ValueError(f"processes ({found}) did not join: {str(error).splitlines()[0][:200]}") from error
     return found
 
-# %% ../../nbs/train/30_parallel.ipynb #c078
+# %% ../../nbs/train/30_parallel.ipynb #c080
 def is_lead() -> bool:
     "Whether this is process 0, which writes for all."
     return jax.process_index() == 0
@@ -467,7 +467,7 @@ def wait_for_all(
     "Returns when every process has come here."
     if jax.process_count() > 1: multihost_utils.sync_global_devices(name)
 
-# %% ../../nbs/train/30_parallel.ipynb #c080
+# %% ../../nbs/train/30_parallel.ipynb #c082
 def pack_position(
     states: list,  # of every process
 ) -> Any:
