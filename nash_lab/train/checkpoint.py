@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from ..data.tokenizer import write_atomic
+from .parallel import every_process, is_lead, wait_for_all
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c007
 def write_json_atomic(
@@ -257,18 +258,22 @@ class Writer:
         with _cleaned(target):
             self.orbax.wait_until_finished()
             partial = target.with_name(f"{target.name}.partial")
+            if not is_lead(): return  # each process has written its parts, one of them says that they are whole
             write_manifest(partial, body)
             _publish(partial, target)
         after()
 
     def poll(self):
-        "Raises OSError if the last checkpoint has failed by now; never waits."
-        if self.pending and self.pending.done(): self.wait()
+        "Raises OSError if the last checkpoint has failed by now; never waits, so many processes learn it in `wait`."
+        if self.pending and self.pending.done() and jax.process_count() == 1: self.wait()
 
     def wait(self):
         "Returns once the last checkpoint is whole; raises OSError if it failed."
         pending, self.pending = self.pending, None
-        if pending: pending.result()
+        if not pending: return
+        own = pending.exception()
+        failed = [error for error in every_process(None if own is None else str(own)) if error]  # all raise, or none
+        if own or failed: raise own or OSError(failed[0])
 
     def close(self):
         "Waits, then ends the threads."
@@ -298,8 +303,8 @@ def restore_step(
 def _report(folder: Path, bad: dict, used: int, repair: bool):
     "Says which steps were passed over, and puts them aside if `repair`."
     for step, error in bad.items():
-        where = f", moved to {set_aside(folder / str(step)).name}" if repair else ""
-        print(f"{error}; step {used} is used instead{where}", file=sys.stderr)
+        where = f", moved to {set_aside(folder / str(step)).name}" if repair and is_lead() else ""
+        if is_lead(): print(f"{error}; step {used} is used instead{where}", file=sys.stderr)
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c055
 def restore_newest(
@@ -386,7 +391,8 @@ class Checkpoints:
     def own(self) -> bool:  # is there anything to resume?
         "For the one process that writes here: makes the folder, removes leftovers; Damaged if all steps are put aside."
         self.folder.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(self.folder)
+        if is_lead(): clear_leftovers(self.folder)
+        wait_for_all("checkpoints are owned")
         self.place = _place(self.folder)
         bad = sorted(path.name for path in self.folder.glob("*.damaged*"))
         if bad and not numbered(self.folder): raise Damaged(f"{self.folder}: nothing left but {', '.join(bad)}")

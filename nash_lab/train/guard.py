@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,7 +142,7 @@ class Seen(NamedTuple):
     "A step, and what is needed to go on from there."
     step: int
     skipped: Any  # steps without an update so far; on the device until the next line
-    position: dict  # of the data, after this step
+    position: Callable  # () -> position of the data after this step
 
 def last_good(
     good: Seen,  # the last good step known
