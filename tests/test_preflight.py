@@ -1,0 +1,83 @@
+"Preflight: the programs of a run compiled for chips that are not here."
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+import jax, pytest
+from nash_lab.model.layers import from_json, to_json
+from nash_lab.model.transformer import ModelConfig
+from nash_lab.train import preflight as pf
+from nash_lab.train.cost import GIB, product_flops, saved_bytes, traffic
+from nash_lab.train.optim import OptimConfig
+from nash_lab.train.parallel import MeshConfig
+from nash_lab.train.preflight import CHIPS, PreflightConfig, Program, estimate, preflight, report, search, settings, wanted_bytes
+
+libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: nothing can be compiled for a TPU")
+SMALL = PreflightConfig(target="local", seq_len=64, prompt_len=32, batch_size=4, serve_rows=4, mesh=MeshConfig(), model=ModelConfig.tiny())
+
+def test_report_on_this_machine():
+    code, text = report(SMALL)
+    assert code == 0 and "fits: " in text and text.startswith("39,820 parameters on local")
+    assert all(word in text for word in ("train", "prefill", "decode", "args GiB", "temp GiB", "TFLOP", "compile s"))
+
+def test_a_chip_that_is_too_small(monkeypatch):
+    monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=1e-4))
+    code, text = report(replace(SMALL, programs=("train",)))
+    assert code == 1 and "does not fit" in text and "what to change" in text and "--model.remat block" not in text.splitlines()[1]
+
+def test_search_finds_remat_or_pieces(monkeypatch):
+    "With room for half of what the plain step takes, something else fits; what fits is compiled, not guessed"
+    full = preflight(replace(SMALL, programs=("train",), batch_size=16))
+    monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=0.6 * full.needed))
+    best, tried = search(replace(SMALL, batch_size=16, tries=8))
+    assert best is not None and best.needed <= 0.6 * full.needed and best.config != full.config and len(tried) <= 8
+    assert best.config.optim == SMALL.optim  # the update rule is the last thing to change
+
+@pytest.mark.parametrize("preset", ["mhc-350m", "pythoncoder-1b", "nash-3b", "gpt-d12-mhc"])
+def test_estimates_are_in_order(preset):
+    cfg = PreflightConfig(model=replace(ModelConfig.preset(preset), remat="none"), seq_len=1024)
+    none, dots, block = (estimate(replace(cfg, model=replace(cfg.model, remat=r))) for r in ("none", "dots", "block"))
+    assert none.saved > block.saved and dots.total >= block.total * 0.8 and none.weights == block.weights
+    halves = estimate(replace(cfg, accumulate=2))
+    assert halves.saved < 0.6 * none.saved and halves.gradients == 2 * none.gradients
+
+def test_settings_divide():
+    cfg = PreflightConfig(model=ModelConfig.tiny(), target="v6e-8", seq_len=64, prompt_len=32, batch_size=8, mesh=MeshConfig(data=8))
+    for c in settings(cfg, OptimConfig()):
+        assert c.mesh.data * c.mesh.fsdp * c.mesh.tp == 8 and c.batch_size // c.accumulate % (c.mesh.data * c.mesh.fsdp) == 0
+        assert c.model.kv_heads % c.mesh.tp == 0
+
+@pytest.mark.parametrize("change, said", [
+    (dict(mesh=MeshConfig(data=3)), "data=3 .* does not make"),
+    (dict(target="v6e-4", mesh=MeshConfig(data=8)), "does not make 4 devices"),
+    (dict(target="v6e-4", mesh=MeshConfig(data=4), batch_size=2, serve_rows=4), "2 rows of a batch do not divide")])
+def test_refused(change, said):
+    if "rows" in said and find_spec("libtpu") is None: pytest.skip("libtpu is not installed")
+    with pytest.raises(ValueError, match=said) as error: preflight(replace(SMALL, **change))
+    assert "\n" not in str(error.value)
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(pf, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs libtpu, which is not installed"): preflight(replace(SMALL, target="v5e-1"))
+
+def test_a_compiler_that_dies(monkeypatch):
+    monkeypatch.setattr(pf, "find_spec", lambda name: True)
+    monkeypatch.setattr(pf.sys, "executable", "/bin/false")
+    with pytest.raises(ValueError, match="target 'v6e-1': the compiler's process failed: no answer"): preflight(replace(SMALL, target="v6e-1"))
+
+def test_unknown_target():
+    data = to_json(SMALL) | {"target": "v7"}
+    with pytest.raises(ValueError, match="PreflightConfig.target: expected 'v6e-1'"): from_json(PreflightConfig, data)
+
+def test_out_of_memory_message():
+    assert wanted_bytes("RESOURCE_EXHAUSTED: Used 33.10G of 31.25G hbm") == 33.10 * GIB
+    with pytest.raises(ValueError, match="the compiler failed: INTERNAL: x"): wanted_bytes("INTERNAL: x\ny")
+
+@libtpu
+def test_mhc_120m_for_v6e():
+    "The preset of the Colab page trains and answers on one v6e"
+    start = time.monotonic()
+    found = preflight(PreflightConfig(model=replace(ModelConfig.preset("mhc-120m"), remat="block")))
+    assert found.fits and found.needed < 16 and [p.name for p in found.programs] == ["train", "prefill", "decode"]
+    train = found.programs[0]
+    assert 1.1 < train.flops / train.useful < 1.6 and train.moved > 2 * train.arguments and train.aliased > 0.99 * train.results
+    print(f"{time.monotonic() - start:.0f} s")
