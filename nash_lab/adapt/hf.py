@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TENSORS', 'FAMILIES', 'TOKENIZER_FILES', 'Tensor', 'to_theirs', 'to_ours', 'rope_of', 'read_config',
            'rope_parameters', 'write_config', 'open_tensors', 'used', 'read_weights', 'take', 'tensors', 'shards',
-           'save_hf', 'load_hf', 'chat_text']
+           'save_hf', 'load_hf', 'import_run', 'chat_text']
 
 # %% ../../nbs/adapt/50_hf.ipynb #c003
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,12 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..model.layers import RopeConfig
+from ..data.loader import LoaderConfig
+from ..model.layers import RopeConfig, to_json
 from ..model.transformer import LM, ModelConfig
-from ..train.checkpoint import write_json_atomic
+from ..train.checkpoint import Checkpoints, write_json_atomic
+from ..train.config import TrainConfig, copy_tokenizer
+from ..train.guard import run_lock
 
 # %% ../../nbs/adapt/50_hf.ipynb #c006
 class Tensor(NamedTuple):
@@ -284,6 +287,26 @@ def load_hf(
     with ExitStack() as stack: return read_weights(cfg, open_tensors(Path(folder), stack))
 
 # %% ../../nbs/adapt/50_hf.ipynb #c024
+def import_run(
+    folder: str | Path,      # as load_hf
+    run: str | Path,         # run directory to make
+    dtype: str = "float32",  # of activations
+) -> Path:
+    "A run with the weights and the tokenizer of a folder; ValueError when there is a run already."
+    run, tokenizer = Path(run), Path(folder) / "tokenizer.json"
+    if (run / "config.json").exists(): raise ValueError(f"{run}: there is a run already, give another name")
+    lm = load_hf(folder, dtype)
+    own = str(tokenizer) if tokenizer.exists() else ""
+    cfg = TrainConfig(run=str(run), model=lm.cfg, train_bin="", val_bin="", tokenizer=own,
+                      loader=LoaderConfig(seq_len=min(1024, lm.cfg.max_len), documents="mask"))
+    with run_lock(run), closing(Checkpoints(run / "checkpoints", asynchronous=False)) as points:
+        points.save(0, {"model": nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
+        if cfg.tokenizer: copy_tokenizer(tokenizer, run)
+        write_json_atomic(run / "imported.json", {"folder": str(folder)})
+        write_json_atomic(run / "config.json", to_json(cfg))
+    return run
+
+# %% ../../nbs/adapt/50_hf.ipynb #c026
 def chat_text(
     folder: str | Path,           # with a chat template
     messages: list[dict],         # role and content of each turn

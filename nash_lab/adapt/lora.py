@@ -27,13 +27,13 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file
 from safetensors.numpy import save as to_safetensors
 
-from ..data.tokenizer import write_atomic
 from ..model.layers import Linear, dropout, from_json, linear, named_key, to_json
+from ..data.tokenizer import write_atomic
 from ..model.moe import ExpertLinear, grouped
 from ..model.transformer import LM
 from ..train.checkpoint import Checkpoints, write_json_atomic
+from ..train.config import copy_tokenizer, own_tokenizer, saved_config
 from ..train.guard import run_lock
-from ..train.pretrain import saved_config
 from ..train.step import PLAIN, TrainState
 
 # %% ../../nbs/adapt/51_lora.ipynb #c006
@@ -424,12 +424,12 @@ def save_merged(
 ) -> Path:
     "A run with these weights. ValueError when there is one already; OSError when it cannot be written."
     run, out = Path(run), Path(out)
-    cfg, own = saved_config(run), run / "tokenizer.model"
+    cfg, own = saved_config(run), own_tokenizer(run)
     if (out / "config.json").exists(): raise ValueError(f"{out}: there is a run already, give another name")
     with closing(Checkpoints(run / "checkpoints")) as base: step = base.latest()
     with run_lock(out), closing(Checkpoints(out / "checkpoints", asynchronous=False)) as points:
         points.save(step, {"model": nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
-        if own.exists(): write_atomic(out / "tokenizer.model", own.read_bytes())
+        if own: copy_tokenizer(own, out)
         write_json_atomic(out / "merged.json", notes)
         write_json_atomic(out / "config.json", to_json(replace(cfg, run=str(out))))
     return out

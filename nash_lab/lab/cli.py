@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'TokenizerJob', 'run_tokenizer', 'PackJob', 'run_pack', 'GenerateJob', 'run_generate', 'ReportJob',
-           'run_report', 'EvalJob', 'run_eval', 'run_pretrain', 'ApplyJob', 'run_apply', 'MergeJob', 'run_merge',
-           'ExportJob', 'run_export', 'Verb', 'Usage', 'take_flag', 'leaves', 'as_flags', 'fields_set', 'file_values',
-           'preset_values', 'with_rules', 'one_line', 'parse', 'help_of', 'usage', 'find_verb', 'run_line', 'main']
+           'run_report', 'EvalJob', 'run_eval', 'run_pretrain', 'run_preflight', 'ImportJob', 'run_import',
+           'ExportHFJob', 'run_export_hf', 'ApplyJob', 'run_apply', 'MergeJob', 'run_merge', 'ExportJob', 'run_export',
+           'Verb', 'Usage', 'take_flag', 'leaves', 'as_flags', 'fields_set', 'file_values', 'preset_values',
+           'with_rules', 'one_line', 'parse', 'help_of', 'usage', 'find_verb', 'run_line', 'main']
 
 # %% ../../nbs/lab/72_cli.ipynb #c003
 import contextlib
@@ -16,15 +17,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tyro
 from tqdm import tqdm
 
+from ..adapt.hf import import_run, save_hf
 from ..adapt.lora import (
     LoRAConfig, attach, explained, extract_adapter, merge_adapter, read_adapters, save_merged, write_peft)
 from ..data.corpus import CorpusConfig, PackedTokens, documents
-from ..data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from ..data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from ..evals.harness import evaluate, load_probes
 from .bench import BenchConfig, bench
 from .demo import DemoConfig, demo, pack_split
@@ -33,7 +35,10 @@ from .run import load
 from ..model.layers import from_json, to_json
 from ..model.transformer import ModelConfig
 from ..train.checkpoint import write_json_atomic
-from ..train.pretrain import TrainConfig, load_run, pretrain
+from ..train.config import TrainConfig
+from ..train.parallel import initialize, is_lead
+from ..train.preflight import PreflightConfig, report
+from ..train.pretrain import load_run, pretrain
 
 # %% ../../nbs/lab/72_cli.ipynb #c006
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class PackJob:
 # %% ../../nbs/lab/72_cli.ipynb #c009
 def run_pack(job: PackJob) -> None:  # corpus, tokenizer, where to
     "Pack both splits and say what was skipped and why."
-    tokenizer = Tokenizer.load(job.tokenizer)
+    tokenizer = load_tokenizer(job.tokenizer)
     old = Path(job.out) / "validation.bin"
     if not job.corpus.holdout and old.exists():
         raise ValueError(f"{old}: of an earlier packing with a holdout; its documents would be trained on, delete it")
@@ -131,12 +136,45 @@ def run_eval(job: EvalJob) -> dict:  # run, data, probes
 
 # %% ../../nbs/lab/72_cli.ipynb #c016
 def run_pretrain(job: TrainConfig) -> None:  # the whole run
-    "Train and print what was reached."
+    "Join the other processes if there are any, train, and print what was reached."
+    initialize(job.processes)
     r = pretrain(job)
+    if not is_lead(): return
     val = "" if r.val_loss is None else f", validation {r.val_loss:.4f} nats per token, {r.val_bpb:.4f} bits per byte"
     print(f"{r.run}: step {r.step}{val}, {r.time_s:.0f} s of training, {r.tokens_per_s:,.0f} tokens/s")
 
 # %% ../../nbs/lab/72_cli.ipynb #c018
+def run_preflight(job: PreflightConfig) -> None:  # what, and for which chips
+    "Print what is needed and what there is; ValueError when it does not fit."
+    code, text = report(job)
+    print(text)
+    if code: raise ValueError(f"{job.target}: does not fit, what to change stands above")
+
+@dataclass(frozen=True)
+class ImportJob:
+    "Make a run of a folder that transformers wrote."
+    folder: str = "model"  # with config.json, safetensors and perhaps tokenizer.json
+    run: str = "runs/imported"  # run directory to make
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+
+def run_import(job: ImportJob) -> None:  # from where, where to
+    "Import and say where the run is."
+    print(import_run(job.folder, job.run, job.compute_dtype))
+
+@dataclass(frozen=True)
+class ExportHFJob:
+    "Write a run as a folder that transformers loads."
+    run: str = "runs/imported"  # run directory of a plain model with grouped queries and SwiGLU
+    folder: str = "exported"  # to make
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the tensors
+    shard_bytes: int = 5_000_000_000  # largest file
+
+def run_export_hf(job: ExportHFJob) -> None:  # run, where to
+    "Export and say where the folder is."
+    lm, _ = load_run(job.run)
+    print(save_hf(lm, job.folder, dtype=job.dtype, shard_bytes=job.shard_bytes, tokenizer_from=job.run))
+
+# %% ../../nbs/lab/72_cli.ipynb #c020
 @dataclass(frozen=True)
 class ApplyJob:
     "Continue prompts with a trained model and adapters beside its weights."
@@ -149,7 +187,7 @@ class ApplyJob:
     top_p: float = 0.95  # smallest set of tokens with this probability; 1 is off
     seed: int = 0  # of the draws
 
-# %% ../../nbs/lab/72_cli.ipynb #c019
+# %% ../../nbs/lab/72_cli.ipynb #c021
 def run_apply(job: ApplyJob) -> None:  # run, adapters, sampling
     "Print every prompt with the adapted model's continuation."
     model = load(job.run)
@@ -157,7 +195,7 @@ def run_apply(job: ApplyJob) -> None:  # run, adapters, sampling
     how = {name: getattr(job, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     for prompt in job.prompt: print(prompt + model.generate(prompt, **how))
 
-# %% ../../nbs/lab/72_cli.ipynb #c020
+# %% ../../nbs/lab/72_cli.ipynb #c022
 @dataclass(frozen=True)
 class MergeJob:
     "Write a run whose weights contain adapters."
@@ -166,13 +204,13 @@ class MergeJob:
     weights: tuple[float, ...] = ()  # of each adapter in the sum; all 1 when empty
     out: str = "runs/merged"  # run directory to make
 
-# %% ../../nbs/lab/72_cli.ipynb #c021
+# %% ../../nbs/lab/72_cli.ipynb #c023
 def run_merge(job: MergeJob) -> None:  # run, adapters, where to
     "Merge and say where the new run is."
     lm, _ = load_run(job.run)
     print(save_merged(job.run, job.out, merge_adapter(lm, read_adapters(lm, job.adapters, job.weights)), to_json(job)))
 
-# %% ../../nbs/lab/72_cli.ipynb #c022
+# %% ../../nbs/lab/72_cli.ipynb #c024
 @dataclass(frozen=True)
 class ExportJob:
     "Write one PEFT folder: the sum of adapters, or what a second run learned beyond the first."
@@ -183,7 +221,7 @@ class ExportJob:
     out: str = "adapter"  # folder to write
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # rank and scale; with adapters, their maps are the targets
 
-# %% ../../nbs/lab/72_cli.ipynb #c023
+# %% ../../nbs/lab/72_cli.ipynb #c025
 def run_export(job: ExportJob) -> None:  # what from, size, where to
     "Write the nearest adapter of the rank and say how much of the change it carries."
     if bool(job.tuned) == bool(job.adapters): raise ValueError("lora export: give either --adapters or --tuned")
@@ -199,7 +237,7 @@ def run_export(job: ExportJob) -> None:  # what from, size, where to
     share = 100 * explained(lm, other, adapter, cfg.scale)
     print(f"{job.out}: rank {cfg.rank} beside {len(adapter)} linear maps, {share:.2f} % of the change")
 
-# %% ../../nbs/lab/72_cli.ipynb #c025
+# %% ../../nbs/lab/72_cli.ipynb #c027
 class Verb(NamedTuple):
     "A command: its dataclass and the function that runs it."
     job: type
@@ -212,6 +250,9 @@ VERBS = {
     "pretrain": Verb(TrainConfig, run_pretrain, "train a model, or continue an interrupted run"),
     "generate": Verb(GenerateJob, run_generate, "continue prompts with a trained model"),
     "eval": Verb(EvalJob, run_eval, "bits per byte and probes of a trained model"),
+    "preflight": Verb(PreflightConfig, run_preflight, "does it fit a chip, and how fast can it be; no chip is needed"),
+    "hf import": Verb(ImportJob, run_import, "make a run of a LLaMA, Qwen2 or Qwen3 folder"),
+    "hf export": Verb(ExportHFJob, run_export_hf, "write a run as a folder for transformers"),
     "lora apply": Verb(ApplyJob, run_apply, "continue prompts with adapters beside the weights"),
     "lora merge": Verb(MergeJob, run_merge, "write a run whose weights contain adapters"),
     "lora export": Verb(ExportJob, run_export, "write a PEFT folder, of adapters or of what a run has learned"),
@@ -220,7 +261,7 @@ VERBS = {
     "demo": Verb(DemoConfig, demo, "the whole life of a small model on this machine"),
 }
 
-# %% ../../nbs/lab/72_cli.ipynb #c027
+# %% ../../nbs/lab/72_cli.ipynb #c029
 class Usage(ValueError):
     "The command line itself is wrong: exit code 2."
 
@@ -241,7 +282,7 @@ def take_flag(
     args.pop(at)
     return args.pop(at)
 
-# %% ../../nbs/lab/72_cli.ipynb #c030
+# %% ../../nbs/lab/72_cli.ipynb #c032
 def leaves(data: Any, at: str = "") -> dict[str, Any]:  # name of data within the whole
     "Nested dictionaries as one, keys joined by dots."
     if not isinstance(data, dict): return {at: data}
@@ -261,13 +302,13 @@ def as_flags(
         else: flags += [f"--{path}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return flags
 
-# %% ../../nbs/lab/72_cli.ipynb #c031
+# %% ../../nbs/lab/72_cli.ipynb #c033
 def fields_set(args: Sequence[str]) -> set[str]:  # flags and values
     "Dotted names of the fields that command-line arguments set."
     names = (a.split("=")[0].removeprefix("--").replace("-", "_") for a in args if a.startswith("--"))
     return {".".join(part.removeprefix("no_") for part in name.split(".")) for name in names}
 
-# %% ../../nbs/lab/72_cli.ipynb #c033
+# %% ../../nbs/lab/72_cli.ipynb #c035
 def file_values(
     path: str,  # of a JSON file
     job: Any,  # defaults of the verb
@@ -282,7 +323,7 @@ def file_values(
         raise Usage(f"--config {path}: unknown key {unknown[0]!r}, --dry-run prints the known ones")
     return values
 
-# %% ../../nbs/lab/72_cli.ipynb #c034
+# %% ../../nbs/lab/72_cli.ipynb #c036
 def preset_values(
     name: str,  # of a model preset
     job: Any,  # defaults of the verb
@@ -292,7 +333,7 @@ def preset_values(
     try: return leaves(to_json(ModelConfig.preset(name)), "model")
     except ValueError as error: raise Usage(f"--preset: {error}") from None
 
-# %% ../../nbs/lab/72_cli.ipynb #c036
+# %% ../../nbs/lab/72_cli.ipynb #c038
 def with_rules(
     job: Any,  # defaults of the verb
     values: dict[str, Any],  # dotted field -> value, from preset and file
@@ -309,7 +350,7 @@ def with_rules(
     except ValueError as error: raise Usage(f"--config: {error}") from None
     return job, {path: value for path, value in values.items() if path not in rules and value != own[path]}
 
-# %% ../../nbs/lab/72_cli.ipynb #c040
+# %% ../../nbs/lab/72_cli.ipynb #c042
 def one_line(
     box: str,  # what tyro printed, framed with lines or, where the terminal has none, with dashes
 ) -> str:
@@ -323,7 +364,7 @@ def one_line(
     guesses = [line.split()[0] for p in said[1:] if "meant" in p[0] for line in p if line.startswith("--")]
     return " ".join(said[0] if said else ["bad arguments"]) + (f" (did you mean {guesses[0]}?)" if guesses else "")
 
-# %% ../../nbs/lab/72_cli.ipynb #c041
+# %% ../../nbs/lab/72_cli.ipynb #c043
 def parse(
     verb: str,  # a key of VERBS
     args: Sequence[str],  # flags and values behind it
@@ -339,19 +380,19 @@ def parse(
         if not stop.code: raise
         raise Usage(one_line(box.getvalue())) from None
 
-# %% ../../nbs/lab/72_cli.ipynb #c042
+# %% ../../nbs/lab/72_cli.ipynb #c044
 def help_of(verb: str) -> str:  # a key of VERBS
     "First paragraph of `nash_lab VERB --help`."
     return (f"{VERBS[verb].help}. Also: --config FILE.json (start from these values), --preset NAME (model preset), "
             "--dry-run (print the resolved configuration and stop), --debug (tracebacks).")
 
-# %% ../../nbs/lab/72_cli.ipynb #c045
+# %% ../../nbs/lab/72_cli.ipynb #c047
 def usage() -> str:
     "Text of `nash_lab --help`."
-    rows = "\n".join(f"  {name:<11} {verb.help}" for name, verb in VERBS.items())
+    rows = "\n".join(f"  {name:<12} {verb.help}" for name, verb in VERBS.items())
     return f"usage: nash_lab VERB [flags]\n\n{rows}\n\nnash_lab VERB --help lists the flags of one command."
 
-# %% ../../nbs/lab/72_cli.ipynb #c046
+# %% ../../nbs/lab/72_cli.ipynb #c048
 def find_verb(args: list[str]) -> tuple[str, list[str]]:  # verb of one or two words, flags and values
     "The verb and what follows it; Usage names the verbs there are."
     for words in (1, 2):
@@ -359,7 +400,7 @@ def find_verb(args: list[str]) -> tuple[str, list[str]]:  # verb of one or two w
     near = [verb for verb in VERBS if verb.split()[0] in args[:1]] or VERBS
     raise Usage(f"expected one of {', '.join(near)}" + (f", found {' '.join(args[:2])!r}" if args else ""))
 
-# %% ../../nbs/lab/72_cli.ipynb #c048
+# %% ../../nbs/lab/72_cli.ipynb #c050
 def run_line(args: list[str]) -> int:  # verb, flags and values
     "Run one command line; returns 0 or raises."
     verb, rest = find_verb(args)
@@ -374,17 +415,17 @@ def run_line(args: list[str]) -> int:  # verb, flags and values
     if not dry: VERBS[verb].run(job)
     return 0
 
-# %% ../../nbs/lab/72_cli.ipynb #c049
+# %% ../../nbs/lab/72_cli.ipynb #c051
 def main(argv: Sequence[str] | None = None) -> int:  # sys.argv[1:] when None
     "Entry point of `nash_lab`: the exit code of one command line."
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] in (["-h"], ["--help"]): return print(usage()) or 0
     debug = take_flag(args, "--debug")
     try: return run_line(args)
-    except KeyboardInterrupt as stop: code, message = 130, str(stop) or "interrupted"
+    except KeyboardInterrupt as stop: code, message = getattr(stop, "exit_code", 130), str(stop) or "interrupted"
     except Exception as error:
         if debug: raise
-        code, message = (2 if isinstance(error, Usage) else 1), " ".join(str(error).split())
+        code, message = 2 if isinstance(error, Usage) else getattr(error, "exit_code", 1), " ".join(str(error).split())
         if not isinstance(error, (ValueError, OSError)): message = f"{type(error).__name__}: {message} (see --debug)"
     print(f"nash_lab {args[0]}: {message}" if args else f"nash_lab: {message}", file=sys.stderr)
     return code

@@ -23,13 +23,14 @@ import numpy as np
 from .. import __version__
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
-from ..data.tokenizer import Tokenizer, write_atomic
+from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, write_atomic
 from .viz import (Picture, composite_heatmaps, drift_plot, gain_plot, loss_plot, routing_heatmaps,
                               stream_usage)
 from ..model.layers import to_json
 from ..model.mhc import Routing
 from ..model.transformer import parameter_count
-from ..train.pretrain import load_run, read_metrics, saved_config
+from ..train.config import own_tokenizer, saved_config
+from ..train.pretrain import load_run, read_metrics
 
 # %% ../../nbs/lab/71_report.ipynb #c006
 def paragraph(text: str, kind: str = "") -> str:  # CSS class: notice, missing or none
@@ -111,10 +112,9 @@ class Inputs:
         return (self.folder / "eval.json").exists()
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | HFTokenizer:
         "The run's own copy, else the file its config names; FileNotFoundError or ValueError."
-        own = self.folder / "tokenizer.model"
-        return Tokenizer.load(own if own.exists() else self.config.tokenizer)
+        return load_tokenizer(own_tokenizer(self.folder) or self.config.tokenizer)
 
     @cached_property
     def validated(self) -> list[dict]:

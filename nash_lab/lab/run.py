@@ -16,13 +16,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from ..data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
+from ..data.tokenizer import PAD, HFTokenizer, Tokenizer, load_tokenizer
 from .viz import Picture, routing_heatmaps
 from ..model.generate import generate
 from ..model.layers import named_key
 from ..model.mhc import Routing
 from ..model.transformer import LM, parameter_count
-from ..train.pretrain import TrainConfig, load_run, read_metrics
+from ..train.config import TrainConfig, own_tokenizer
+from ..train.pretrain import load_run, read_metrics
 
 # %% ../../nbs/lab/70a_run.ipynb #c008
 _nats = nnx.jit(lambda lm, tokens, targets: lm.token_nats(tokens, targets))
@@ -63,7 +64,7 @@ class Model:
     "A trained language model with its tokenizer and settings."
     lm: LM                # weights
     config: TrainConfig   # settings of the run
-    tokenizer: Tokenizer  # the one the run was trained with
+    tokenizer: Tokenizer | HFTokenizer  # the one the run was trained with
     run: Path             # run directory
 
     def __repr__(self): return f"Model({self.config.run!r}, {parameter_count(self.lm.cfg):,} parameters)"
@@ -77,7 +78,7 @@ class Model:
         text: str,  # the start of a document
     ) -> list[int]: # ids, EOS before them unless the run masked document boundaries
         "Ids as the model reads them."
-        return [EOS] * (self.config.loader.documents == "cross") + self.tokenizer.encode(text)
+        return [self.tokenizer.eos_id] * (self.config.loader.documents == "cross") + self.tokenizer.encode(text)
 
     def generate(self,
         text: str | Sequence[str],  # starts of documents
@@ -112,7 +113,10 @@ class Model:
 # %% ../../nbs/lab/70a_run.ipynb #c016
 def _continue(model, text, seed, sampling):
     texts = [text] if isinstance(text, str) else list(text)
-    how = {"eos_id": EOS, "forbidden": (PAD, BOS, UNK), "key": named_key(jax.random.key(seed), "generate")} | sampling
+    key, words = named_key(jax.random.key(seed), "generate"), model.tokenizer
+    never = {words.pad_id, words.bos_id, words.unk_id, *range(words.vocab_size, model.lm.cfg.vocab_size)}
+    never = tuple(sorted(never - {None, words.eos_id}))
+    how = {"eos_id": words.eos_id, "forbidden": never, "key": key} | sampling
     tokens, lengths = generate(model.lm, [model.encode(t) for t in texts], **how)
     out = [model.tokenizer.decode(row[:n]) for row, n in zip(tokens, lengths)]
     return out[0] if isinstance(text, str) else out
@@ -126,10 +130,9 @@ def load(
 ) -> Model:
     "The model of a run, every byte of its checkpoint verified. FileNotFoundError or ValueError names the file."
     lm, config = load_run(run_dir, step)
-    own = Path(run_dir) / "tokenizer.model"
-    path = tokenizer or (own if own.exists() else config.tokenizer)
+    path = tokenizer or own_tokenizer(run_dir) or config.tokenizer
     if not path: raise ValueError(f"{run_dir}: the run has no tokenizer, expected tokenizer=FILE")
-    pieces = Tokenizer.load(path)
+    pieces = load_tokenizer(path)
     if pieces.vocab_size > lm.cfg.vocab_size:
         raise ValueError(f"{path}: {pieces.vocab_size} pieces, the model of {run_dir} has {lm.cfg.vocab_size}")
     return Model(lm, config, pieces, Path(run_dir))

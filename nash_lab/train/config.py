@@ -17,7 +17,7 @@ from ..model.layers import from_json, to_json
 from ..model.transformer import ModelConfig
 from .checkpoint import write_json_atomic
 from .optim import OptimConfig, schedule
-from .parallel import MeshConfig
+from .parallel import MeshConfig, ProcessConfig
 from .rundir import TRACKERS, config_changes, environment
 
 # %% ../../nbs/train/32c_config.ipynb #c006
@@ -49,6 +49,7 @@ class TrainConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)  # batches
     stream: StreamConfig = field(default_factory=lambda: StreamConfig(holdout=0.005))  # sources; `loader` says the rows
     mesh: MeshConfig = field(default_factory=MeshConfig)  # devices along each axis; the default is one device
+    processes: ProcessConfig = field(default_factory=ProcessConfig)  # who else takes part; the command line joins them
 
     def __post_init__(self):
         for name in ("steps", "accumulate", "eval_every", "checkpoint_every", "keep", "log_every", "val_documents"):
@@ -66,7 +67,8 @@ class TrainConfig:
         schedule(self.optim, self.steps)  # refuses a warm-up longer than the run
 
 # %% ../../nbs/train/32c_config.ipynb #c010
-FREE = ("run", "trackers", "log_every", "checkpoint_every", "keep", "watchdog_s", "allow_changes", "mesh")  # may differ
+FREE = ("run", "trackers", "log_every", "checkpoint_every", "keep", "watchdog_s", "allow_changes", "mesh",
+        "processes")  # may always differ
 
 # %% ../../nbs/train/32c_config.ipynb #c011
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # names of a run's own copy
