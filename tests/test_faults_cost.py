@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 import test_faults
 from nash_lab.model.transformer import ModelConfig
-from nash_lab.train import pretrain as module
+from nash_lab.train import checkpoint, pretrain as module
 from nash_lab.train.checkpoint import Checkpoints
 from nash_lab.train.guard import Guard, run_lock
 
@@ -21,7 +21,8 @@ def test_guarded_loop_beside_a_bare_one(cfg, tmp_path, monkeypatch, capsys):
                   model=ModelConfig.tiny(vocab_size=400, width=128, residual='plain', layers=2), loader=LoaderConfig(seq_len=64, batch_size=16))
     ratios, n = [], 60
     with run_lock(tmp_path/'run'), Guard(tmp_path/'run', watchdog_s=1800.) as guard, closing(Checkpoints(tmp_path/'run/checkpoints')) as points:
-        job = module.start(cfg, module.open_data(cfg)[0], None, points)
+        mesh = module.make_mesh(cfg.mesh)
+        job = module.start(cfg, module.open_data(cfg, mesh)[0], None, points, mesh)
         job.due, job.ledger = None, guard.ledger
         compiled = module.compile_step(job)
         monkeypatch.setattr(module, 'compile_step', lambda job: compiled)
@@ -34,7 +35,7 @@ def test_guarded_loop_beside_a_bare_one(cfg, tmp_path, monkeypatch, capsys):
             return time.monotonic() - begin
         def guarded():
             job.cfg, job.step, job.since = replace(cfg, steps=n + 10), 10, []
-            job.good, job.skipped, job.logged = module.Seen(10, 0, {}), 0, 10
+            job.good, job.skipped, job.logged = module.Seen(10, 0, dict), 0, 10
             begin = time.monotonic()
             module.run_steps(job, lambda record: None, guard.signals)
             return time.monotonic() - begin
@@ -44,29 +45,34 @@ def test_guarded_loop_beside_a_bare_one(cfg, tmp_path, monkeypatch, capsys):
     with capsys.disabled(): print(f'\nguarded loop: {100 * ratio:.1f} % of the bare loop (median of {len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f})')
     assert ratio >= .98
 
-def test_manifest_beside_orbax_alone(tmp_path, capsys):
-    "A state of 120 million parameters with two moments, 1.44 GB"
-    rng = np.random.default_rng(0)
-    leaf = lambda: jnp.asarray(rng.standard_normal((12, 1000, 1000), dtype=np.float32))
-    state = {'model': {f'w{i}': leaf() for i in range(10)}, 'optimizer': {f'm{i}': leaf() for i in range(20)}}
+def test_manifest_beside_orbax_alone(tmp_path, monkeypatch, capsys):
+    "A state of 120 million parameters with two moments, 1.44 GB: what training waits for, and what the background has to do more"
+    rng, spent = np.random.default_rng(0), []
+    state = {'model': {}, 'optimizer': {}}
+    for i in range(30): state['model' if i < 10 else 'optimizer'][f'w{i}'] = jnp.asarray(rng.standard_normal((12, 1000, 1000), dtype=np.float32))
     jax.block_until_ready(state)
-    alone, ours, blocked = [], [], []
+    real = checkpoint.write_manifest
+    def timed(*args):
+        begin = time.monotonic()
+        real(*args)
+        spent.append(time.monotonic() - begin)
+    monkeypatch.setattr(checkpoint, 'write_manifest', timed)
+    alone, waits, ours, waited = [], [], [], []
     orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     for i in range(3):
         begin = time.monotonic()
         orbax.save(tmp_path/f'alone{i}', args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in state.items()}))
+        waits.append(time.monotonic() - begin)
         orbax.wait_until_finished()
         alone.append(time.monotonic() - begin)
         shutil.rmtree(tmp_path/f'alone{i}')
-        with run_lock(tmp_path/'run'), closing(Checkpoints(tmp_path/'run/points', keep=1)) as points:
+        with closing(Checkpoints(tmp_path/'run/points', keep=1)) as points:
             begin = time.monotonic()
-            points.save(i, state)
-            blocked.append(time.monotonic() - begin)
+            with run_lock(tmp_path/'run'): points.save(i, state)
+            waited.append(time.monotonic() - begin)
             points.wait()
             ours.append(time.monotonic() - begin)
-        files = [p.stat().st_size for p in (tmp_path/'run/points').rglob('*') if p.is_file()]
         shutil.rmtree(tmp_path/'run/points')
-    more = statistics.median(ours) / statistics.median(alone) - 1
-    with capsys.disabled(): print(f'\nsave of 1.44 GB: Orbax alone {[round(o, 2) for o in alone]} s, with manifest {[round(o, 2) for o in ours]} s ({100 * more:+.1f} %), '
-                                  f'the caller waits {[round(o, 2) for o in blocked]} s; {len(files)} files, the largest {max(files) / 1e6:.0f} MB')
-    assert more < .05
+    show = lambda times: ', '.join(f'{o:.2f}' for o in times)
+    with capsys.disabled(): print(f'\nsave of 1.44 GB: training waits {show(waits)} s for Orbax alone, {show(waited)} s with lock and manifest; in the background {show(alone)} s and {show(ours)} s, of which the manifest {show(spent)} s')
+    assert min(waited) - min(waits) < .05 * min(alone)
