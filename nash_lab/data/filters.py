@@ -33,7 +33,7 @@ def clean(text: str) -> str:  # in any script
     text = re.sub(r"[^\S\n]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
-# %% ../../nbs/data/21b_filters.ipynb #c009
+# %% ../../nbs/data/21b_filters.ipynb #c010
 REPETITIVE = 0.08   # bytes after zlib / bytes before: below this a text repeats itself
 WORDLESS = 0.2      # letters and digits / characters that are no space
 BROKEN = 0.005      # U+FFFD / characters
@@ -49,12 +49,12 @@ def fault(text: str) -> str:  # cleaned
     data = utf8(head)
     return "repetitive" if len(zlib.compress(data, 1)) < REPETITIVE * len(data) else ""
 
-# %% ../../nbs/data/21b_filters.ipynb #c012
+# %% ../../nbs/data/21b_filters.ipynb #c013
 def exact_key(text: str) -> bytes:  # cleaned
     "Eight bytes that are the same for the same text only."
     return hashlib.blake2b(utf8(text), digest_size=8).digest()
 
-# %% ../../nbs/data/21b_filters.ipynb #c015
+# %% ../../nbs/data/21b_filters.ipynb #c016
 SHINGLE = 8  # characters of a sequence: short ones are shared by unrelated texts of one language
 
 
@@ -74,7 +74,7 @@ def similarity(
     "J, the share of sequences that two texts have in common."
     return len(np.intersect1d(a, b)) / max(1, len(np.union1d(a, b)))
 
-# %% ../../nbs/data/21b_filters.ipynb #c018
+# %% ../../nbs/data/21b_filters.ipynb #c019
 SIGNATURE = 128  # m: numbers of a signature, an error of about 1 / sqrt(m) in an estimate of J
 
 
@@ -103,7 +103,7 @@ def near_keys(
     rows = signature(text)[:count * size].reshape(count, size)
     return b"".join(hashlib.blake2b(bytes([i]) + row.tobytes(), digest_size=8).digest() for i, row in enumerate(rows))
 
-# %% ../../nbs/data/21b_filters.ipynb #c022
+# %% ../../nbs/data/21b_filters.ipynb #c024
 class Memory:
     "Keys of the texts that were kept, the newest `window` of them, as a log from which it can be rebuilt."
     def __init__(
@@ -149,7 +149,7 @@ class Memory:
                 if self.last.get(old[i:i + 8]) == at: del self.last[old[i:i + 8]]
         return entry
 
-# %% ../../nbs/data/21b_filters.ipynb #c025
+# %% ../../nbs/data/21b_filters.ipynb #c027
 class Log:
     "The entries behind a memory as they are saved: bytes, the newest `window` of them."
     def __init__(
@@ -158,12 +158,14 @@ class Log:
         window: int,         # entries that are kept
         data: bytes = b"",   # entries there are already
     ):
-        self.entry, self.window, self.data = entry, window, bytearray(data)
+        self.entry, self.window, self.data, self.total = entry, window, bytearray(data), len(data)
 
     def extend(self, entries: bytes) -> None:  # any number
-        "Append entries; those beyond the window go, a tenth of it at a time."
+        "Append entries; those far beyond the window go, a spare of them stays for positions of a little earlier."
         self.data += entries
-        if len(self.data) > 1.1 * self.window * self.entry: del self.data[:-self.window * self.entry]
+        self.total += len(entries)
+        spare = max(1000, self.window // 10)
+        if len(self.data) > (self.window + 2 * spare) * self.entry: del self.data[:-(self.window + spare) * self.entry]
 
     @classmethod
     def from_text(
@@ -175,11 +177,15 @@ class Log:
         "A log that goes on."
         return cls(entry, window, base64.b64decode(text))
 
-    def to_text(self) -> str:
+    def to_text(
+        self,
+        total: int | None = None,  # an earlier value of `total`: the log as it was then; None for now
+    ) -> str:
         "The last `window` entries in base64."
-        return base64.b64encode(self.data[-self.window * self.entry:]).decode()
+        data = self.data[: len(self.data) - (self.total - (self.total if total is None else total))]
+        return base64.b64encode(data[-self.window * self.entry:]).decode()
 
-# %% ../../nbs/data/21b_filters.ipynb #c026
+# %% ../../nbs/data/21b_filters.ipynb #c028
 def restored(
     memory: Memory,  # a new one
     text: str,       # from `Log.to_text`
@@ -193,7 +199,7 @@ def restored(
     for i in range(0, len(data), memory.entry): memory.append(data[i:i + memory.entry])
     return memory
 
-# %% ../../nbs/data/21b_filters.ipynb #c029
+# %% ../../nbs/data/21b_filters.ipynb #c036
 class Filter:
     "What becomes of each text of a stream: kept, perhaps changed, or left out under a cause."
     def __init__(

@@ -7,7 +7,7 @@ __all__ = ['LoaderConfig', 'row_count', 'take_rows', 'segments_and_positions', '
            'Loader', 'loader', 'batches_per_epoch', 'eval_batches']
 
 # %% ../../nbs/data/22_loader.ipynb #c003
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,6 +143,11 @@ class Loader:
         "The position as plain JSON: the batch that comes next, the epoch it begins in, and the stream it belongs to."
         batch = self._iterator.get_state()["next_index"]
         return dict(batch=batch, epoch=batch * self.batch_size // self.rows, stream=dict(self.stream))
+
+    def bookmark(self) -> Callable[[], dict[str, Any]]:
+        "The position of now, to be written out later."
+        state = self.get_state()
+        return lambda: state
 
     def set_state(self, state: dict[str, Any]) -> None:  # from get_state, perhaps through JSON
         "Go on with the batch that came next when `state` was taken; ValueError when it is of another stream."

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'FREE', 'StreamConfig', 'Documents', 'judge', 'check', 'next_text', 'stream_documents', 'Lane', 'share',
-           'LaneRows', 'prefetched', 'identity', 'labels', 'refuse_other', 'finish', 'next_of', 'StreamLoader',
-           'stream_loader', 'merge_states']
+           'LaneRows', 'prefetched', 'identity', 'labels', 'progress', 'beginnings', 'refuse_other', 'finish',
+           'next_of', 'StreamLoader', 'stream_loader', 'merge_states']
 
 # %% ../../nbs/data/22a_stream.ipynb #c003
 import hashlib
 import json
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import grain
 import numpy as np
+from absl import flags
 
 from .corpus import CorpusReport, Document, split_of
 from .filters import Filter, Log, restored
@@ -109,6 +110,10 @@ class Documents:
         self.mixture.set_state(state["mixture"])
         self.counts, self.kept = [Counter(c) for c in state["counts"]], list(state["kept"])
         restored(self.filter.memory, log, state["logged"])
+
+    def read(self) -> dict[str, list]:
+        "What has been read so far: counts and epoch of each source."
+        return dict(counts=[dict(c) for c in self.counts], epochs=[s.epoch for s in self.sources])
 
 # %% ../../nbs/data/22a_stream.ipynb #c014
 def judge(
@@ -227,7 +232,7 @@ class Lane:
         new = (at["logged"] - self.logged) * self.documents.filter.memory.entry
         entries, self.logged = bytes(self.documents.entries[:new]), at["logged"]
         del self.documents.entries[:new]
-        return dict(at=at, used=self.used), entries
+        return dict(at=at, used=self.used, read=self.documents.read()), entries
 
 # %% ../../nbs/data/22a_stream.ipynb #c030
 def share(
@@ -296,6 +301,7 @@ def prefetched(rows: LaneRows) -> grain.DatasetIterator:  # its cfg says how man
     "The rows, made ahead in processes (workers > 0), in a thread, or (prefetch = 0) not at all."
     workers, ahead = rows.cfg.workers, rows.cfg.prefetch * len(rows.lanes)
     if workers:
+        if not flags.FLAGS.is_parsed(): flags.FLAGS.mark_as_parsed()  # Grain's processes ask for their defaults
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, ahead // workers))
         return iter(rows.mp_prefetch(options))
     return iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=ahead))
@@ -322,7 +328,26 @@ def labels(cfg: StreamConfig) -> list[str]:
     names = [s.name + ":" * bool(s.subset) + s.subset for s in cfg.sources]
     return [n if names.count(n) == 1 else f"{n}#{k}" for k, n in enumerate(names)]
 
-# %% ../../nbs/data/22a_stream.ipynb #c042
+# %% ../../nbs/data/22a_stream.ipynb #c041
+def progress(
+    cfg: StreamConfig,
+    read: list[dict[str, list]],  # of each lane, from `Documents.read`
+) -> dict[str, dict[str, int]]:   # source -> counts by cause, and the epoch of the lane that is behind
+    "What all lanes together have read."
+    def total(k): return dict(sum((Counter(lane["counts"][k]) for lane in read), Counter()))
+    return {n: total(k) | {"epoch": min(lane["epochs"][k] for lane in read)} for k, n in enumerate(labels(cfg))}
+
+# %% ../../nbs/data/22a_stream.ipynb #c043
+def beginnings(
+    cfg: StreamConfig,
+    lanes: list[int],  # of this process
+) -> tuple[dict[str, dict], int]:  # the first position of each lane, bytes of an entry of the filter's log
+    "Where a stream begins; ValueError or ConnectionError when a source cannot be opened."
+    docs = {str(i): Documents(cfg, i) for i in lanes}
+    first = {i: dict(at=d.get_state(), used=0, read=d.read(), log="") for i, d in docs.items()}
+    return first, next(iter(docs.values())).filter.memory.entry
+
+
 def refuse_other(
     stream: dict[str, Any],  # from `identity`
     lanes: list[int],        # of this process
@@ -336,7 +361,7 @@ def refuse_other(
     missing = [i for i in lanes if str(i) not in state.get("lanes", {})]
     if missing: raise ValueError(f"data position has no lane {missing[0]}: the states of all processes are needed")
 
-# %% ../../nbs/data/22a_stream.ipynb #c043
+# %% ../../nbs/data/22a_stream.ipynb #c044
 def finish(iterator: grain.DatasetIterator) -> None:  # from `prefetched`
     "End the thread or the workers, once: Grain's `__del__` does it again when its own modules may be gone."
     iterator.close()
@@ -354,7 +379,7 @@ def next_of(
         what = str(error).split(". Search")[0]
         raise ChildProcessError(f"a data worker died: {what}") from None
 
-# %% ../../nbs/data/22a_stream.ipynb #c044
+# %% ../../nbs/data/22a_stream.ipynb #c045
 class StreamLoader:
     "An iterator of batches with an exact position; made by `stream_loader`."
     def __init__(
@@ -365,19 +390,9 @@ class StreamLoader:
         shards: int,  # all of them
     ):
         self.cfg, self.tokenizer, (self.lanes, self.part) = cfg, tokenizer, share(cfg, shard, shards)
-        self.stream, self.names, self._end = identity(cfg, tokenizer), labels(cfg), lambda: None
-        docs = {i: Documents(cfg, i) for i in self.lanes}  # opens the sources: a wrong name is an error here and now
-        self._entry = docs[self.lanes[0]].filter.memory.entry
-        self._go_on(dict(batch=0, lanes={str(i): dict(at=d.get_state(), used=0, log="") for i, d in docs.items()}))
-
-    def _go_on(self, state: dict[str, Any]) -> None:
-        "Start the lanes at a position."
-        self.close()
-        self.batch, states = state["batch"], [state["lanes"][str(i)] for i in self.lanes]
-        self._at = [{key: s[key] for key in ("at", "used")} for s in states]
-        self._logs = [Log.from_text(self._entry, self.cfg.window, s["log"]) for s in states]
-        self._iterator = prefetched(LaneRows(self.cfg, self.tokenizer, self.lanes, states))
-        self._end = weakref.finalize(self, finish, self._iterator)  # also at the end of the program
+        self.stream, self._end = identity(cfg, tokenizer), lambda: None
+        lanes, self._entry = beginnings(cfg, self.lanes)  # opens the sources: a wrong name is an error here and now
+        self.set_state(dict(batch=0, lanes=lanes, stream=self.stream))
 
     def __iter__(self) -> "StreamLoader": return self
 
@@ -395,24 +410,32 @@ class StreamLoader:
 
     def get_state(self) -> dict[str, Any]:
         "The position as plain JSON: of each lane, with the log of its filter, and the stream it belongs to."
-        lanes = {str(i): at | {"log": log.to_text()} for i, at, log in zip(self.lanes, self._at, self._logs)}
-        return dict(batch=self.batch, epoch=min(self.epochs().values()), stream=dict(self.stream), lanes=lanes)
+        return self.bookmark()()
+
+    def bookmark(self) -> Callable[[], dict[str, Any]]:
+        "The position of now, to be written out later: costs nothing, so a training loop can ask at every step."
+        epoch = min(counts["epoch"] for counts in self.counters().values())
+        batch, now, totals = self.batch, list(zip(self.lanes, self._at, self._logs)), [log.total for log in self._logs]
+        def state():
+            lanes = {str(i): at | {"log": log.to_text(n)} for (i, at, log), n in zip(now, totals)}
+            return dict(batch=batch, epoch=epoch, stream=dict(self.stream), lanes=lanes)
+        return state
 
     def set_state(self, state: dict[str, Any]) -> None:  # from get_state, or `merge_states`, perhaps through JSON
         "Go on with the batch that came next when `state` was taken; ValueError when it is of another stream."
         refuse_other(self.stream, self.lanes, state)
-        self._go_on(state)
-
-    def epochs(self) -> dict[str, int]:
-        "The pass each source is in, counted from 0; of several lanes the earliest."
-        return {name: min(at["at"]["sources"][k]["epoch"] for at in self._at) for k, name in enumerate(self.names)}
+        self.close()
+        self.batch, states = state["batch"], [state["lanes"][str(i)] for i in self.lanes]
+        self._at = [{key: s[key] for key in ("at", "used", "read")} for s in states]
+        self._logs = [Log.from_text(self._entry, self.cfg.window, s["log"]) for s in states]
+        self._iterator = prefetched(LaneRows(self.cfg, self.tokenizer, self.lanes, states))
+        self._end = weakref.finalize(self, finish, self._iterator)  # also at the end of the program
 
     def counters(self) -> dict[str, dict[str, int]]:
-        "For each source: rows, documents, bytes, what was left out by cause, epoch; up to a batch behind."
-        def all_lanes(k): return sum((Counter(at["at"]["counts"][k]) for at in self._at), Counter())
-        return {name: dict(all_lanes(k)) | {"epoch": self.epochs()[name]} for k, name in enumerate(self.names)}
+        "For each source: rows, documents, bytes, what was left out by cause, epoch; of what was read until now."
+        return progress(self.cfg, [at["read"] for at in self._at])
 
-# %% ../../nbs/data/22a_stream.ipynb #c046
+# %% ../../nbs/data/22a_stream.ipynb #c047
 def stream_loader(
     cfg: StreamConfig,
     tokenizer: Tokenizer | HFTokenizer,
@@ -423,7 +446,7 @@ def stream_loader(
     "Batches of one process straight from sources; ValueError or ConnectionError when a source cannot be read."
     return StreamLoader(cfg, tokenizer, shard, shards)
 
-# %% ../../nbs/data/22a_stream.ipynb #c047
+# %% ../../nbs/data/22a_stream.ipynb #c048
 def merge_states(
     states: list[dict[str, Any]],  # of all processes, at one step
 ) -> dict[str, Any]:               # a state any number of processes can go on from
