@@ -6,6 +6,7 @@
 __all__ = ['AblationConfig', 'variants', 'ablation_data', 'train_seeds', 'paired', 'ablate']
 
 # %% ../../nbs/lab/70b_ablate.ipynb #c003
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -114,13 +115,16 @@ def paired(
 def ablate(
     cfg: AblationConfig,
     folder: Path,  # gets tokenizer and packed files
+    known: dict[str, list[float]] | None = None,  # scores of variants that need no training, by name
+    report: Callable = lambda rows: None,  # takes the rows so far after each variant
 ) -> list[dict]:  # one row a variant, baseline first
-    "Train and score every variant, with a progress bar over them."
-    data, every = ablation_data(cfg, folder), variants(cfg)
-    rows, baseline = [], None
+    "Train and score every variant that is not known, with a progress bar over them."
+    known, every, rows = known or {}, variants(cfg), []
+    data = {} if every.keys() <= known.keys() else ablation_data(cfg, folder)
     for name, model in tqdm(every.items(), desc="ablation", unit=" variant", disable=None):
-        scores = train_seeds(model, cfg, data)
-        baseline = baseline or scores
+        scores = known.get(name) or train_seeds(model, cfg, data)
+        baseline = rows[0]["scores"] if rows else scores
         rows.append({"name": name, "parameters": parameter_count(model), "scores": scores,
                      "flops_per_token": flops_per_token(model, cfg.seq_len), **paired(scores, baseline)})
+        report(rows)
     return rows

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['CODE', 'COMPARISONS', 'BenchConfig', 'take_turns', 'rows_of', 'train_turn', 'bench_residual', 'forward_turn',
-           'bench_decode', 'bench_speculative', 'bench_ablation', 'score_table', 'table', 'bench']
+           'bench_decode', 'bench_speculative', 'write_rows', 'scored_before', 'bench_ablation', 'score_table', 'table',
+           'bench']
 
 # %% ../../nbs/lab/71a_bench.ipynb #c003
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -151,17 +153,35 @@ def bench_speculative(cfg: BenchConfig) -> list[dict]:  # cfg.run, prompts and n
     return rows_of("speculative", take_turns(contestants, cfg.rounds), cfg.new_tokens * cfg.prompts)
 
 # %% ../../nbs/lab/71a_bench.ipynb #c019
+def write_rows(
+    cfg: BenchConfig,  # names the file
+    rows: list[dict],  # so far
+):
+    "Write the rows to cfg.out with the configuration and the device; nothing when it is empty."
+    where = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "jax": jax.__version__}
+    if cfg.out: write_json_atomic(Path(cfg.out), {"config": to_json(cfg), "where": where, "rows": rows})
+
+def scored_before(cfg: BenchConfig) -> dict[str, list[float]]:  # cfg.out and cfg.ablation count
+    "Scores by variant in the file, empty when it is not there or of another ablation."
+    if not cfg.out or not Path(cfg.out).exists(): return {}
+    found = json.loads(Path(cfg.out).read_text())
+    same = found.get("config", {}).get("ablation") == json.loads(json.dumps(to_json(cfg.ablation)))
+    return {row["name"]: row["scores"] for row in found["rows"] if "scores" in row} if same else {}
+
+# %% ../../nbs/lab/71a_bench.ipynb #c020
 def bench_ablation(cfg: BenchConfig) -> list[dict]:  # cfg.ablation holds the switches
     "Scores of every variant and the ratio of its train step to the first one's; prints a table of its own."
     small = replace(cfg, batch_size=cfg.ablation.batch_size, seq_len=cfg.ablation.seq_len)
-    with tempfile.TemporaryDirectory() as folder: scored = ablate(cfg.ablation, Path(folder))
+    known = scored_before(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        scored = ablate(cfg.ablation, Path(folder), known, lambda rows: write_rows(cfg, rows))
     contestants = {name: train_turn(model, small) for name, model in variants(cfg.ablation).items()}
     timed = rows_of("ablation", take_turns(contestants, cfg.rounds), small.steps * small.batch_size * small.seq_len)
     rows = [score | time for score, time in zip(scored, timed, strict=True)]
     print(score_table(rows))
     return rows
 
-# %% ../../nbs/lab/71a_bench.ipynb #c020
+# %% ../../nbs/lab/71a_bench.ipynb #c021
 def score_table(rows: list[dict]) -> str:  # from bench_ablation
     "Bits per byte with spread over seeds, paired difference to the first row, size, FLOPs and time ratio, aligned."
     head = (f"{'variant':<22}{'bits/byte':>10}{'+-':>7}{'delta':>9}{'+-':>7}"
@@ -170,11 +190,11 @@ def score_table(rows: list[dict]) -> str:  # from bench_ablation
                       f"{r['parameters']:>12,}{r['flops_per_token'] / 1e6:>13.2f}{r['time_ratio']:>12.2f}")
     return "\n".join([head, *map(line, rows)])
 
-# %% ../../nbs/lab/71a_bench.ipynb #c022
+# %% ../../nbs/lab/71a_bench.ipynb #c023
 COMPARISONS = {"residual": bench_residual, "decode": bench_decode, "speculative": bench_speculative,
                "ablation": bench_ablation}
 
-# %% ../../nbs/lab/71a_bench.ipynb #c026
+# %% ../../nbs/lab/71a_bench.ipynb #c027
 def table(rows: list[dict]) -> str:  # from rows_of
     "The rows as aligned text."
     head = (f"{'comparison':<12}{'contestant':<25}{'ms a turn':>11}{'tokens/s':>11}"
@@ -187,7 +207,5 @@ def bench(cfg: BenchConfig) -> list[dict]:  # what to compare, and where to writ
     "Measure, print the table, and write it to cfg.out when given."
     rows = [row for name in cfg.what for row in COMPARISONS[name](cfg)]
     print(table(rows))
-    if cfg.out:
-        where = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "jax": jax.__version__}
-        write_json_atomic(Path(cfg.out), {"config": to_json(cfg), "where": where, "rows": rows})
+    write_rows(cfg, rows)
     return rows
