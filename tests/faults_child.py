@@ -2,7 +2,7 @@
 
 A line is JSON: config (of the run), modes (names below, with an argument behind a colon), err (file for stderr). What comes back is a line with
 the pid, and one with the exit code when it has ended. Everything is imported once, before the first fork and before JAX starts a thread."""
-import functools, hashlib, json, os, shutil, sys, threading, time
+import functools, hashlib, json, os, shutil, signal, sys, threading, time
 from pathlib import Path
 from nash_lab.model.layers import from_json
 from nash_lab.train import checkpoint, config, guard, pretrain, rundir
@@ -75,6 +75,7 @@ def prepare(cfg, modes):
     if 'save' in modes: in_call(checkpoint, 'write_manifest', run, int(modes['save']), lambda: time.sleep(1))
 
 def train(job):
+    signal.alarm(90)                                                     # whatever goes wrong, no process is left
     cfg, modes = from_json(config.TrainConfig, job['config']), job['modes']
     prepare(cfg, modes)
     try: pretrain.pretrain(cfg, hooks=hooks_of(cfg, modes))

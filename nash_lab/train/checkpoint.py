@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'LEFTOVER', 'write_json_atomic', 'Damaged', 'plain_files', 'file_table', 'read_manifest', 'write_manifest',
            'verify', 'numbered', 'steps_in', 'set_aside', 'best_step', 'surplus', 'delete_step', 'clear_leftovers',
-           'describe', 'check_template', 'Writer', 'restore_step', 'restore_newest', 'check_place', 'metric_values',
-           'prune', 'Checkpoints']
+           'describe', 'check_template', 'Writer', 'restore_step', 'restore_newest', 'adopt', 'check_place',
+           'metric_values', 'prune', 'Checkpoints']
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c003
 import hashlib
@@ -331,6 +331,15 @@ def _place(folder: Path) -> tuple | None:
     except OSError: return None
     return found.st_dev, found.st_ino
 
+def adopt(
+    folder: Path,  # the folder of all steps, of this run alone
+) -> tuple:
+    "Makes the folder or removes what was left there; returns its place once every process sees it so."
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_lead(): clear_leftovers(folder)
+    wait_for_all("checkpoints are owned")
+    return _place(folder)
+
 def check_place(
     folder: Path,  # the folder of all steps
     place: tuple,  # what `_place` said of it before
@@ -390,10 +399,7 @@ class Checkpoints:
 
     def own(self) -> bool:  # is there anything to resume?
         "For the one process that writes here: makes the folder, removes leftovers; Damaged if all steps are put aside."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if is_lead(): clear_leftovers(self.folder)
-        wait_for_all("checkpoints are owned")
-        self.place = _place(self.folder)
+        self.place = adopt(self.folder)
         bad = sorted(path.name for path in self.folder.glob("*.damaged*"))
         if bad and not numbered(self.folder): raise Damaged(f"{self.folder}: nothing left but {', '.join(bad)}")
         return bool(numbered(self.folder))
