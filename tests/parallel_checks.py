@@ -1,6 +1,7 @@
 "Checks that need eight devices: `python parallel_checks.py NAME [FOLDER]` runs one of them in a process of its own and prints what it found as JSON."
-import json, sys
+import hashlib, json, sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,11 +14,16 @@ from nash_lab.data.corpus import PackedMeta, PackedTokens
 from nash_lab.data.loader import LoaderConfig, loader
 from nash_lab.model.config import MAHAConfig, ModelConfig
 from nash_lab.model.generate import generate
+from nash_lab.model.layers import to_json
 from nash_lab.model.transformer import LM
 from nash_lab.train.checkpoint import Checkpoints
+from nash_lab.train.config import TrainConfig
+from nash_lab.train.guard import Stopped
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.parallel import (RULES, MeshConfig, cache_specs, data_shard, init_sharded, make_mesh, param_specs, place_rows, put_batch, replicate,
                                      shard_step, state_shardings)
+from nash_lab.train.pretrain import pretrain
+from nash_lab.train.rundir import read_metrics
 from nash_lab.train.step import fresh_state, make_train_step
 
 MESHES = {"1": (1, 1, 1, 1), "8,1,1": (8, 1, 1, 1), "1,8,1": (1, 8, 1, 1), "2,2,2": (2, 2, 2, 1), "1,1,2": (1, 1, 2, 1), "2,1,2,2": (2, 1, 2, 2)}
@@ -109,6 +115,26 @@ def checkpoints(folder):
                 if not (np.array_equal(old, new) and new.sharding == place): differ.append(name)
     np.savez(Path(folder) / "params.npz", *map(np.asarray, jax.tree.leaves(state.params)))
     return {"differ": differ}
+
+
+def pretraining(folder):
+    "losses of a run on one device, and of one that is stopped on a mesh and continued on another"
+    data, file = packed(), Path(folder) / "train.bin"
+    data.tokens.tofile(file)
+    meta = replace(data.meta, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    file.with_name("train.bin.json").write_text(json.dumps(to_json(meta)))
+    def run(name, mesh, until=None):
+        def stop(record, state):
+            if record["step"] == until: raise KeyboardInterrupt
+        cfg = TrainConfig(run=f"{folder}/{name}", train_bin=str(file), val_bin="", tokenizer="", steps=4, log_every=1, mesh=mesh, optim=OptimConfig(warmup_steps=1),
+                          model=ModelConfig.tiny(**KINDS["plain"]), loader=LoaderConfig(seq_len=16, batch_size=16, prefetch=0))
+        try: pretrain(cfg, hooks=[stop])
+        except Stopped: assert until
+        return {r["step"]: r["loss"] for r in read_metrics(Path(folder) / name / "metrics.jsonl") if "loss" in r}
+    one, half = run("one", MeshConfig()), run("moved", MeshConfig(data=2, fsdp=2, tp=2), until=2)
+    moved = run("moved", MeshConfig(fsdp=8))
+    assert [*half] == [1, 2] and [*moved] == [1, 2, 3, 4] and {step: moved[step] for step in half} == half
+    return {"one": [*one.values()], "moved": [*moved.values()]}
 
 
 def order(*_):

@@ -140,6 +140,12 @@ def test_checkpoints_move_between_meshes(tmp_path):
     for new, name in zip(jax.tree.leaves(got), saved.files): np.testing.assert_array_equal(new, saved[name])
 
 
+def test_a_run_moves_between_meshes(tmp_path):
+    "pretrain stopped after two steps on data=2, fsdp=2, tp=2, continued on fsdp=8: the losses of one device"
+    found = check("pretraining", tmp_path)
+    assert off(found["moved"], found["one"]) < 1e-5, found
+
+
 def test_order_of_batches():
     found = check("order")
     assert found["1"] == found["2"] == found["8"] and len(found["1"]) == 4

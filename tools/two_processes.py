@@ -66,7 +66,7 @@ def free_port() -> int:
 def start(run, *, processes=2, devices=4, mesh=None, **more) -> list[subprocess.Popen]:
     "The workers of one run; `more` are further flags"
     port, env = free_port(), {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | dict(JAX_PLATFORMS='cpu')
-    flags = dict(run=run, port=port, processes=processes, devices=devices, mesh=json.dumps(mesh or dict(data=2, fsdp=2, tp=2))) | more
+    flags = dict(run=run, port=port, processes=processes, devices=devices, mesh=json.dumps(dict(data=2, fsdp=2, tp=2) if mesh is None else mesh)) | more
     line = [sys.executable, __file__, *(str(o) for k, v in flags.items() for o in (f'--{k}', v))]
     return [subprocess.Popen([*line, '--process', str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(processes)]
 
