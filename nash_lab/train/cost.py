@@ -224,7 +224,7 @@ def module_of(
         path = files[int(places[int(location)][0])][0]
         name = path.rpartition(f"/{package}/")[2].removesuffix(".py")
         if f"/{package}/" in path and name not in inside: return name
-        return module(int(parent)) if parent and int(parent) != frame else "other"
+        return module(int(parent) - 1) if parent else "other"  # the text counts parents from 1 for none
     found = re.compile(r"stack_frame_id=(\d+)")
     return lambda op: module(int(frame[1])) if (frame := found.search(op.rest)) else "other"
 
