@@ -71,6 +71,7 @@ def to_theirs(
     n = turned.shape[flat] * turned.shape[flat + 1]  # heads and their size
     return np.ascontiguousarray(turned.reshape(*turned.shape[:flat], n, *turned.shape[flat + 2:]))
 
+# %% ../../nbs/adapt/50_hf.ipynb #c008
 def to_ours(
     a: np.ndarray,            # as in the file
     axes: str,                # as in Tensor
@@ -82,10 +83,11 @@ def to_ours(
     size = dict(zip(ours.split(), shape))
     return np.transpose(a.reshape([size[x] for x in letters]), [letters.index(x) for x in ours.split()])
 
-# %% ../../nbs/adapt/50_hf.ipynb #c010
+# %% ../../nbs/adapt/50_hf.ipynb #c012
 FAMILIES = {  # model_type: what its architecture adds to the plain model
     "llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
+# %% ../../nbs/adapt/50_hf.ipynb #c013
 def rope_of(
     config: dict,  # a folder's config.json
 ) -> RopeConfig:
@@ -101,7 +103,7 @@ def rope_of(
     if kind not in known: raise ValueError(f"rope_scaling: {kind!r}, expected default, {' or '.join(known)}")
     return RopeConfig(**common, **{k: float(scaling[k]) for k in known[kind] if scaling.get(k) is not None})
 
-# %% ../../nbs/adapt/50_hf.ipynb #c012
+# %% ../../nbs/adapt/50_hf.ipynb #c016
 def read_config(
     config: dict,               # a folder's config.json
     dtype: str = "float32",     # of activations here
@@ -121,7 +123,7 @@ def read_config(
         residual="plain", rope=rope_of(config), norm_eps=config.get("rms_norm_eps", 1e-6), compute_dtype=dtype,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)), **FAMILIES[family])
 
-# %% ../../nbs/adapt/50_hf.ipynb #c014
+# %% ../../nbs/adapt/50_hf.ipynb #c018
 def rope_parameters(
     rope: RopeConfig,
 ) -> dict:
@@ -133,6 +135,7 @@ def rope_parameters(
     if rope.attention_factor: scaled["attention_factor"] = rope.attention_factor
     return plain | scaled | {"rope_type": rope.scaling} | {name: getattr(rope, name) for name in names}
 
+# %% ../../nbs/adapt/50_hf.ipynb #c019
 def write_config(
     cfg: ModelConfig,
 ) -> dict:
@@ -152,7 +155,7 @@ def write_config(
         "rms_norm_eps": cfg.norm_eps, "hidden_act": "silu", "tie_word_embeddings": cfg.tie_embeddings,
         "attention_bias": False, "rope_theta": cfg.rope.theta, "rope_parameters": rope_parameters(cfg.rope)}
 
-# %% ../../nbs/adapt/50_hf.ipynb #c017
+# %% ../../nbs/adapt/50_hf.ipynb #c022
 def open_tensors(
     folder: Path,      # with model.safetensors, or shards and their index
     stack: ExitStack,  # closes the files
@@ -169,6 +172,7 @@ def open_tensors(
         opened |= dict.fromkeys(file.keys(), file)
     return opened
 
+# %% ../../nbs/adapt/50_hf.ipynb #c023
 def used(
     params: dict,  # tree of arrays or shapes
 ) -> list[tuple[Tensor, Any]]:
@@ -179,7 +183,7 @@ def used(
     if extra: raise ValueError(f"{min(extra)}: has no place in a HuggingFace file")
     return [(row, leaves[row.ours]) for row in TENSORS if row.ours in leaves]
 
-# %% ../../nbs/adapt/50_hf.ipynb #c018
+# %% ../../nbs/adapt/50_hf.ipynb #c024
 def read_weights(
     cfg: ModelConfig,
     opened: dict[str, Any],  # from open_tensors
@@ -203,6 +207,7 @@ def read_weights(
     if left: raise ValueError(f"{min(left)}: the model has no such weight")
     return nnx.merge(graph, params)
 
+# %% ../../nbs/adapt/50_hf.ipynb #c025
 def take(
     opened: dict[str, Any],  # from open_tensors
     name: str,               # of a tensor
@@ -214,7 +219,7 @@ def take(
     if a.size != size: raise ValueError(f"{name}: shape {list(a.shape)}, expected {size} numbers")
     return np.asarray(a, np.float32)
 
-# %% ../../nbs/adapt/50_hf.ipynb #c020
+# %% ../../nbs/adapt/50_hf.ipynb #c027
 def tensors(
     lm: LM,                 # of a family
     dtype: str = "float32", # in the file
@@ -227,6 +232,7 @@ def tensors(
         row, leaf, i = where[name]
         yield name, to_theirs(np.asarray((leaf if i is None else leaf[i]).astype(dtype)), row.axes)
 
+# %% ../../nbs/adapt/50_hf.ipynb #c028
 def shards(
     parts: Iterator[tuple[str, np.ndarray]],  # from tensors
     shard_bytes: int,                         # a file is not larger, unless one tensor is
@@ -240,10 +246,11 @@ def shards(
         group[name], size = a, size + a.nbytes
     yield group
 
-# %% ../../nbs/adapt/50_hf.ipynb #c021
+# %% ../../nbs/adapt/50_hf.ipynb #c029
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "generation_config.json")
 
+# %% ../../nbs/adapt/50_hf.ipynb #c030
 def save_hf(
     lm: LM,                          # of a family
     folder: str | Path,              # made if missing; must not hold weights yet
@@ -273,7 +280,7 @@ def save_hf(
     write_json_atomic(folder / "config.json", config | {"dtype": dtype})  # last: a folder without it is not whole
     return folder
 
-# %% ../../nbs/adapt/50_hf.ipynb #c022
+# %% ../../nbs/adapt/50_hf.ipynb #c031
 def load_hf(
     folder: str | Path,      # as `transformers` or save_hf wrote it
     dtype: str = "float32",  # of activations; weights are kept in float32
@@ -286,7 +293,7 @@ def load_hf(
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
     with ExitStack() as stack: return read_weights(cfg, open_tensors(Path(folder), stack))
 
-# %% ../../nbs/adapt/50_hf.ipynb #c024
+# %% ../../nbs/adapt/50_hf.ipynb #c033
 def import_run(
     folder: str | Path,      # as load_hf
     run: str | Path,         # run directory to make
@@ -306,7 +313,7 @@ def import_run(
         write_json_atomic(run / "config.json", to_json(cfg))
     return run
 
-# %% ../../nbs/adapt/50_hf.ipynb #c026
+# %% ../../nbs/adapt/50_hf.ipynb #c035
 def chat_text(
     folder: str | Path,           # with a chat template
     messages: list[dict],         # role and content of each turn

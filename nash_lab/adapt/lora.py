@@ -88,7 +88,7 @@ def linear_maps(
     "The linear maps of a model by their paths."
     return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(lm) if isinstance(m, (Linear, ExpertLinear))}
 
-
+# %% ../../nbs/adapt/51_lora.ipynb #c019
 def lead_axes(m: nnx.Module) -> int:  # a stacked linear map
     "Axes of its weight that count maps."
     return 2 if isinstance(m, ExpertLinear) else 1
@@ -102,7 +102,7 @@ def shape_of(
     shape = tuple(m.weight.shape)
     return Shape(shape[:lead], shape[lead : lead + axes], shape[lead + axes :])
 
-# %% ../../nbs/adapt/51_lora.ipynb #c021
+# %% ../../nbs/adapt/51_lora.ipynb #c022
 Adapter = dict[str, Factors]  # path of a linear map -> its factors
 
 
@@ -120,7 +120,7 @@ def target_shapes(
     if not chosen: raise ValueError(f"LoRAConfig.skip={cfg.skip} leaves no target")
     return chosen
 
-
+# %% ../../nbs/adapt/51_lora.ipynb #c023
 def init_adapter(
     lm: LM,             # the base
     cfg: LoRAConfig,    # rank and targets
@@ -134,7 +134,7 @@ def init_adapter(
         return Factors(a, jnp.zeros((*shape.lead, *shape.outputs, cfg.rank), jnp.float32))
     return {path: factors(path, shape) for path, shape in target_shapes(lm, cfg).items()}
 
-# %% ../../nbs/adapt/51_lora.ipynb #c026
+# %% ../../nbs/adapt/51_lora.ipynb #c028
 class Adapted(nnx.Module):
     "A linear map with a change beside it; called and read like the map it wraps."
     def __init__(
@@ -161,7 +161,7 @@ class Adapted(nnx.Module):
         "W + AB, for code that reads the weight rather than calling the map."
         return self.base.weight[...] + delta(self.a[...], self.b[...], lead_axes(self.base) - 1)
 
-# %% ../../nbs/adapt/51_lora.ipynb #c029
+# %% ../../nbs/adapt/51_lora.ipynb #c031
 def attach(
     lm: LM,                   # the base; untouched
     adapter: Adapter,         # from `init_adapter`, `combine` or a file
@@ -181,7 +181,7 @@ def attach(
         setattr(parent, last, Adapted(m, Factors(f.a, scale * f.b), rate, keys))
     return lm
 
-
+# %% ../../nbs/adapt/51_lora.ipynb #c032
 def fitting(
     lm: LM,            # the base
     adapter: Adapter,  # to be used with it
@@ -195,7 +195,7 @@ def fitting(
         if found != wanted: raise ValueError(f"{path}: the adapter is for {found}, the model has {wanted}")
     return {path: maps[path] for path in adapter}
 
-# %% ../../nbs/adapt/51_lora.ipynb #c035
+# %% ../../nbs/adapt/51_lora.ipynb #c038
 def merge_adapter(
     lm: LM,                      # the base; untouched
     adapter: Adapter,            # what is added to its weights
@@ -208,7 +208,7 @@ def merge_adapter(
         m.weight[...] = m.weight[...] + delta(f.a, scale * f.b, lead_axes(m))
     return lm
 
-# %% ../../nbs/adapt/51_lora.ipynb #c039
+# %% ../../nbs/adapt/51_lora.ipynb #c042
 def next_token(
     lm: LM,             # base and adapter
     batch: dict,        # tokens, targets, mask "b t", and positions and segments where documents are masked
@@ -219,7 +219,7 @@ def next_token(
     total, terms = lm.objective(*[data.pop(k) for k in PLAIN], dropout_key=key, **data)
     return total, terms["count"]
 
-
+# %% ../../nbs/adapt/51_lora.ipynb #c043
 def make_adapter_step(
     graphdef: nnx.GraphDef,  # of the base
     tx: optax.GradientTransformation,  # sees the adapter only
@@ -244,7 +244,7 @@ def make_adapter_step(
         return TrainState(*new, state.step + 1, skipped), {"loss": value, "grad_norm": norm, "skipped": skipped}
     return jax.jit(step, donate_argnums=0)
 
-# %% ../../nbs/adapt/51_lora.ipynb #c052
+# %% ../../nbs/adapt/51_lora.ipynb #c056
 def combine(
     parts: Sequence[tuple[Adapter, float | Array]],  # adapters, each with its scale times its weight
 ) -> Adapter:
@@ -256,7 +256,7 @@ def combine(
         return Factors(jnp.concatenate([f.a for f, _ in own], -1), jnp.concatenate([s * f.b for f, s in own], -1))
     return {path: join(path) for path in paths}
 
-# %% ../../nbs/adapt/51_lora.ipynb #c057
+# %% ../../nbs/adapt/51_lora.ipynb #c061
 def extract_adapter(
     lm: LM,           # the base
     tuned: LM,        # of the same shape, trained further
@@ -273,7 +273,7 @@ def extract_adapter(
         return Factors(a.reshape(*shape.lead, *shape.inputs, -1), b.reshape(*shape.lead, *shape.outputs, -1))
     return {path: factors(path, shape) for path, shape in target_shapes(lm, cfg).items()}
 
-# %% ../../nbs/adapt/51_lora.ipynb #c060
+# %% ../../nbs/adapt/51_lora.ipynb #c064
 def explained(
     lm: LM,              # the base
     tuned: LM,           # of the same shape
@@ -286,7 +286,7 @@ def explained(
     whole = between(tuned, lm)
     return 1 - between(tuned, merge_adapter(lm, adapter, scale)) / whole if whole else 1.0
 
-# %% ../../nbs/adapt/51_lora.ipynb #c063
+# %% ../../nbs/adapt/51_lora.ipynb #c067
 NAMES = {  # path within a block -> within a layer of LlamaForCausalLM and its relatives
     **{f"attention/{x}": f"self_attn.{x}_proj" for x in "qkvo"},
     **{f"ffn/{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
@@ -306,7 +306,7 @@ def peft_name(
         name = f"{above}.experts.{index[1]}.{last}"
     return f"base_model.model.{STACKS[stack]}.{index[0]}.{name}"
 
-# %% ../../nbs/adapt/51_lora.ipynb #c066
+# %% ../../nbs/adapt/51_lora.ipynb #c070
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -324,7 +324,7 @@ def peft_tensors(
             out[f"{name}.lora_B.weight"] = b[index].reshape(-1, r)
     return out
 
-
+# %% ../../nbs/adapt/51_lora.ipynb #c071
 def write_peft(
     folder: str | Path,  # made if missing; files of the same names are replaced
     adapter: Adapter,    # of rank cfg.rank, scale not included
@@ -345,12 +345,12 @@ def write_peft(
     write_json_atomic(folder / CONFIG, config)
     return folder
 
-# %% ../../nbs/adapt/51_lora.ipynb #c069
+# %% ../../nbs/adapt/51_lora.ipynb #c074
 BEYOND_LORA = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
                "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
                "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config")
 
-
+# %% ../../nbs/adapt/51_lora.ipynb #c075
 def peft_config(
     path: Path,  # of adapter_config.json
 ) -> LoRAConfig:
@@ -369,7 +369,7 @@ def peft_config(
     try: return from_json(LoRAConfig, {"alpha": 8} | {own: data[name] for own, name in theirs.items() if name in data})
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
 
-# %% ../../nbs/adapt/51_lora.ipynb #c071
+# %% ../../nbs/adapt/51_lora.ipynb #c077
 def read_peft(
     folder: str | Path,  # as `peft` or `write_peft` made it
     lm: LM,              # the base
@@ -389,7 +389,7 @@ def read_peft(
     adapter = {path: _factors(file, tensors, path, shapes[path], cfg.rank) for path in shapes if path in paths}
     return adapter, LoRAConfig(cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora, tuple(adapter), ())
 
-# %% ../../nbs/adapt/51_lora.ipynb #c072
+# %% ../../nbs/adapt/51_lora.ipynb #c078
 def _factors(file, tensors, path, shape, rank):
     "Stack the layers of one map; ValueError for a tensor that is missing or has another shape."
     def stack(letter, axes, turned):
@@ -403,7 +403,7 @@ def _factors(file, tensors, path, shape, rank):
         return jnp.asarray(np.stack(out)).reshape(*shape.lead, *axes, rank)
     return Factors(stack("A", shape.inputs, True), stack("B", shape.outputs, False))
 
-# %% ../../nbs/adapt/51_lora.ipynb #c077
+# %% ../../nbs/adapt/51_lora.ipynb #c083
 def read_adapters(
     lm: LM,                      # the base
     folders: Sequence[str | Path],  # PEFT adapters
@@ -415,7 +415,7 @@ def read_adapters(
     read = [read_peft(folder, lm) for folder in folders]
     return combine([(adapter, w * cfg.scale) for (adapter, cfg), w in zip(read, weights or [1.0] * len(read))])
 
-
+# %% ../../nbs/adapt/51_lora.ipynb #c084
 def save_merged(
     run: str | Path,  # run directory of the base
     out: str | Path,  # run directory to make

@@ -34,7 +34,7 @@ def prior(rewards: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m"]:
     ranks[np.argsort(-rewards, kind="stable")] = np.arange(len(rewards))
     return (len(rewards) - ranks) / (len(rewards) * (len(rewards) + 1) / 2)
 
-
+# %% ../../nbs/discover/61_archive.ipynb #c007
 def puct(
     rewards: Float[np.ndarray, "m"],                  # R
     visits: Int[np.ndarray, "m"],                     # n
@@ -50,7 +50,7 @@ def puct(
     fade = np.sqrt(1 + total) / (1 + visits) if bonus == "paper" else np.sqrt(1 + total / (1 + visits))
     return np.where(np.isnan(best), rewards, best) + c * scale * prior(rewards) * fade
 
-# %% ../../nbs/discover/61_archive.ipynb #c016
+# %% ../../nbs/discover/61_archive.ipynb #c017
 @dataclass(frozen=True)
 class ArchiveConfig:
     "How states are kept and chosen. ValueError for numbers that keep or choose nothing."
@@ -66,7 +66,7 @@ class ArchiveConfig:
         if self.size < 1 or self.children < 1 or not 0 <= self.c < math.inf:
             raise ValueError(f"ArchiveConfig: size={self.size} and children={self.children} from 1, c={self.c} from 0")
 
-# %% ../../nbs/discover/61_archive.ipynb #c018
+# %% ../../nbs/discover/61_archive.ipynb #c019
 @dataclass
 class Node:
     "One state of the archive and what was made of it."
@@ -85,6 +85,7 @@ def solution_key(solution: Any) -> str:  # a JSON value
     text = json.dumps(solution, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
+# %% ../../nbs/discover/61_archive.ipynb #c020
 def insert(
     nodes: list[Node],   # grows by one
     state: State,
@@ -98,7 +99,7 @@ def insert(
     nodes.append(Node(len(nodes), parent, state, float(reward), key))
     return len(nodes) - 1
 
-
+# %% ../../nbs/discover/61_archive.ipynb #c021
 def scores(
     live: Sequence[Node],   # that can be chosen
     total: int,             # T
@@ -110,14 +111,14 @@ def scores(
     found = np.array([n.parent is not None or cfg.scale == "archive" for n in live])
     return puct(R, n, m, total, cfg.c, cfg.bonus, found)
 
-# %% ../../nbs/discover/61_archive.ipynb #c022
+# %% ../../nbs/discover/61_archive.ipynb #c025
 def ancestors(nodes: Sequence[Node], id: int) -> list[int]:
     "Ids from the parent up to the beginning."
     line, up = [], nodes[id].parent
     while up is not None: line.append(up); up = nodes[up].parent
     return line
 
-
+# %% ../../nbs/discover/61_archive.ipynb #c026
 def unrelated(
     nodes: Sequence[Node],
     order: Sequence[int],  # ids, most wanted first
@@ -133,7 +134,7 @@ def unrelated(
         above.update(line)
     return picked
 
-# %% ../../nbs/discover/61_archive.ipynb #c025
+# %% ../../nbs/discover/61_archive.ipynb #c029
 def surplus(
     nodes: Sequence[Node],
     cfg: ArchiveConfig,
@@ -149,7 +150,7 @@ def surplus(
         if crowded or kept > room: leaving.append(n.id)
     return leaving
 
-# %% ../../nbs/discover/61_archive.ipynb #c028
+# %% ../../nbs/discover/61_archive.ipynb #c032
 class Archive:
     "States found so far, chosen by PUCT (2601.16175, §3)."
     def __init__(
@@ -199,7 +200,7 @@ class Archive:
             self.nodes[id] = replace(self.nodes[id], state=State(), live=False)
         return [id for id in stored if self.nodes[id].live]
 
-# %% ../../nbs/discover/61_archive.ipynb #c042
+# %% ../../nbs/discover/61_archive.ipynb #c046
 @dataclass(frozen=True)
 class Saved:
     "What the file holds."
@@ -212,7 +213,7 @@ def save(archive: Archive, path: str | Path) -> None:
     "Write an archive; the file holds the old or the new one at every moment."
     write_json_atomic(path, to_json(Saved(archive.cfg, archive.total, tuple(archive.nodes))))
 
-
+# %% ../../nbs/discover/61_archive.ipynb #c047
 def load(path: str | Path) -> Archive:
     "Read an archive. ValueError naming file and node for anything that `save` cannot have written."
     try: saved = from_json(Saved, json.loads(Path(path).read_text(encoding="utf-8")))
@@ -227,7 +228,7 @@ def load(path: str | Path) -> Archive:
     archive.nodes, archive.total = list(saved.nodes), saved.total
     return archive
 
-
+# %% ../../nbs/discover/61_archive.ipynb #c048
 def recheck(
     archive: Archive,
     problem: Problem,  # the one it was made with

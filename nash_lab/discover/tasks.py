@@ -22,7 +22,7 @@ def same_json(a: Any, b: Any) -> bool:
     "Equal as JSON text with sorted keys."
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
-
+# %% ../../nbs/discover/60a_tasks.ipynb #c007
 @dataclass(frozen=True)
 class JSONFields(Problem):
     "Extract the expected fields (pattern 1). ValueError when none is expected."
@@ -47,7 +47,7 @@ class JSONFields(Problem):
         "The JSON list or object in it."
         return json_inside(text)
 
-# %% ../../nbs/discover/60a_tasks.ipynb #c009
+# %% ../../nbs/discover/60a_tasks.ipynb #c010
 Runner = Callable[[str, str], tuple[bool, str]]  # code, tests -> all passed?, what was printed
 
 
@@ -60,7 +60,7 @@ def _verdict(run: Runner, code: str, setup: str, tests: tuple[str, ...]) -> tupl
     note = next((f"failed: {t[:200]}\n{out[-500:]}" for t, (ok, out) in zip(tests, each) if not ok), "")
     return sum(ok for ok, _ in each) / len(tests), note
 
-
+# %% ../../nbs/discover/60a_tasks.ipynb #c011
 def code_inside(text: str) -> str:
     "The last fenced block of an answer, or all of it; ValueError when empty or too long."
     if len(text) > 100_000: raise ValueError(f"{len(text)} characters of code, at most 100000 are run")
@@ -71,7 +71,7 @@ def code_inside(text: str) -> str:
     if not code.strip() or "\0" in code: raise ValueError("no code in the answer")
     return code.strip("\n")
 
-# %% ../../nbs/discover/60a_tasks.ipynb #c011
+# %% ../../nbs/discover/60a_tasks.ipynb #c013
 @dataclass(frozen=True)
 class CodeTests(Problem):
     "Write code that passes tests (pattern 2). ValueError without tests."
@@ -112,7 +112,7 @@ class CodeTests(Problem):
         note = _verdict(self.run, new.solution, self.setup, self.tests)[1]
         return State(new.solution, printable(note))
 
-# %% ../../nbs/discover/60a_tasks.ipynb #c016
+# %% ../../nbs/discover/60a_tasks.ipynb #c018
 def code_problem(
     item: dict,   # a row of HumanEval, MBPP or sanitized MBPP
     run: Runner,  # of the sandbox
@@ -129,7 +129,7 @@ def code_problem(
         return CodeTests(ask, tuple(item["test_list"]), run, setup, name=name)
     except KeyError as error: raise ValueError(f"neither a HumanEval nor an MBPP item: no field {error}") from None
 
-# %% ../../nbs/discover/60a_tasks.ipynb #c019
+# %% ../../nbs/discover/60a_tasks.ipynb #c021
 def code_problems(
     path: str | Path,  # .jsonl, .jsonl.gz, or .json with one list
     run: Runner,       # of the sandbox
@@ -145,7 +145,7 @@ def code_problems(
         except (ValueError, TypeError) as error: raise ValueError(f"{path}:{n}: {error}") from None
     return problems
 
-# %% ../../nbs/discover/60a_tasks.ipynb #c022
+# %% ../../nbs/discover/60a_tasks.ipynb #c024
 @dataclass(frozen=True)
 class Distance(Problem):
     "Come close to hidden numbers (pattern 3). ValueError for a target or scale that measures nothing."
@@ -172,7 +172,7 @@ class Distance(Problem):
         "Prompt, last guess and its reward."
         return f"{self.prompt}\n{json.dumps(state.solution)}\n{self.reward(state):.4f}\n"
 
-# %% ../../nbs/discover/60a_tasks.ipynb #c025
+# %% ../../nbs/discover/60a_tasks.ipynb #c027
 @dataclass(frozen=True)
 class Staged(Problem):
     "Pass checks in order (pattern 4). ValueError without stages."

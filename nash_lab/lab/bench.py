@@ -102,6 +102,7 @@ def train_turn(
         jax.block_until_ready(metrics)
     return turn
 
+# %% ../../nbs/lab/71a_bench.ipynb #c014
 def bench_residual(cfg: BenchConfig) -> list[dict]:  # preset and sizes
     "A train step with plain residual, and with mHC in its three modes."
     models = {"plain": cfg.model.plain()}
@@ -110,7 +111,7 @@ def bench_residual(cfg: BenchConfig) -> list[dict]:  # preset and sizes
     contestants = {name: train_turn(model, cfg) for name, model in models.items()}
     return rows_of("residual", take_turns(contestants, cfg.rounds), cfg.steps * cfg.batch_size * cfg.seq_len)
 
-# %% ../../nbs/lab/71a_bench.ipynb #c015
+# %% ../../nbs/lab/71a_bench.ipynb #c016
 def forward_turn(
     lm: LM,  # any
     prompts: list[list[int]],  # all of one length
@@ -131,6 +132,7 @@ def forward_turn(
         return np.asarray(tokens[:, start:])
     return turn
 
+# %% ../../nbs/lab/71a_bench.ipynb #c017
 def bench_decode(cfg: BenchConfig) -> list[dict]:  # preset and sizes
     "Greedy tokens by the full forward pass for every token, and by the compiled cached loop."
     lm, prompts = LM(cfg.model), [[5 + i] * 8 for i in range(cfg.prompts)]
@@ -138,7 +140,7 @@ def bench_decode(cfg: BenchConfig) -> list[dict]:  # preset and sizes
                    "cached loop": lambda: generate(lm, prompts, max_new_tokens=cfg.new_tokens, temperature=0.0)}
     return rows_of("decode", take_turns(contestants, cfg.rounds), cfg.new_tokens * cfg.prompts)
 
-# %% ../../nbs/lab/71a_bench.ipynb #c017
+# %% ../../nbs/lab/71a_bench.ipynb #c019
 CODE = ("import os\n\ndef ", "class Node:\n    def __init__(self", "for name in sorted(", "def test(self):\n        ",
         "try:\n    import ", "    if not isinstance(", "from collections import ", "        self.assertEqual(")
 
@@ -152,7 +154,7 @@ def bench_speculative(cfg: BenchConfig) -> list[dict]:  # cfg.run, prompts and n
     contestants = {"cached loop": lambda: rollout(lm, prompts, how), ours: lambda: speculate(lm, prompts, how)}
     return rows_of("speculative", take_turns(contestants, cfg.rounds), cfg.new_tokens * cfg.prompts)
 
-# %% ../../nbs/lab/71a_bench.ipynb #c019
+# %% ../../nbs/lab/71a_bench.ipynb #c021
 def write_rows(
     cfg: BenchConfig,  # names the file
     rows: list[dict],  # so far
@@ -168,7 +170,7 @@ def scored_before(cfg: BenchConfig) -> dict[str, list[float]]:  # cfg.out and cf
     same = found.get("config", {}).get("ablation") == json.loads(json.dumps(to_json(cfg.ablation)))
     return {row["name"]: row["scores"] for row in found["rows"] if "scores" in row} if same else {}
 
-# %% ../../nbs/lab/71a_bench.ipynb #c020
+# %% ../../nbs/lab/71a_bench.ipynb #c022
 def bench_ablation(cfg: BenchConfig) -> list[dict]:  # cfg.ablation holds the switches
     "Scores of every variant and the ratio of its train step to the first one's; prints a table of its own."
     small = replace(cfg, batch_size=cfg.ablation.batch_size, seq_len=cfg.ablation.seq_len)
@@ -181,7 +183,7 @@ def bench_ablation(cfg: BenchConfig) -> list[dict]:  # cfg.ablation holds the sw
     print(score_table(rows))
     return rows
 
-# %% ../../nbs/lab/71a_bench.ipynb #c021
+# %% ../../nbs/lab/71a_bench.ipynb #c023
 def score_table(rows: list[dict]) -> str:  # from bench_ablation
     "Bits per byte with spread over seeds, paired difference to the first row, size, FLOPs and time ratio, aligned."
     head = (f"{'variant':<22}{'bits/byte':>10}{'+-':>7}{'delta':>9}{'+-':>7}"
@@ -190,11 +192,11 @@ def score_table(rows: list[dict]) -> str:  # from bench_ablation
                       f"{r['parameters']:>12,}{r['flops_per_token'] / 1e6:>13.2f}{r['time_ratio']:>12.2f}")
     return "\n".join([head, *map(line, rows)])
 
-# %% ../../nbs/lab/71a_bench.ipynb #c023
+# %% ../../nbs/lab/71a_bench.ipynb #c025
 COMPARISONS = {"residual": bench_residual, "decode": bench_decode, "speculative": bench_speculative,
                "ablation": bench_ablation}
 
-# %% ../../nbs/lab/71a_bench.ipynb #c027
+# %% ../../nbs/lab/71a_bench.ipynb #c029
 def table(rows: list[dict]) -> str:  # from rows_of
     "The rows as aligned text."
     head = (f"{'comparison':<12}{'contestant':<25}{'ms a turn':>11}{'tokens/s':>11}"

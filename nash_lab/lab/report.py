@@ -45,6 +45,7 @@ def preformatted(
     body = f"<pre>{escape(text)}</pre>"
     return f"<details open><summary>{escape(title)}</summary>{body}</details>" if title else body
 
+# %% ../../nbs/lab/71_report.ipynb #c007
 def table(
     rows: Iterable[Sequence[Any]],
     head: Sequence[str] = (),  # column titles
@@ -57,7 +58,7 @@ def table(
     top = f"<thead><tr>{''.join(cell(value, 'th') for value in head)}</tr></thead>" if head else ""
     return f'<div class="wide"><table>{top}<tbody>{"".join(lines)}</tbody></table></div>'
 
-# %% ../../nbs/lab/71_report.ipynb #c007
+# %% ../../nbs/lab/71_report.ipynb #c008
 def number(
     value: Any,  # of JSON
 ) -> str:
@@ -67,7 +68,7 @@ def number(
     if isinstance(value, int) or abs(value) >= 1000: return f"{value:,.0f}"
     return f"{value:.3f}" if 0.1 <= abs(value) < 100 else f"{value:.4g}"
 
-# %% ../../nbs/lab/71_report.ipynb #c010
+# %% ../../nbs/lab/71_report.ipynb #c011
 def figure(
     png: bytes,   # of the file
     notice: str,  # what to see in it
@@ -76,13 +77,14 @@ def figure(
     data, words = base64.b64encode(png).decode(), escape(notice)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
-# %% ../../nbs/lab/71_report.ipynb #c012
+# %% ../../nbs/lab/71_report.ipynb #c013
 def _json(path: Path) -> Any:
     "A JSON file; FileNotFoundError or ValueError names it."
     if not path.exists(): raise FileNotFoundError(f"{path.name} is missing")
     try: return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
 
+# %% ../../nbs/lab/71_report.ipynb #c014
 class Inputs:
     "The files of a run; FileNotFoundError or ValueError for a directory that is no run."
     def __init__(self, folder: str | Path):
@@ -128,13 +130,14 @@ class Inputs:
         if not rows: raise ValueError("metrics.jsonl has no routing statistics: plain residual or not validated")
         return rows[-1]["routing"]
 
-# %% ../../nbs/lab/71_report.ipynb #c019
+# %% ../../nbs/lab/71_report.ipynb #c021
 class Maps(NamedTuple):
     "All maps on a few validation texts."
     routing: Routing
     token: int  # position in the first text whose H_res is farthest from the mean
     piece: str  # what stands there
 
+# %% ../../nbs/lab/71_report.ipynb #c022
 def probe_maps(
     inputs: Inputs,  # of a run whose validation file is where its config says
 ) -> Maps:
@@ -149,7 +152,7 @@ def probe_maps(
     token = int(apart.argmax())
     return Maps(routing, token, inputs.tokenizer.piece(tokens[0, token]))
 
-# %% ../../nbs/lab/71_report.ipynb #c022
+# %% ../../nbs/lab/71_report.ipynb #c025
 class Section(NamedTuple):
     "A part of the report."
     title: str
@@ -166,7 +169,7 @@ def blocks(
     except (ValueError, OSError) as error: done.append(paragraph(f"Not shown: {error}", "missing"))
     return done
 
-# %% ../../nbs/lab/71_report.ipynb #c025
+# %% ../../nbs/lab/71_report.ipynb #c028
 NAMES = {"untrained": "untrained model", "uniform": "uniform tokens", "unigram": "unigram tokens",
          "bigram": "bigram tokens", "plain": "plain residual", "mhc": "mHC"}
 
@@ -185,7 +188,7 @@ def _trained(inputs: Inputs) -> list:
     model = inputs.config.model
     return [NAMES[model.residual], *score, parameter_count(model), tokens, round(seconds), speed]
 
-# %% ../../nbs/lab/71_report.ipynb #c026
+# %% ../../nbs/lab/71_report.ipynb #c029
 def result_rows(
     inputs: Inputs,  # the run
 ) -> list[list]:     # name, bits per byte, interval, where from, parameters, tokens, seconds, tokens per second
@@ -197,7 +200,7 @@ def result_rows(
     trained = [_trained(one) for one in (inputs.twin, inputs) if one is not None]
     return [row + [None] * 4 for row in rows] + trained
 
-# %% ../../nbs/lab/71_report.ipynb #c027
+# %% ../../nbs/lab/71_report.ipynb #c030
 def _draw_results(inputs: Inputs) -> Iterable[str]:
     "Bits per byte of the run and of what it is compared with."
     last, steps = inputs.metrics[-1], inputs.config.steps
@@ -213,13 +216,14 @@ def _draw_results(inputs: Inputs) -> Iterable[str]:
     if not inputs.evaluated:
         yield paragraph("Not shown: unigram and bigram models, because eval.json is missing.", "missing")
 
+# %% ../../nbs/lab/71_report.ipynb #c031
 def _compare(ours, twin) -> Iterable[str]:
     "What mHC costs and gives beside its twin."
     if None in (ours[1], twin[1], ours[7], twin[7]): return
     yield paragraph(f"Against the plain twin: {ours[1] - twin[1]:+.3f} bits per byte, {ours[4] / twin[4]:.3f} times "
                     f"the parameters, {twin[7] / ours[7]:.2f} times the time per token.", "notice")
 
-# %% ../../nbs/lab/71_report.ipynb #c030
+# %% ../../nbs/lab/71_report.ipynb #c034
 def bars(
     values: Sequence[tuple[str, float]],  # names and numbers from 0
 ) -> str:
@@ -228,7 +232,7 @@ def bars(
     line = '<div class="bar"><span>{}</span><b><i style="width:{:.1f}%"></i></b><span>{}</span></div>'
     return "".join(line.format(escape(name), 100 * value / most, f"{value:.3f}") for name, value in values)
 
-# %% ../../nbs/lab/71_report.ipynb #c033
+# %% ../../nbs/lab/71_report.ipynb #c037
 def _draw_loss(inputs: Inputs) -> Iterable[str]:
     "Loss against tokens and against time."
     both = {NAMES[one.config.model.residual]: one for one in (inputs, inputs.twin) if one is not None}
@@ -240,6 +244,7 @@ def _draw_loss(inputs: Inputs) -> Iterable[str]:
     yield shown(inputs, "loss_time", loss_plot(runs, "time_s"),
                 f"Notice how far right each curve ends, the time that its steps took: {took}.")
 
+# %% ../../nbs/lab/71_report.ipynb #c038
 def shown(
     inputs: Inputs,    # the run
     name: str,         # file name in plots/, without .png
@@ -250,7 +255,7 @@ def shown(
     inputs.pictures[name] = picture.png(150)
     return figure(inputs.pictures[name], notice)
 
-# %% ../../nbs/lab/71_report.ipynb #c034
+# %% ../../nbs/lab/71_report.ipynb #c039
 def _draw_maps(inputs: Inputs) -> Iterable[str]:
     "H_res heatmaps, mean and one token, and their product over depth."
     maps = probe_maps(inputs)
@@ -266,7 +271,7 @@ def _draw_maps(inputs: Inputs) -> Iterable[str]:
     yield shown(inputs, "composite", composite_heatmaps(maps.routing),
                 "Notice the last one: an even picture would mean that the residual path alone makes all streams equal.")
 
-# %% ../../nbs/lab/71_report.ipynb #c035
+# %% ../../nbs/lab/71_report.ipynb #c040
 def _draw_gain(inputs: Inputs) -> Iterable[str]:
     "Row and column gain of the composite."
     stats = inputs.routing
@@ -283,6 +288,7 @@ def _draw_drift(inputs: Inputs) -> Iterable[str]:
     yield shown(inputs, "drift", drift_plot(inputs.metrics),
                 f"Notice sublayer {k}: it moved most, by {moved[k]:+.3f} in its distance to the identity.")
 
+# %% ../../nbs/lab/71_report.ipynb #c041
 def _draw_usage(inputs: Inputs) -> Iterable[str]:
     "Which streams the sublayers read."
     effective = np.exp(inputs.routing["pre_entropy"])
@@ -290,7 +296,22 @@ def _draw_usage(inputs: Inputs) -> Iterable[str]:
                 f"Notice uneven bars: the effective number of streams a sublayer reads, exp(entropy), "
                 f"is {effective.min():.2f} to {effective.max():.2f}.")
 
-# %% ../../nbs/lab/71_report.ipynb #c038
+# %% ../../nbs/lab/71_report.ipynb #c044
+def _draw_time(inputs: Inputs) -> Iterable[str]:
+    "Goodput, losses by cause, changes and damaged checkpoints."
+    account = _json(inputs.folder / "goodput.json")
+    share, minutes = account["goodput"], account["total_s"] / 60
+    yield paragraph(f"Goodput {share:.0%} of {minutes:.1f} minutes: so much was spent in train steps. "
+                    "The rest, over all starts of the run:")
+    lost = sorted(account["lost_s"].items(), key=lambda item: -item[1])
+    yield table([(cause, round(s, 1)) for cause, s in lost if s >= 0.05], ("cause", "seconds"))
+    changes = read_metrics(path) if (path := inputs.folder / "changes.jsonl").exists() else []
+    rows = [(row["step"], change) for row in changes for change in row["changes"]]
+    if rows: yield table(rows, ("step", "changed"))
+    aside = sorted(p.name for p in (inputs.folder / "checkpoints").glob("*.damaged*"))
+    if aside: yield paragraph(f"Damaged checkpoints, set aside: {', '.join(aside)}.", "notice")
+
+# %% ../../nbs/lab/71_report.ipynb #c047
 def _draw_samples(inputs: Inputs) -> Iterable[str]:
     "What the model wrote."
     path = inputs.folder / "samples/samples.jsonl"
@@ -307,12 +328,13 @@ def _draw_evaluation(inputs: Inputs) -> Iterable[str]:
         yield f"<h3>{escape(name)}</h3>"
         yield from _tables(value)
 
+# %% ../../nbs/lab/71_report.ipynb #c048
 def _flat(row: Mapping) -> dict:
     "An object with the objects inside it opened."
     opened = [_flat(value) if isinstance(value, dict) else {name: value} for name, value in row.items()]
     return {name: value for one in opened for name, value in one.items()}
 
-# %% ../../nbs/lab/71_report.ipynb #c039
+# %% ../../nbs/lab/71_report.ipynb #c049
 def _tables(value: Any) -> Iterable[str]:
     "Tables of nested JSON: numbers together, every list of objects on its own."
     if not isinstance(value, dict): value = {"": value}
@@ -325,7 +347,7 @@ def _tables(value: Any) -> Iterable[str]:
             yield table([[row.get(key) for key in rows[0]] for row in rows], list(rows[0]))
         elif isinstance(items, list): yield table([[name, ", ".join(number(item) for item in items)]])
 
-# %% ../../nbs/lab/71_report.ipynb #c042
+# %% ../../nbs/lab/71_report.ipynb #c052
 def _draw_settings(inputs: Inputs) -> Iterable[str]:
     "Command, environment and config."
     yield preformatted(json.dumps(to_json(inputs.config), indent=1), "config.json")
@@ -339,14 +361,17 @@ SECTIONS = [
     Section("Results", _draw_results), Section("Loss", _draw_loss), Section("How the streams mix", _draw_maps),
     Section("Gain over depth", _draw_gain), Section("Drift during training", _draw_drift),
     Section("Which streams are read", _draw_usage), Section("Samples", _draw_samples),
-    Section("Evaluation and probes", _draw_evaluation),
+    Section("Evaluation and probes", _draw_evaluation), Section("Where the time went", _draw_time),
 ]
 SETTINGS = Section("How to make it again", _draw_settings)
 
-# %% ../../nbs/lab/71_report.ipynb #c044
+# %% ../../nbs/lab/71_report.ipynb #c054
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --soft: #6a6a70; --line: #d8d8dc;
   --box: #f5f5f7; --bar: #0072b2; }
+
+# %%
+#| export
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8ea; --paper: #151517; --soft: #a0a0a6; --line: #3a3a3e;
   --box: #212124; --bar: #56b4e9; } }
 * { box-sizing: border-box; }
@@ -368,6 +393,9 @@ pre { background: var(--box); border-radius: 4px; padding: .8rem; overflow-x: au
 summary { cursor: pointer; font-weight: bold; }
 .bar { display: grid; grid-template-columns: 9rem 1fr 3rem; align-items: center; gap: .6rem; max-width: 46rem; }
 .bar i { display: block; height: 1.1rem; background: var(--bar); print-color-adjust: exact; }
+
+# %%
+#| export
 @media print { nav { display: none; } figure, pre, tr { break-inside: avoid; } pre { white-space: pre-wrap; }
   body { font-size: 10pt; } details::details-content { content-visibility: visible; block-size: auto; } }
 """
@@ -379,7 +407,7 @@ $body
 <p class="small">Written by nash_lab $version.</p></main></body></html>
 """)
 
-# %% ../../nbs/lab/71_report.ipynb #c045
+# %% ../../nbs/lab/71_report.ipynb #c055
 def _section(index: int, title: str, done: Sequence[str]) -> str:
     "One section as HTML; pictures that follow each other stand side by side where there is room."
     body = ""
@@ -388,6 +416,7 @@ def _section(index: int, title: str, done: Sequence[str]) -> str:
         body += f'<div class="figures">{inside}</div>' if pictures else inside
     return f'<section id="s{index}"><h2>{escape(title)}</h2>{body}</section>'
 
+# %% ../../nbs/lab/71_report.ipynb #c056
 def page(
     inputs: Inputs,               # the run
     sections: Sequence[Section],  # in reading order
@@ -402,7 +431,7 @@ def page(
     return PAGE.substitute(title=escape(f"Run {inputs.folder.resolve().name}"), style=STYLE, lead=lead,
                            contents=contents, body=body, version=__version__)
 
-# %% ../../nbs/lab/71_report.ipynb #c046
+# %% ../../nbs/lab/71_report.ipynb #c057
 def write_report(
     run_dir: str | Path,               # run directory; its plots/ gets every picture as PNG
     out: str | Path | None = None,     # HTML file; report.html in the run directory if None

@@ -46,6 +46,7 @@ class Picture(Figure):
 
     def _repr_png_(self): return self.png(80)
 
+# %% ../../nbs/lab/70_viz.ipynb #c009
 def styled(
     draw: Callable[..., Picture],  # makes a picture
 ) -> Callable[..., Picture]:
@@ -59,7 +60,7 @@ def styled(
             return picture
     return run
 
-# %% ../../nbs/lab/70_viz.ipynb #c010
+# %% ../../nbs/lab/70_viz.ipynb #c011
 def _matrix(ax, h, numbers: bool):
     "Draws one matrix on `ax`; `numbers` writes the entries into it."
     image = ax.imshow(h, vmin=0, vmax=1, cmap="viridis")
@@ -71,7 +72,7 @@ def _matrix(ax, h, numbers: bool):
         ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black", fontsize=8)
     return image
 
-# %% ../../nbs/lab/70_viz.ipynb #c011
+# %% ../../nbs/lab/70_viz.ipynb #c012
 @styled
 def heatmap(
     h: Float[Array, "n n"],  # a mixing matrix, rows are new streams
@@ -87,7 +88,7 @@ def heatmap(
     ax.set(title=title, ylabel="to stream", xlabel=f"from stream\ncolumn sums {sums.min():.3f} to {sums.max():.3f}")
     return picture
 
-# %% ../../nbs/lab/70_viz.ipynb #c015
+# %% ../../nbs/lab/70_viz.ipynb #c016
 def _per_sublayer(x) -> np.ndarray:
     "Maps [l 2 b t ...] as [2l b t ...], in order of application."
     x = np.asarray(x, np.float32)
@@ -102,7 +103,7 @@ def _over_tokens(
     if not 0 <= token < x.shape[2]: raise ValueError(f"{token=} is outside the text of {x.shape[2]} tokens")
     return x[:, 0, token], f"token {token}"
 
-# %% ../../nbs/lab/70_viz.ipynb #c016
+# %% ../../nbs/lab/70_viz.ipynb #c017
 def _grid(
     matrices: np.ndarray,  # [k n n]
     names: Sequence[str],  # one a matrix
@@ -126,7 +127,7 @@ def _grid(
     picture.supylabel("to stream", fontsize=8)
     return picture
 
-# %% ../../nbs/lab/70_viz.ipynb #c017
+# %% ../../nbs/lab/70_viz.ipynb #c018
 @styled
 def routing_heatmaps(
     routing: Routing,          # from lm.routing
@@ -139,7 +140,7 @@ def routing_heatmaps(
     places = [(2 * (k // 8) + k % 2, k // 2 % 4) for k in range(len(h))]
     return _grid(h, names, places, f"H_res, {what}")
 
-# %% ../../nbs/lab/70_viz.ipynb #c022
+# %% ../../nbs/lab/70_viz.ipynb #c023
 @styled
 def composite_heatmaps(
     routing: Routing,          # from lm.routing
@@ -153,7 +154,7 @@ def composite_heatmaps(
     names = [f"sublayers 0 to {k}" if k else "sublayer 0" for k in shown]
     return _grid(h[shown], names, places, f"Product of H_res over depth, {what}")
 
-# %% ../../nbs/lab/70_viz.ipynb #c026
+# %% ../../nbs/lab/70_viz.ipynb #c027
 @styled
 def gain_plot(
     stats: Mapping[str, Any],  # row_max, row_min, col_max, col_min, one number a sublayer
@@ -175,14 +176,14 @@ def gain_plot(
     ax.legend()
     return picture
 
-# %% ../../nbs/lab/70_viz.ipynb #c027
+# %% ../../nbs/lab/70_viz.ipynb #c028
 def _statistics(stats, *names) -> dict[str, np.ndarray]:
     "The named statistics as arrays; ValueError lists those that are missing."
     if missing := [name for name in names if name not in stats]:
         raise ValueError(f"routing statistics lack {', '.join(missing)}, found {', '.join(stats) or 'none'}")
     return {name: np.asarray(stats[name], np.float64) for name in names}
 
-# %% ../../nbs/lab/70_viz.ipynb #c031
+# %% ../../nbs/lab/70_viz.ipynb #c032
 @styled
 def drift_plot(
     metrics: Sequence[Mapping],  # lines of metrics.jsonl; those with "routing" count
@@ -204,12 +205,12 @@ def drift_plot(
                    title="dark to light: depth; solid: attention, dashed: FFN")
     return picture
 
-# %% ../../nbs/lab/70_viz.ipynb #c032
+# %% ../../nbs/lab/70_viz.ipynb #c033
 def _depth(k: int, count: int):
     "Colour of sublayer k of `count`: dark blue first, yellow-brown last."
     return colormaps["cividis"](0.9 * k / max(count - 1, 1))
 
-# %% ../../nbs/lab/70_viz.ipynb #c036
+# %% ../../nbs/lab/70_viz.ipynb #c037
 @styled
 def stream_usage(
     stats: Mapping[str, Any],  # usage, [sublayer, stream], each row sums to 1
@@ -227,7 +228,7 @@ def stream_usage(
     picture.legend(loc="outside right center", title="stream")
     return picture
 
-# %% ../../nbs/lab/70_viz.ipynb #c039
+# %% ../../nbs/lab/70_viz.ipynb #c040
 @styled
 def loss_plot(
     runs: Mapping[str, Sequence[Mapping]] | Sequence[Mapping],  # lines of metrics.jsonl, or several by name

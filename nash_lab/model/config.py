@@ -109,7 +109,7 @@ PRESETS = {
     "demo": dict(vocab_size=2048, width=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_width=384,
                  max_len=512, unroll=4, loss_chunk=16, init_std=0.06),
     "mhc-120m": dict(width=768, layers=12, heads=12, kv_heads=12, head_dim=64, ffn_width=2304,
-                     compute_dtype="bfloat16"),
+                     compute_dtype="bfloat16", remat="dots"),
     "mhc-350m": dict(width=1024, layers=24, heads=16, kv_heads=16, head_dim=64, ffn_width=2816,
                      compute_dtype="bfloat16", remat="dots"),
     "mhc-900m": dict(width=1536, layers=28, heads=24, kv_heads=8, head_dim=64, ffn_width=4736, tie_embeddings=False,

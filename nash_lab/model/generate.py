@@ -176,7 +176,7 @@ def prompt_batch(
     return (padded, lengths, np.arange(len(lengths)) < b, np.int32(cfg.max_new_tokens), eos, key,
             cfg.sampling(model.vocab_size))
 
-
+# %% ../../nbs/model/18_generate.ipynb #c036
 def room_for(lm: LM, cfg: SampleConfig) -> int:
     "New tokens that the bucket holds."
     return _bucket(cfg.max_new_tokens, lm.cfg.max_len)
@@ -191,7 +191,7 @@ def cut_rollout(
     tokens, lengths, logprobs = (np.asarray(a)[:rows] for a in out)
     return Rollout(tokens[:, : cfg.max_new_tokens], lengths, logprobs[:, : cfg.max_new_tokens])
 
-# %% ../../nbs/model/18_generate.ipynb #c036
+# %% ../../nbs/model/18_generate.ipynb #c037
 def rollout(
     lm: LM,
     prompts: Sequence[Sequence[int]],  # token ids, of any lengths
@@ -202,7 +202,7 @@ def rollout(
     out = _decode(*nnx.split(lm), *prompt_batch(lm, prompts, cfg, key), room=room_for(lm, cfg))
     return cut_rollout(out, len(prompts), cfg)
 
-# %% ../../nbs/model/18_generate.ipynb #c037
+# %% ../../nbs/model/18_generate.ipynb #c038
 def generate(
     lm: LM,
     prompts: Sequence[Sequence[int]],  # token ids, of any lengths
@@ -220,7 +220,7 @@ def generate(
     cfg = SampleConfig(max_new_tokens, temperature, top_p, top_k, min_p, eos_id, tuple(forbidden))
     return rollout(lm, prompts, cfg, key)[:2]
 
-
+# %% ../../nbs/model/18_generate.ipynb #c039
 def unpad(
     tokens: Int[np.ndarray, "b t"],  # padded rows
     lengths: Int[np.ndarray, "b"],   # tokens that count in each
@@ -228,7 +228,7 @@ def unpad(
     "Rows as lists of their own lengths."
     return [row[:n].tolist() for row, n in zip(tokens, lengths)]
 
-# %% ../../nbs/model/18_generate.ipynb #c042
+# %% ../../nbs/model/18_generate.ipynb #c044
 def sequence_logprobs(
     lm: LM,
     tokens: Int[Array, "b t"],               # prompt and continuation, padded on the right
@@ -238,7 +238,7 @@ def sequence_logprobs(
     own = jnp.pad(-lm.token_nats(tokens[:, :-1], tokens[:, 1:]), ((0, 0), (1, 0)))
     return own if mask is None else jnp.where(mask, own, 0.0)
 
-# %% ../../nbs/model/18_generate.ipynb #c043
+# %% ../../nbs/model/18_generate.ipynb #c045
 def best_of_n(
     lm: LM,
     prompt: Sequence[int],  # token ids

@@ -120,7 +120,7 @@ class Blocks(NamedTuple):
     end: Int[Array, "b m"]       # the last of it, n for a block that does not exist
     segments: Int[Array, "b m"]  # document, 0 for a block that does not exist
 
-
+# %% ../../nbs/model/14_maha.ipynb #c022
 def find_blocks(
     segments: Int[Array, "b n"],  # document of each token of the scale below, 0: padding
     stride: int,                  # r
@@ -138,7 +138,7 @@ def find_blocks(
     inside = (index >= take(start, n)[..., None]) & (end < n)[..., None]
     return Blocks(jnp.where(inside, index, n), end, take(segments, 0))
 
-
+# %% ../../nbs/model/14_maha.ipynb #c023
 def gather_windows(
     x: Float[Array, "b n *c"],   # tokens of one scale
     index: Int[Array, "b m j"],  # from `find_blocks`
@@ -146,7 +146,7 @@ def gather_windows(
     "The tokens at `index`, zeros where there is nothing."
     return x.at[jnp.arange(x.shape[0])[:, None, None], index].get(mode="fill", fill_value=0)
 
-# %% ../../nbs/model/14_maha.ipynb #c025
+# %% ../../nbs/model/14_maha.ipynb #c027
 class Level(NamedTuple):
     "How one coarse scale lies in the rows; made by `aligned_level` or `packed_level`."
     cut: Callable             # windows of an array of the scale below
@@ -155,7 +155,7 @@ class Level(NamedTuple):
     last: Int[Array, "#b m"]  # token that each block ends with, t for a block that does not exist
     segments: Int[Array, "b m"] | None = None  # document of each block
 
-
+# %% ../../nbs/model/14_maha.ipynb #c028
 def aligned_level(
     length: int,  # t
     scale: int,   # l, from 1
@@ -167,7 +167,7 @@ def aligned_level(
     return Level(partial(row_windows, stride=stride, taps=taps), partial(serve_aligned, size=size, length=length),
                  jnp.arange(length)[None] >= size - 1, jnp.arange(size - 1, length, size)[None])
 
-
+# %% ../../nbs/model/14_maha.ipynb #c029
 def packed_level(
     segments: Int[Array, "b t"],  # document of each token
     below: Level | None,          # the scale before, None: the tokens themselves
@@ -183,7 +183,7 @@ def packed_level(
     number = jnp.where(here, number, -1)
     return Level(partial(gather_windows, index=index), partial(serve, number=number), here, last, own)
 
-# %% ../../nbs/model/14_maha.ipynb #c026
+# %% ../../nbs/model/14_maha.ipynb #c030
 def take_rows(
     a: Int[Array, "#b t"],      # one row for all, or one for each
     index: Int[Array, "#b m"],  # past the end: the last entry
@@ -193,7 +193,7 @@ def take_rows(
     a, index = (jnp.broadcast_to(o, (b, o.shape[1])) for o in (a, index))
     return jnp.take_along_axis(a, index, axis=1, mode="clip")
 
-# %% ../../nbs/model/14_maha.ipynb #c030
+# %% ../../nbs/model/14_maha.ipynb #c034
 def query_key(
     maha: "MAHA",                    # holds the weights
     scale: int,                      # l
@@ -204,7 +204,7 @@ def query_key(
     own, rotary = maha.own(scale), rope_frequencies(maha.head_dim, maha.rope)
     return rope(own.q(x), positions, rotary), rope(own.k(x), positions, rotary)
 
-
+# %% ../../nbs/model/14_maha.ipynb #c035
 def scale_outputs(
     maha: "MAHA",                               # holds the weights
     x: Float[Array, "b t d"],                   # normalised activations
@@ -226,7 +226,7 @@ def scale_outputs(
         here.append(jnp.broadcast_to(level.here, (b, t)))
     return jnp.stack(said, 2), jnp.stack(here, 2)
 
-# %% ../../nbs/model/14_maha.ipynb #c032
+# %% ../../nbs/model/14_maha.ipynb #c037
 class MAHACache(NamedTuple):
     "Keys (rotated) and values of every scale, inputs of every scale but the last; slot = number of the block."
     k: tuple[Float[Array, "*l b s g k"], ...]  # scale l has s // r**l slots
@@ -234,7 +234,7 @@ class MAHACache(NamedTuple):
     x: tuple[Float[Array, "*l b s d"], ...]    # what the next scale is made of
     layer: Int[Array, ""] | None = None        # with a leading layer axis: the layer that is meant
 
-
+# %% ../../nbs/model/14_maha.ipynb #c038
 def empty_scales(
     batch: int,        # rows
     slots: list[int],  # of each scale
@@ -247,7 +247,7 @@ def empty_scales(
     heads = lambda: tuple(jnp.zeros((batch, s, kv_heads, head_dim), dtype) for s in slots)
     return MAHACache(heads(), heads(), tuple(jnp.zeros((batch, s, width), dtype) for s in slots[:-1]))
 
-
+# %% ../../nbs/model/14_maha.ipynb #c039
 def touched(
     positions: Int[Array, "b t"],  # consecutive in each row
     size: int,                     # B, tokens of a block
@@ -256,14 +256,14 @@ def touched(
     if size == 1: return positions
     return positions[:, :1] // size - 1 + jnp.arange((positions.shape[1] + 2 * size - 2) // size + 1)[None]
 
-# %% ../../nbs/model/14_maha.ipynb #c034
+# %% ../../nbs/model/14_maha.ipynb #c041
 def _at(cache, array, slots):
     "Index of `slots` [b ...]; a negative slot would wrap and becomes one past the end."
     slots = jnp.where(slots < 0, array.shape[1 if cache.layer is None else 2], slots)
     rows = jnp.expand_dims(jnp.arange(slots.shape[0]), tuple(range(1, slots.ndim)))
     return (rows, slots) if cache.layer is None else (cache.layer, rows, slots)
 
-
+# %% ../../nbs/model/14_maha.ipynb #c042
 def put_slots(
     cache: MAHACache,          # old
     scale: int,                # l
@@ -279,7 +279,7 @@ def put_slots(
         cache = cache._replace(**{field: (*arrays[:scale], one, *arrays[scale + 1:])})
     return cache
 
-
+# %% ../../nbs/model/14_maha.ipynb #c043
 def get_slots(
     cache: MAHACache,                          # with everything written
     field: str,                                # k, v or x
@@ -291,7 +291,7 @@ def get_slots(
     if slots is not None: return array.at[_at(cache, array, slots)].get(mode="fill", fill_value=0)
     return array if cache.layer is None else jax.lax.dynamic_index_in_dim(array, cache.layer, keepdims=False)
 
-# %% ../../nbs/model/14_maha.ipynb #c036
+# %% ../../nbs/model/14_maha.ipynb #c045
 def cached_outputs(
     maha: "MAHA",                  # holds the weights
     x: Float[Array, "b t d"],      # normalised activations
@@ -317,7 +317,7 @@ def cached_outputs(
         here.append(latest >= 0)
     return jnp.stack(said, 2), jnp.stack(here, 2), cache
 
-# %% ../../nbs/model/14_maha.ipynb #c038
+# %% ../../nbs/model/14_maha.ipynb #c047
 class Scale(nnx.Module):
     "Maps that belong to one coarse scale."
     def __init__(
@@ -336,7 +336,7 @@ class Scale(nnx.Module):
         self.k = Linear((width,), (kv_heads, head_dim), std=std, rngs=rngs)
         self.down = Linear((taps,), (width,), std=taps**-0.5, rngs=rngs) if cfg.downsample == "conv" else None
 
-# %% ../../nbs/model/14_maha.ipynb #c039
+# %% ../../nbs/model/14_maha.ipynb #c048
 class MAHA(nnx.Module):
     "Causal multiscale attention after 2512.14925. ValueError if heads or scales do not fit."
     def __init__(
@@ -387,7 +387,7 @@ class MAHA(nnx.Module):
         slots = [length // self.cfg.stride**scale for scale in range(self.cfg.scales)]
         return empty_scales(batch, slots, self.width, self.kv_heads, self.head_dim, dtype)
 
-# %% ../../nbs/model/14_maha.ipynb #c040
+# %% ../../nbs/model/14_maha.ipynb #c049
 def attend_scales(
     maha: MAHA,                                 # holds the weights
     x: Float[Array, "b t d"],                   # normalised activations
@@ -405,7 +405,7 @@ def attend_scales(
     y = mix(weights, flat).reshape(*said.shape[:2], *said.shape[3:])
     return maha.o(y), weights, cache
 
-
+# %% ../../nbs/model/14_maha.ipynb #c050
 def mean_of_tokens(
     a: Float[Array, "b t"],                     # one number a token
     segments: Int[Array, "b t"] | None = None,  # 0: padding, which does not count
@@ -414,7 +414,7 @@ def mean_of_tokens(
     real = jnp.ones(a.shape, a.dtype) if segments is None else (segments != 0).astype(a.dtype)
     return jnp.sum(a * real) / jnp.maximum(real.sum(), 1)
 
-# %% ../../nbs/model/14_maha.ipynb #c076
+# %% ../../nbs/model/14_maha.ipynb #c086
 def attention_parameters(
     cfg: MAHAConfig,  # scales
     *,
@@ -428,7 +428,7 @@ def attention_parameters(
     kernels = (cfg.scales - 1) * cfg.taps * width**2 if cfg.downsample == "conv" else 0
     return cfg.scales * pair + width * (kv_heads + heads) * head_dim + learned + kernels
 
-
+# %% ../../nbs/model/14_maha.ipynb #c087
 def score_ratio(
     cfg: MAHAConfig,  # scales
     length: int,      # t

@@ -206,7 +206,7 @@ def check_template(
 # %% ../../nbs/train/32_checkpoint.ipynb #c043
 def _placed(x):
     "`x` as a template for Orbax: its shape, type and sharding, by default on the first device."
-    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c045

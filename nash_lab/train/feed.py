@@ -58,6 +58,7 @@ def open_packed(
         raise ValueError(f"{cfg.train_bin}: loader.epochs={cfg.loader.epochs} give {have} batches, steps={need}")
     return loader(train, cfg.loader, shard=shard[0], shards=shard[1])
 
+# %% ../../nbs/train/32d_feed.ipynb #c014
 def open_stream(
     cfg: TrainConfig,                # with data or stream.sources
     tokenizer: Tokenizer | HFTokenizer,
@@ -72,6 +73,7 @@ def open_stream(
     every_process(None)  # the others wait for the file
     return stream_loader(stream, tokenizer, shard=shard[0], shards=shard[1])
 
+# %% ../../nbs/train/32d_feed.ipynb #c015
 def open_data(
     cfg: TrainConfig,  # names the files or the sources
     mesh: Mesh,        # decides which rows this process reads
@@ -86,7 +88,7 @@ def open_data(
     val = PackedTokens.open(cfg.val_bin, tokenizer_hash=digest) if cfg.val_bin else None
     return batches, val
 
-# %% ../../nbs/train/32d_feed.ipynb #c014
+# %% ../../nbs/train/32d_feed.ipynb #c016
 def joined_position(
     states: list[dict],  # get_state of the batches of every process, at one step
 ) -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAUSES', 'Job', 'lost_seconds', 'placed_shapes', 'start', 'all_finite', 'save', 'save_now', 'surely', 'train_record',
            'DataEnded', 'compile_step', 'kept_weights', 'validator', 'settle', 'end_if_bad', 'made_up_for', 'run_steps',
-           'run_guarded', 'Result', 'result', 'pretrain', 'open_logs', 'load_run']
+           'run_guarded', 'Result', 'result', 'pretrain', 'say_unsharded', 'open_logs', 'load_run']
 
 # %% ../../nbs/train/33_pretrain.ipynb #c003
 import sys
@@ -36,8 +36,8 @@ from .guard import Guard, Ledger, NonFinite, Seen, Stopped, goodput, last_good, 
 from .moments import ema_params
 from .optim import optimizer, schedule
 from .parallel import (
-    anyone, batch_sharding, every_process, init_sharded, is_lead, make_mesh, own_position, place_rows, put_batch,
-    replicate, shard_step, state_shardings, wait_for_all)
+    RULES, anyone, batch_sharding, every_process, init_sharded, is_lead, make_mesh, own_position, place_rows, put_batch,
+    replicate, shard_step, state_shardings, unsharded, wait_for_all)
 from .rundir import MetricsLog, Trackers, plain, read_metrics
 from .step import (
     PLAIN, TrainState, evaluate_loss, fresh_state, make_eval_step, make_train_step, peak_flops, routing_stats)
@@ -274,6 +274,7 @@ def settle(
 ):
     "Validates and reports the line that is due."
     with job.ledger.during("validation"): record = job.due | validate()
+    if hasattr(job.batches, "counters"): record["data"] = job.batches.counters()  # of streams: rows, left out, epochs
     job.due = None
     report(record)
 
@@ -341,7 +342,8 @@ def run_guarded(
     guard: Guard,  # entered by the caller
 ):
     "`run_steps`, then the last save; raises Stopped when a signal or a hook's KeyboardInterrupt ended it early."
-    guard.rescue, ended = lambda: save_now(job), None
+    ended = None
+    if jax.process_count() == 1: guard.rescue = lambda: save_now(job)  # a save is for all processes, or for none
     try: run_steps(job, report, guard.signals)
     except KeyboardInterrupt: pass  # raised only where the state is whole
     except DataEnded as error: ended = error
@@ -393,6 +395,10 @@ def pretrain(
         except KeyboardInterrupt: raise Stopped(f"{run}: stopped before its first step; start it again") from None
 
 # %% ../../nbs/train/33_pretrain.ipynb #c044
+def say_unsharded(job: Job):  # from `start`, on a mesh
+    "One line on stderr for each weight that every device holds whole although a rule would divide it."
+    for path, why in unsharded(job.state.params, RULES, job.mesh).items(): print(f"{path}: {why}", file=sys.stderr)
+
 def open_logs(
     job: Job,  # from `start`
     run: Path,  # its directory
@@ -410,6 +416,7 @@ def _pretrain(cfg, run, hooks, guard):
         changes = every_process(claim(cfg, run) if is_lead() else [])[0]  # the others wait here for the lead
         if points.latest() == cfg.steps and not changes and result(run).step == cfg.steps: return result(run)
         job = start(cfg, batches, val, points, mesh)
+        if is_lead() and mesh.size > 1: say_unsharded(job)
         if is_lead() and (changes or job.notes): record_changes(cfg, run, job.step, changes + job.notes)
         guard.ledger.add(job.ledger.seconds)
         job.ledger = guard.ledger
