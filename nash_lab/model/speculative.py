@@ -33,12 +33,12 @@ def probabilities(
 
 # %% ../../nbs/model/18a_speculative.ipynb #c007
 def draw(
-    keys: Array,             # one JAX key a row
-    p: Float[Array, "b v"],  # need not sum to one
+    chance: Float[Array, "b"],  # uniform in [0, 1)
+    p: Float[Array, "b v"],     # need not sum to one
 ) -> Int[Array, "b"]:
-    "One token a row, by the inverse of the cumulated p: one uniform number; a token with p = 0 is never drawn."
+    "One token a row, where the cumulated p passes `chance`; a token with p = 0 is never drawn."
     edge = jnp.cumsum(p, axis=-1)
-    at = jax.vmap(jax.random.uniform)(keys)[:, None] * edge[:, -1:]
+    at = chance[:, None] * edge[:, -1:]
     inside = (edge > jnp.minimum(at, edge[:, -1:] * (1 - 2**-22))).astype(jnp.int8)  # a product may round up to the end
     return inside.argmax(-1).astype(jnp.int32)
 
@@ -47,18 +47,16 @@ def accept(
     p: Float[Array, "b m v"],   # trunk, after the last token and after each draft; m = D + 1
     q: Float[Array, "b k v"],   # what the drafts were drawn from; k = D
     drafts: Int[Array, "b k"],  # the drafts
-    keys: Array,                # one JAX key a row
+    chances: Float[Array, "b m"],  # uniform in [0, 1): one a draft, the last for the token after them
 ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
     "How many leading drafts stay, and the token after them (2211.17192, algorithm 1)."
-    keys = jax.vmap(partial(jax.random.split, num=2))(keys)
-    chance = jax.vmap(partial(jax.random.uniform, shape=drafts.shape[1:]))(keys[:, 0])
     of = lambda r: jnp.take_along_axis(r[:, : drafts.shape[1]], drafts[..., None], -1)[..., 0]
-    kept = jnp.cumprod(chance * of(q) < of(p), axis=1).sum(1).astype(jnp.int32)
+    kept = jnp.cumprod(chances[:, :-1] * of(q) < of(p), axis=1).sum(1).astype(jnp.int32)
     here = lambda r: jnp.take_along_axis(r, kept[:, None, None], 1)[:, 0]
     own, drafted = here(p), here(jnp.pad(q, ((0, 0), (0, 1), (0, 0))))  # after the last draft q is 0: the rest is p
     rest = jnp.maximum(own - drafted, 0.0)
     rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, own)  # equal up to rounding: nothing left but p itself
-    return kept, draw(keys[:, 1], rest)
+    return kept, draw(chances[:, -1], rest)
 
 # %% ../../nbs/model/18a_speculative.ipynb #c013
 class SpecState(NamedTuple):
@@ -93,7 +91,7 @@ def put_slots(
 def make_drafts(
     lm: LM,
     s: SpecState,
-    keys: Array,  # one JAX key a row
+    chances: Float[Array, "b k"],  # uniform in [0, 1), one a draft
     cfg: Sampling,
 ) -> tuple[SpecState, Float[Array, "b k v"]]:
     "Drafts written behind `at` by every depth in turn, and the distributions they were drawn from."
@@ -104,7 +102,7 @@ def make_drafts(
     for k, cache in enumerate(s.heads, 1):
         h, cache = draft(lm, k, h if lm.cfg.mtp == "sequential" else trunk, at_slots(tokens, window + k), window, cache)
         q = probabilities(lm.logits(at_slots(h, last[:, None])[:, 0]), cfg)
-        guess = draw(jax.vmap(jax.random.fold_in, (0, None))(keys, k), q)
+        guess = draw(chances[:, k - 1], q)
         tokens, heads, qs = put_slots(tokens, s.at[:, None] + k, guess[:, None]), [*heads, cache], [*qs, q]
     return s._replace(tokens=tokens, heads=heads), jnp.stack(qs, 1)
 
@@ -128,7 +126,7 @@ def check_drafts(
     lm: LM,
     s: SpecState,
     q: Float[Array, "b k v"],  # of the drafts
-    keys: Array,               # one JAX key a row
+    chances: Float[Array, "b m"],  # uniform in [0, 1), m = k + 1
     cfg: Sampling,
     rule: Callable,            # `accept`
 ) -> tuple[SpecState, Int[Array, "b"]]:
@@ -138,7 +136,7 @@ def check_drafts(
     hidden, cache = lm.step(at_slots(s.tokens, slots), slots, s.cache)
     z = jnp.stack([lm.logits(hidden[:, i]) for i in range(depths + 1)], 1)  # a CPU packs the head anew for two columns
     p = probabilities(z.reshape(-1, v), cfg).reshape(z.shape)
-    kept, token = rule(p, q, at_slots(s.tokens, slots[:, 1:]), keys)
+    kept, token = rule(p, q, at_slots(s.tokens, slots[:, 1:]), chances)
     tokens = put_slots(s.tokens, (s.at + kept + 1)[:, None], token[:, None])
     chosen = at_slots(tokens, slots + 1)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(z), chosen[..., None], -1)[..., 0]
@@ -171,12 +169,12 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
     depths, end = lm.cfg.depths, lengths - 1 + limit
     slots = t + room + depths + 1
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(b))
-    turn_keys = lambda n: jax.vmap(jax.random.fold_in, (0, None))(row_keys, n)
+    numbers = lambda n, count: jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, n), (count,)))(row_keys)
 
     everywhere = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     hidden, cache = lm.step(prompt, everywhere, lm.init_cache(b, slots))
     z = lm.logits(at_slots(hidden, (lengths - 1)[:, None])[:, 0])
-    token = draw(turn_keys(0), probabilities(z, cfg))
+    token = draw(numbers(0, 1)[:, 0], probabilities(z, cfg))
     wide = lambda a: jnp.pad(a, ((0, 0), (0, slots - t)) + ((0, 0),) * (a.ndim - 2))
     here = lambda a, new: put_slots(a, lengths[:, None], new[:, None])
     first = jnp.take_along_axis(jax.nn.log_softmax(z), token[:, None], -1)[:, 0]
@@ -185,9 +183,9 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
                   jnp.zeros((3, b), jnp.int32), jnp.int32(1))
 
     def one_round(s):
-        keys = jax.vmap(partial(jax.random.split, num=2))(turn_keys(s.turn))
-        s, q = make_drafts(lm, s, keys[:, 0], cfg)
-        s, kept = check_drafts(lm, s, q, keys[:, 1], cfg, rule)
+        chances = numbers(s.turn, 2 * depths + 1)  # all of a round at once: on a CPU each call is a loop of its own
+        s, q = make_drafts(lm, s, chances[:, :depths], cfg)
+        s, kept = check_drafts(lm, s, q, chances[:, depths:], cfg, rule)
         return advance(s, kept, depths, end, eos)
 
     s = jax.lax.while_loop(lambda s: ~s.done.all(), one_round, s._replace(heads=fill_heads(lm, s, everywhere)))
