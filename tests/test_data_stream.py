@@ -1,5 +1,5 @@
 "Streams from outside: every position, other processes, formats, tokenizers from elsewhere, an unreachable hub, real text."
-import hashlib, itertools, json, os, random, shutil, socket, subprocess, sys, threading, time
+import hashlib, itertools, json, os, random, shutil, socket, subprocess, sys, threading
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice

@@ -2,14 +2,14 @@
 import time
 from dataclasses import replace
 from importlib.util import find_spec
-import jax, pytest
+import pytest
 from nash_lab.model.layers import from_json, to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import preflight as pf
-from nash_lab.train.cost import GIB, product_flops, saved_bytes, traffic
+from nash_lab.train.cost import GIB
 from nash_lab.train.optim import OptimConfig
 from nash_lab.train.parallel import MeshConfig
-from nash_lab.train.preflight import CHIPS, PreflightConfig, Program, estimate, preflight, report, search, settings, wanted_bytes
+from nash_lab.train.preflight import CHIPS, PreflightConfig, estimate, preflight, report, search, settings, wanted_bytes
 
 libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: nothing can be compiled for a TPU")
 SMALL = PreflightConfig(target="local", seq_len=64, prompt_len=32, batch_size=4, serve_rows=4, mesh=MeshConfig(), model=ModelConfig.tiny())

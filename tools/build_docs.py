@@ -25,6 +25,9 @@ class Processors(FilterDefaults):
     mine = 'add_show_docs exec_show_docs clean_show_doc mv_exports add_links add_fold'.split()
     def base_procs(self): return [o for o in super().base_procs() if o.__name__ not in self.mine]
 
+# pictures that a notebook takes from the network and the site does not
+LOCAL = {'https://colab.research.google.com/assets/colab-badge.svg': GUIDES/'_static'/'colab.svg'}
+
 def guides() -> dict:
     "{page name: file} of the guides in docs/ and the log, in reading order"
     found = {p.stem: p for p in [*GUIDES.glob('*.md'), ROOT/'LOG.md']}
@@ -47,6 +50,7 @@ class Site:
             if page not in self.pages.values(): self.dead.append(f'{source.relative_to(ROOT)}: {target}'); return target
             anchor = anchor.replace('.', '').lower()
             return self.relative(page, here) + (f'#{anchor}' if anchor in self.headings.get(page, ()) else '')
+        if target in LOCAL: target = os.path.relpath(LOCAL[target], source.parent)
         if re.match(r'[a-z]+:|#|attachment:', target): return target
         path, _, anchor = target.partition('#')
         file = (source.parent/path).resolve()

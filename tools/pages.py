@@ -30,6 +30,7 @@ def addresses(text: str, cfg) -> str:
 
 def relink(text: str, place) -> str:
     "Markdown `text` with every link target `t` outside code replaced by `place(t)`"
-    swap = lambda m: f'{m[1]}({place(m[2])}{m[3]})'
+    inner = lambda t: f'[{LINK.sub(swap, t[1:-1])}]' if t.startswith('[') else t          # a picture that is a link
+    swap = lambda m: f'{inner(m[1])}({place(m[2])}{m[3]})'
     parts = FENCE.split(text)
     return ''.join(o if i % 2 else LINK.sub(swap, o) for i, o in enumerate(parts))
