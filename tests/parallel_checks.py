@@ -88,7 +88,7 @@ def gradient(kind, name):
     graphdef, _, initial = job(kind, mesh)
     shapes = jax.eval_shape(initial).params
     params = init_sharded(lambda: initial().params, param_specs(shapes, RULES, mesh))
-    def mean(params, batch): return nnx.merge(graphdef, params).objective(**batch)[0] / batch["mask"].sum()
+    def mean(params, batch): return nnx.merge(graphdef, params).objective(**batch)[0] / batch["mask"].sum(dtype="float32")
     both = jax.jit(lambda params, batch: (lambda loss, grads: (loss, optax.tree.norm(grads)))(*jax.value_and_grad(mean)(params, batch)))
     args = params, put_batch(batches(1)[0], mesh)
     return [float(x) for x in both.lower(*args).compile(compiler_options={"xla_backend_optimization_level": 0})(*args)]

@@ -32,6 +32,7 @@ def write_run(folder, residual='mhc', **changes):
                          loader=LoaderConfig(seq_len=48), model=ModelConfig.tiny(vocab_size=300, residual=residual))
     folder.mkdir(parents=True)
     (folder/'config.json').write_text(json.dumps(to_json(replace(config, **changes))))
+    (folder/'goodput.json').write_text(json.dumps(dict(goodput=0.8, total_s=60.0, productive_s=48.0, lost_s={'compile': 12.0})))
     (folder/'environment.json').write_text(json.dumps({'command': f'nash_lab pretrain {EVIL}', 'git': None}))
     rows = [dict(step=s, tokens=100 * s, time_s=.1 * s, loss=6 - s / 10, val_loss=6 - s / 10, val_bpb=3 - s / 20) for s in (0, 10, 20)]
     if residual == 'mhc': rows = [row | {'routing': stats(row['step'] / 100)} for row in rows]

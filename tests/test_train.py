@@ -182,7 +182,7 @@ def test_log_has_each_step_once(straight, cfg):
 
 
 def test_epoch_edge_is_inside_the_run(cfg):
-    batches, _ = module.open_data(cfg)
+    batches, _ = module.open_data(cfg, module.make_mesh(cfg.mesh))
     states = []
     for _ in range(cfg.steps): next(batches); states.append(batches.get_state()["epoch"])
     assert states[0] == 0 and states[-1] >= 1

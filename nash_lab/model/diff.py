@@ -61,7 +61,8 @@ def uneven_attention(
     q, k, v = (jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in (q, k, v))
     visible = triangle(q, k) if mask is None else mask
     if mask is not None or q.shape[1] < LONG: return attention(q, k, v, visible)[..., :m]
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)[..., :m]
+    with jax.numpy_dtype_promotion("standard"):  # the library mixes types inside
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)[..., :m]
 
 # %% ../../nbs/model/12_diff.ipynb #c020
 def subtract(
