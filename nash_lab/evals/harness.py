@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Rows', 'model_rows', 'bootstrap', 'Score', 'score', 'unigram', 'discounts', 'Bigram', 'fit_bigram', 'bigram_logprobs',
-           'table_rows', 'Probe', 'load_probes', 'wilson', 'ProbeResult', 'ProbeReport', 'run_probes', 'EvalReport',
-           'evaluate']
+           'table_rows', 'Probe', 'load_probes', 'wilson', 'Measured', 'measure', 'ProbeResult', 'ProbeReport',
+           'run_probes', 'weights_hash', 'EvalReport', 'evaluate']
 
 # %% ../../nbs/evals/41_harness.ipynb #c003
+import hashlib
 import json
 import math
 import re
@@ -212,7 +213,29 @@ def wilson(
     middle, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
     return max(0.0, (middle - half) / shrink), min(1.0, (middle + half) / shrink)
 
-# %% ../../nbs/evals/41_harness.ipynb #c049
+# %% ../../nbs/evals/41_harness.ipynb #c050
+@dataclass(frozen=True)
+class Measured:
+    "The mean of a metric over items."
+    value: float
+    low: float     # 95 % interval
+    high: float
+    items: int     # how many
+    interval: str  # how it was made: wilson or bootstrap
+
+
+def measure(
+    values: Sequence[float],  # one an item
+    seed: int = 0,            # of the bootstrap
+) -> Measured:
+    "Mean and interval; ValueError without items or for a value that is not finite."
+    x = np.asarray(values, np.float64)
+    if not len(x) or not np.isfinite(x).all(): raise ValueError(f"{len(x)} values, expected at least 1, all finite")
+    binary = bool(np.isin(x, (0, 1)).all())
+    ends = wilson(int(x.sum()), len(x)) if binary else bootstrap(x, np.ones_like(x), seed=seed)
+    return Measured(float(x.mean()), *ends, len(x), "wilson" if binary else "bootstrap")
+
+# %% ../../nbs/evals/41_harness.ipynb #c052
 @dataclass(frozen=True)
 class ProbeResult:
     "One probe and what the model answered."
@@ -249,7 +272,19 @@ def run_probes(
     low, high = wilson(passed, len(items))
     return ProbeReport(passed, len(items), passed / len(items), low, high, items)
 
-# %% ../../nbs/evals/41_harness.ipynb #c055
+# %% ../../nbs/evals/41_harness.ipynb #c058
+def weights_hash(
+    lm: LM,
+) -> str:
+    "SHA-256 over name, type, shape and bytes of all weights."
+    total, state = hashlib.sha256(), nnx.to_pure_dict(nnx.state(lm, nnx.Param))
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    for name in sorted(leaves):
+        a = np.asarray(leaves[name])
+        total.update(f"{name} {a.dtype} {a.shape}".encode() + np.ascontiguousarray(a).tobytes())
+    return total.hexdigest()
+
+# %% ../../nbs/evals/41_harness.ipynb #c061
 @dataclass(frozen=True)
 class EvalReport:
     "A model, the tables it has to beat, and its answers."
