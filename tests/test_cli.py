@@ -172,6 +172,6 @@ def test_shell():
     run = lambda *args: subprocess.run([program, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert (r := run('--help')).returncode == 0 and all(verb in r.stdout for verb in VERBS)
     r = run('pack', '--tokenizer', 'none.model')
-    assert r.returncode == 1 and r.stderr == 'nash_lab pack: none.model: no tokenizer model file here\n'
+    assert r.returncode == 1 and r.stderr == 'nash_lab pack: none.model: no tokenizer file here\n'
     assert run('fly').returncode == 2
     assert 'Traceback' in run('pack', '--tokenizer', 'none.model', '--debug').stderr

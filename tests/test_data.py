@@ -67,8 +67,8 @@ def test_training_text_is_bounded(tmp_path):
     assert len(read) <= 20
 
 def test_bad_tokenizers(stdlib, tmp_path):
-    assert 'no tokenizer model file here' in message(lambda: Tokenizer.load(tmp_path/'none'), FileNotFoundError)
-    assert 'no tokenizer model file here' in message(lambda: Tokenizer.load(tmp_path), FileNotFoundError)
+    assert 'no tokenizer file here' in message(lambda: Tokenizer.load(tmp_path/'none'), FileNotFoundError)
+    assert 'no tokenizer file here' in message(lambda: Tokenizer.load(tmp_path), FileNotFoundError)
     data = (stdlib.folder/'tok.model').read_bytes()
     for share in (0, .5, .99):
         (tmp_path/'cut.model').write_bytes(data[:int(len(data) * share)])

@@ -25,6 +25,12 @@ pytestmark = pytest.mark.faults
 slow = pytest.mark.slow
 STEPS, EXACT = 60, ('step', 'loss', 'grad_norm', 'lr', 'tokens', 'skipped', 'val_loss', 'val_bpb')
 
+def stop_at(step=None):
+    "A hook that stops a run as Ctrl-C would, at this line or at the next"
+    def press(record, state):
+        if step in (None, record['step']): raise KeyboardInterrupt
+    return press
+
 # -- the run that nothing happens to
 
 @pytest.fixture(scope='session')
@@ -183,9 +189,7 @@ def test_ten_stops(cfg, oracle, tmp_path):
     "At ten random steps, some at the edge of an epoch, all between two micro-batches' worth of prefetched rows"
     run, stops = replace(cfg, run=str(tmp_path/'run')), sorted(random.Random(3).sample(range(1, STEPS), 10))
     for stop in stops:
-        def press(record, state):
-            if record['step'] == stop: raise KeyboardInterrupt
-        with pytest.raises(Stopped, match=f'stopped at step {stop}, saved'): pretrain(run, hooks=[press])
+        with pytest.raises(Stopped, match=f'stopped at step {stop}, saved'): pretrain(run, hooks=[stop_at(stop)])
     survives(run, oracle)
 
 # -- 4, 5: damage and strangers
@@ -251,9 +255,7 @@ def test_forty_bit_flips(two, capsys):
 
 def test_all_damaged_is_no_fresh_start(cfg, tmp_path):
     run = replace(cfg, run=str(tmp_path/'run'))
-    def press(record, state):
-        if record['step'] == 4: raise KeyboardInterrupt
-    with pytest.raises(Stopped): pretrain(run, hooks=[press])
+    with pytest.raises(Stopped): pretrain(run, hooks=[stop_at(4)])
     log, names = (tmp_path/'run/metrics.jsonl').read_bytes(), [p.name for p in sorted((tmp_path/'run/checkpoints').iterdir())]
     for name in names: (tmp_path/'run/checkpoints'/name/'manifest.json').unlink()
     for _ in range(2):
@@ -265,9 +267,7 @@ def test_all_damaged_is_no_fresh_start(cfg, tmp_path):
 def test_damaged_newest_step_and_strangers(cfg, oracle, tmp_path, capsys):
     "The run goes on from the step before; what is not a checkpoint is left alone, or put aside where a step has to go"
     run = replace(cfg, run=str(tmp_path/'run'))
-    def press(record, state):
-        if record['step'] == 5: raise KeyboardInterrupt
-    with pytest.raises(Stopped): pretrain(run, hooks=[press])
+    with pytest.raises(Stopped): pretrain(run, hooks=[stop_at(5)])
     points = tmp_path/'run/checkpoints'
     payload = max((p for p in (points/'5').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
     payload.write_bytes(flipped(payload.read_bytes(), 4000))
@@ -392,9 +392,7 @@ def clean_cache():
 def test_bad_step_changes_nothing(cfg, tmp_path, monkeypatch, clean_cache, how):
     poison(cfg, monkeypatch, [4], how)
     run = replace(cfg, run=str(tmp_path/'run'), checkpoint_every=1, keep=9, eval_every=100)
-    def press(record, state):
-        if record['step'] == 6: raise KeyboardInterrupt
-    with pytest.raises(Stopped): pretrain(run, hooks=[press])
+    with pytest.raises(Stopped): pretrain(run, hooks=[stop_at(6)])
     (four, before), (five, after), (six, last) = (saved(tmp_path/'run', step) for step in (4, 5, 6))
     jax.tree.map(np.testing.assert_array_equal, five, four)
     assert [o['counters']['skipped'] for o in (before, after, last)] == [0, 1, 1] and before['data'] != after['data']
@@ -531,16 +529,13 @@ def test_second_process_is_refused(cfg, nursery, tmp_path):
     with pytest.raises(ValueError, match=f'this run is being written by {{"pid": {nursery.pid}, "host": ".*", "start": '): pretrain(run)
     assert time.monotonic() - begin < 2
     nursery.signal(signal.SIGKILL); nursery.end()
-    def press(record, state): raise KeyboardInterrupt
-    with pytest.raises(Stopped): pretrain(run, hooks=[press])               # the lock went with its holder
+    with pytest.raises(Stopped): pretrain(run, hooks=[stop_at()])               # the lock went with its holder
 
 @slow
 def test_clocks_do_not_matter(cfg, oracle, tmp_path, monkeypatch):
     "Files from 1970 and 2099, and a clock that is set back an hour in the middle"
     run, real = replace(cfg, run=str(tmp_path/'run')), time.time
-    def press(record, state):
-        if record['step'] == 6: raise KeyboardInterrupt
-    with pytest.raises(Stopped): pretrain(run, hooks=[press])
+    with pytest.raises(Stopped): pretrain(run, hooks=[stop_at(6)])
     for i, path in enumerate(sorted((tmp_path/'run/checkpoints').rglob('*'))): os.utime(path, (0, 0) if '6' in path.parts[-1] or i % 2 else (4.08e9, 4.08e9))
     begin = real()
     monkeypatch.setattr(time, 'time', lambda: real() - 3600 * (real() > begin + .2))
@@ -550,9 +545,7 @@ def test_clocks_do_not_matter(cfg, oracle, tmp_path, monkeypatch):
 
 def test_changed_config(cfg, tmp_path):
     run = replace(cfg, run=str(tmp_path/'run'), eval_every=100)
-    def press(record, state):
-        if record['step'] == 4: raise KeyboardInterrupt
-    with pytest.raises(Stopped): pretrain(run, hooks=[press])
+    with pytest.raises(Stopped): pretrain(run, hooks=[stop_at(4)])
     other = replace(run.loader, seed=5)
     changes = {'seed: 0 -> 1': dict(seed=1), 'model.width: 32 -> 64': dict(model=replace(cfg.model, width=64)), 'optim.schedule: cosine -> wsd': dict(optim=replace(cfg.optim, schedule='wsd')),
                'loader.seed: 0 -> 5': dict(loader=other), 'steps: 60 -> 70': dict(steps=70)}
@@ -569,9 +562,7 @@ def test_changed_config(cfg, tmp_path):
 def test_config_of_an_older_version(cfg, oracle, tmp_path):
     "Fields that did not exist then have their defaults, and the run goes on"
     run = replace(cfg, run=str(tmp_path/'run'))
-    def press(record, state):
-        if record['step'] == 4: raise KeyboardInterrupt
-    with pytest.raises(Stopped): pretrain(run, hooks=[press])
+    with pytest.raises(Stopped): pretrain(run, hooks=[stop_at(4)])
     path = tmp_path/'run/config.json'
     old = json.loads(path.read_text())
     for name in ('max_bad_steps', 'watchdog_s', 'allow_changes'): del old[name]

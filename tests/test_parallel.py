@@ -15,7 +15,7 @@ from nash_lab.model.config import PRESETS, MLAConfig, ModelConfig
 from nash_lab.model.transformer import LM
 from nash_lab.train.checkpoint import Checkpoints
 from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.parallel import AXES, LOGICAL, RULES, bytes_per_device, cache_specs, logical_axes, param_specs, path_name, state_shardings, unsharded
+from nash_lab.train.parallel import AXES, LOGICAL, RULES, bytes_per_device, cache_specs, logical_axes, param_specs, path_name, placed, state_shardings, unsharded
 from nash_lab.train.step import fresh_state
 
 ATTENTIONS, RESIDUALS, MTPS = ("gqa", "diff1", "diff2", "mla", "maha"), ("plain", "mhc"), ("none", "parallel", "sequential")
@@ -72,7 +72,7 @@ def test_presets_divide(preset):
     state = jax.eval_shape(lambda: fresh_state(jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes(ModelConfig.preset(preset))), tx))
     assert unsharded(state.params, RULES, mesh) == {}
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert bytes_per_device(state, state_shardings(state, mesh)) < whole / 7
+    assert bytes_per_device(placed(state, state_shardings(state, mesh))) < whole / 7
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

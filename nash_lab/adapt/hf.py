@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..data.loader import LoaderConfig
-from ..model.layers import RopeConfig, to_json
-from ..model.transformer import LM, ModelConfig
-from ..train.checkpoint import Checkpoints, write_json_atomic
-from ..train.config import TrainConfig, copy_tokenizer
-from ..train.guard import run_lock
+from ..model.layers import RopeConfig
+from ..model.transformer import LM, ModelConfig, model_shapes
+from ..train.checkpoint import write_json_atomic
+from ..train.config import TrainConfig
+from ..train.pretrain import fresh_run, write_run
 
 # %% ../../nbs/adapt/50_hf.ipynb #c006
 class Tensor(NamedTuple):
@@ -189,9 +189,8 @@ def read_weights(
     opened: dict[str, Any],  # from open_tensors
 ) -> LM:
     "The model with float32 weights of open files; ValueError names a tensor missing, left over or of another size."
-    lm = nnx.eval_shape(lambda: LM(cfg, nnx.Rngs(0)))
-    graph, shapes = nnx.split(lm, nnx.Param)
-    left, params = set(opened), nnx.to_pure_dict(shapes)
+    graph, params = model_shapes(cfg)
+    left = set(opened)
     for row, leaf in used(params):
         layers = range(cfg.layers) if "{i}" in row.theirs else [None]
         whole = np.empty(leaf.shape, np.float32)
@@ -300,18 +299,12 @@ def import_run(
     dtype: str = "float32",  # of activations
 ) -> Path:
     "A run with the weights and the tokenizer of a folder; ValueError when there is a run already."
-    run, tokenizer = Path(run), Path(folder) / "tokenizer.json"
-    if (run / "config.json").exists(): raise ValueError(f"{run}: there is a run already, give another name")
+    run, tokenizer = fresh_run(run), Path(folder) / "tokenizer.json"
     lm = load_hf(folder, dtype)
     own = str(tokenizer) if tokenizer.exists() else ""
     cfg = TrainConfig(run=str(run), model=lm.cfg, train_bin="", val_bin="", tokenizer=own,
                       loader=LoaderConfig(seq_len=min(1024, lm.cfg.max_len), documents="mask"))
-    with run_lock(run), closing(Checkpoints(run / "checkpoints", asynchronous=False)) as points:
-        points.save(0, {"model": nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
-        if cfg.tokenizer: copy_tokenizer(tokenizer, run)
-        write_json_atomic(run / "imported.json", {"folder": str(folder)})
-        write_json_atomic(run / "config.json", to_json(cfg))
-    return run
+    return write_run(lm, cfg, run, tokenizer=own or None, notes={"imported.json": {"folder": str(folder)}})
 
 # %% ../../nbs/adapt/50_hf.ipynb #c035
 def chat_text(

@@ -12,7 +12,7 @@ __all__ = ['Adapter', 'NAMES', 'STACKS', 'TENSORS', 'CONFIG', 'BEYOND_LORA', 'Fa
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -27,13 +27,13 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file
 from safetensors.numpy import save as to_safetensors
 
-from ..model.layers import Linear, dropout, from_json, linear, named_key, to_json
+from ..model.layers import Linear, dropout, from_json, linear, named_key
 from ..data.tokenizer import write_atomic
 from ..model.moe import ExpertLinear, grouped
 from ..model.transformer import LM
 from ..train.checkpoint import Checkpoints, write_json_atomic
-from ..train.config import copy_tokenizer, own_tokenizer, saved_config
-from ..train.guard import run_lock
+from ..train.config import own_tokenizer, saved_config
+from ..train.pretrain import write_run
 from ..train.step import PLAIN, TrainState
 
 # %% ../../nbs/adapt/51_lora.ipynb #c006
@@ -423,13 +423,6 @@ def save_merged(
     notes: dict,      # what was merged, for merged.json
 ) -> Path:
     "A run with these weights. ValueError when there is one already; OSError when it cannot be written."
-    run, out = Path(run), Path(out)
-    cfg, own = saved_config(run), own_tokenizer(run)
-    if (out / "config.json").exists(): raise ValueError(f"{out}: there is a run already, give another name")
+    run = Path(run)
     with closing(Checkpoints(run / "checkpoints")) as base: step = base.latest()
-    with run_lock(out), closing(Checkpoints(out / "checkpoints", asynchronous=False)) as points:
-        points.save(step, {"model": nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
-        if own: copy_tokenizer(own, out)
-        write_json_atomic(out / "merged.json", notes)
-        write_json_atomic(out / "config.json", to_json(replace(cfg, run=str(out))))
-    return out
+    return write_run(lm, saved_config(run), out, step=step, tokenizer=own_tokenizer(run), notes={"merged.json": notes})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LoaderConfig', 'row_count', 'take_rows', 'segments_and_positions', 'as_batch', 'make_batch', 'batch_indices',
-           'Loader', 'loader', 'batches_per_epoch', 'eval_batches']
+           'refuse_other', 'Loader', 'loader', 'batches_per_epoch', 'eval_batches']
 
 # %% ../../nbs/data/22_loader.ipynb #c003
 from collections.abc import Callable, Iterator
@@ -108,6 +108,17 @@ def batch_indices(
     return order.repeat(cfg.epochs or None).batch(cfg.batch_size)
 
 # %% ../../nbs/data/22_loader.ipynb #c026
+def refuse_other(
+    stream: dict[str, Any],  # what the tokens depend on
+    state: dict[str, Any],   # a position
+) -> None:
+    "ValueError for a position of another stream."
+    for key, value in stream.items():
+        found = state.get("stream", {}).get(key)
+        if found != value:
+            raise ValueError(f"data position is of another stream: {key} {found!r}, expected {value!r}")
+
+# %% ../../nbs/data/22_loader.ipynb #c027
 class Loader:
     "An iterator of batches with an exact position; made by `loader`."
     def __init__(
@@ -149,18 +160,17 @@ class Loader:
         state = self.get_state()
         return lambda: state
 
+    def counters(self) -> dict: return {}  # of what was left out: a packed file leaves nothing out
+
     def set_state(self, state: dict[str, Any]) -> None:  # from get_state, perhaps through JSON
         "Go on with the batch that came next when `state` was taken; ValueError when it is of another stream."
-        for key, value in self.stream.items():
-            found = state.get("stream", {}).get(key)
-            if found != value:
-                raise ValueError(f"data position is of another stream: {key} {found!r}, expected {value!r}")
+        refuse_other(self.stream, state)
         batch = state.get("batch")
         if not isinstance(batch, int) or not 0 <= batch <= self.batches:
             raise ValueError(f"data position: batch {batch!r}, expected a number from 0 to {self.batches}")
         self._iterator.set_state({"next_index": batch})
 
-# %% ../../nbs/data/22_loader.ipynb #c027
+# %% ../../nbs/data/22_loader.ipynb #c028
 def loader(
     packed: PackedTokens,
     cfg: LoaderConfig,
@@ -180,7 +190,7 @@ def batches_per_epoch(packed: PackedTokens, cfg: LoaderConfig) -> int:
     "Batches after which every row has been seen; the last of them may reach into the next epoch."
     return -(-row_count(len(packed), cfg.seq_len) // cfg.batch_size)
 
-# %% ../../nbs/data/22_loader.ipynb #c039
+# %% ../../nbs/data/22_loader.ipynb #c040
 def eval_batches(
     packed: PackedTokens,
     seq_len: int,              # t

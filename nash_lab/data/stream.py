@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'FREE', 'StreamConfig', 'Documents', 'judge', 'check', 'next_text', 'stream_documents', 'Lane', 'share',
-           'LaneRows', 'prefetched', 'identity', 'labels', 'progress', 'beginnings', 'refuse_other', 'finish',
-           'next_of', 'StreamLoader', 'stream_loader', 'merge_states']
+           'LaneRows', 'prefetched', 'identity', 'labels', 'progress', 'beginnings', 'lane_states', 'finish', 'next_of',
+           'StreamLoader', 'stream_loader', 'merge_states']
 
 # %% ../../nbs/data/22a_stream.ipynb #c003
 import hashlib
@@ -22,7 +22,7 @@ from absl import flags
 
 from .corpus import CorpusReport, Document, split_of
 from .filters import Filter, Log, restored
-from .loader import as_batch
+from .loader import as_batch, refuse_other
 from .mixture import Mixture
 from .sources import Source, SourceConfig, fingerprint
 from .tokenizer import PAD, HFTokenizer, Tokenizer, utf8
@@ -348,18 +348,14 @@ def beginnings(
     return first, next(iter(docs.values())).filter.memory.entry
 
 
-def refuse_other(
-    stream: dict[str, Any],  # from `identity`
-    lanes: list[int],        # of this process
-    state: dict[str, Any],   # a position
-) -> None:
-    "ValueError for a position of another stream, or one that lacks a lane."
-    for key, value in stream.items():
-        found = state.get("stream", {}).get(key)
-        if found != value:
-            raise ValueError(f"data position is of another stream: {key} {found!r}, expected {value!r}")
+def lane_states(
+    lanes: list[int],       # of this process
+    state: dict[str, Any],  # a position
+) -> list[dict[str, Any]]:
+    "The position of each lane; ValueError when one is missing."
     missing = [i for i in lanes if str(i) not in state.get("lanes", {})]
     if missing: raise ValueError(f"data position has no lane {missing[0]}: the states of all processes are needed")
+    return [state["lanes"][str(i)] for i in lanes]
 
 # %% ../../nbs/data/22a_stream.ipynb #c044
 def finish(iterator: grain.DatasetIterator) -> None:  # from `prefetched`
@@ -423,9 +419,9 @@ class StreamLoader:
 
     def set_state(self, state: dict[str, Any]) -> None:  # from get_state, or `merge_states`, perhaps through JSON
         "Go on with the batch that came next when `state` was taken; ValueError when it is of another stream."
-        refuse_other(self.stream, self.lanes, state)
+        refuse_other(self.stream, state)
+        self.batch, states = state["batch"], lane_states(self.lanes, state)
         self.close()
-        self.batch, states = state["batch"], [state["lanes"][str(i)] for i in self.lanes]
         self._at = [{key: s[key] for key in ("at", "used", "read")} for s in states]
         self._logs = [Log.from_text(self._entry, self.cfg.window, s["log"]) for s in states]
         self._iterator = prefetched(LaneRows(self.cfg, self.tokenizer, self.lanes, states))

@@ -394,6 +394,7 @@ PROBLEMS = {"packing": CirclePacking, "string": StringMatch} | {k: partial(StepF
 
 def problem(
     name: str,       # a key of PROBLEMS, or "package.module:Class"
+    /,               # so that a class may have a field of this name
     **settings: Any, # fields of the class
 ) -> Problem:
     "A problem by name. ValueError when there is no such problem or setting, or the class is not one."

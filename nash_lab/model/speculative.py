@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['probabilities', 'draw', 'accept', 'SpecState', 'at_slots', 'put_slots', 'make_drafts', 'fill_heads', 'check_drafts',
-           'advance', 'SpecStats', 'speculate', 'speculative_ratio']
+           'advance', 'SpecStats', 'speculate']
 
 # %% ../../nbs/model/18a_speculative.ipynb #c003
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from .generate import (
-    Rollout, SampleConfig, Sampling, cut_rollout, filtered_logits, prompt_batch, rollout, room_for)
+    Rollout, SampleConfig, Sampling, cut_rollout, filtered_logits, prompt_batch, room_for)
 from .transformer import LM, draft, init_draft
 
 # %% ../../nbs/model/18a_speculative.ipynb #c006
@@ -227,26 +226,3 @@ def speculate(
     out, counts = _speculate(*nnx.split(lm), *batch, room=room_for(lm, cfg), rule=rule)
     drawn, (proposed, accepted, calls) = cut_rollout(out, len(prompts), cfg), np.asarray(counts).sum(1).tolist()
     return drawn, SpecStats(proposed, accepted, calls, int(drawn.lengths.sum()) - len(prompts))
-
-# %% ../../nbs/model/18a_speculative.ipynb #c043
-def speculative_ratio(
-    lm: LM,                            # with MTP heads, trained
-    prompts: Sequence[Sequence[int]],  # token ids
-    cfg: SampleConfig,                 # how to draw
-    rounds: int = 5,                   # turns of each, taken alternately
-    key: Array | None = None,          # not needed at temperature 0
-) -> dict[str, float]:  # plain_s, speculative_s, speedup, acceptance, tokens_per_call
-    "Seconds of plain and of speculative decoding of the same prompts, and their ratio."
-    ways = {"plain": lambda: rollout(lm, prompts, cfg, key), "speculative": lambda: speculate(lm, prompts, cfg, key)}
-    _, stats = ways["speculative"]()
-    ways["plain"]()  # both are compiled now
-    seconds = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - begin)
-    best = {name: min(turns) for name, turns in seconds.items()}
-    plain, ours = best["plain"], best["speculative"]
-    return {"plain_s": plain, "speculative_s": ours, "speedup": plain / ours,
-            "acceptance": stats.acceptance, "tokens_per_call": stats.tokens_per_call}

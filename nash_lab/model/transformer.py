@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['run_blocks', 'embed', 'row_positions', 'LM', 'read', 'weights_of', 'routing_of', 'objective', 'mtp_nats',
-           'init_draft', 'draft', 'gates', 'with_gates', 'parameter_count', 'weight_share', 'score_width',
-           'flops_per_token']
+           'init_draft', 'draft', 'gates', 'with_gates', 'model_shapes', 'parameter_count', 'weight_share',
+           'score_width', 'flops_per_token']
 
 # %% ../../nbs/model/17_transformer.ipynb #c003
 import re
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -221,12 +222,19 @@ def with_gates(
     return lm
 
 # %% ../../nbs/model/17_transformer.ipynb #c032
+def model_shapes(
+    cfg: ModelConfig,  # any size
+    change: Callable[[LM], LM] = lambda lm: lm,  # done to the model of shapes
+) -> tuple[nnx.GraphDef, dict]:  # graph, shapes of the parameters by name
+    "A model without its numbers; no memory is used."
+    graph, shapes = nnx.split(change(nnx.eval_shape(lambda: LM(cfg, nnx.Rngs(0)))), nnx.Param)
+    return graph, nnx.to_pure_dict(shapes)
+
 def parameter_count(
     cfg: ModelConfig,  # any size
 ) -> int:
-    "Number of weights, by shapes alone: no memory is used."
-    shapes = nnx.eval_shape(lambda: LM(cfg, nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+    "Number of weights."
+    return sum(leaf.size for leaf in jax.tree.leaves(model_shapes(cfg)[1]))
 
 # %% ../../nbs/model/17_transformer.ipynb #c033
 def weight_share(

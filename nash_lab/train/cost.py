@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'UPDATES', 'FREE', 'GIB', 'product_flops', 'Op', 'hbm_bytes', 'parse_hlo', 'fused_bytes', 'op_bytes',
-           'trip_count', 'traffic', 'model_shapes', 'row_objective', 'saved_bytes', 'row_flops', 'module_of',
-           'by_module']
+           'trip_count', 'traffic', 'row_objective', 'saved_bytes', 'row_flops', 'module_of', 'by_module']
 
 # %% ../../nbs/train/33a_cost.ipynb #c003
 import math
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
-from ..model.transformer import LM, ModelConfig
+from ..model.transformer import ModelConfig, model_shapes
 from .moments import tree_bytes
 
 # %% ../../nbs/train/33a_cost.ipynb #c007
@@ -162,15 +161,6 @@ def traffic(
     return dict(total)
 
 # %% ../../nbs/train/33a_cost.ipynb #c020
-def model_shapes(
-    cfg: ModelConfig,  # any size
-    change: Callable[[LM], LM] = lambda lm: lm,  # done to the model of shapes
-) -> tuple[nnx.GraphDef, dict]:
-    "Graph and parameter shapes of a model; uses no memory."
-    graphdef, params = nnx.split(change(nnx.eval_shape(lambda: LM(cfg, nnx.Rngs(0)))), nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
-
-# %% ../../nbs/train/33a_cost.ipynb #c021
 def row_objective(
     cfg: ModelConfig,  # any size
 ) -> tuple[Callable, dict, Any]:
@@ -179,7 +169,7 @@ def row_objective(
     def objective(p, ids, key): return nnx.merge(graphdef, p).objective(ids, ids, dropout_key=key)[0]
     return objective, params, jax.eval_shape(lambda: jax.random.key(0))
 
-# %% ../../nbs/train/33a_cost.ipynb #c022
+# %% ../../nbs/train/33a_cost.ipynb #c021
 GIB = 2**30
 
 @lru_cache(maxsize=256)
@@ -193,7 +183,7 @@ def saved_bytes(
     def pull(p, ids, key): return jax.vjp(lambda p: objective(p, ids, key), p)[1]
     return tree_bytes(jax.eval_shape(pull, params, jax.ShapeDtypeStruct((rows, seq_len), jnp.int32), key))
 
-# %% ../../nbs/train/33a_cost.ipynb #c023
+# %% ../../nbs/train/33a_cost.ipynb #c022
 @lru_cache(maxsize=256)
 def row_flops(
     cfg: ModelConfig,  # its remat policy decides what is computed twice
@@ -204,7 +194,7 @@ def row_flops(
     ids = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     return product_flops(jax.make_jaxpr(jax.grad(objective))(params, ids, key))
 
-# %% ../../nbs/train/33a_cost.ipynb #c027
+# %% ../../nbs/train/33a_cost.ipynb #c026
 def module_of(
     text: str,  # of an optimized program
     package: str = "nash_lab",  # whose files are named

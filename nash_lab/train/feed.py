@@ -19,7 +19,7 @@ from ..data.sources import parse_source
 from ..data.stream import StreamConfig, StreamLoader, merge_states, stream_documents, stream_loader
 from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
 from .config import TrainConfig
-from .parallel import check_rows, data_shard, every_process, is_lead, pack_position
+from .parallel import check_rows, data_shard, is_lead, pack_position, wait_for_all
 
 # %% ../../nbs/train/32d_feed.ipynb #c006
 SHARED = ("seq_len", "batch_size", "seed", "documents", "epochs", "prefetch")  # fields of loader that hold for streams
@@ -70,7 +70,7 @@ def open_stream(
     stream = stream_of(cfg)
     if cfg.val_bin and not Path(cfg.val_bin).exists() and is_lead():
         hold_out(stream, tokenizer, cfg.val_bin, cfg.val_documents)
-    every_process(None)  # the others wait for the file
+    wait_for_all("the held-out file is written")
     return stream_loader(stream, tokenizer, shard=shard[0], shards=shard[1])
 
 # %% ../../nbs/train/32d_feed.ipynb #c015

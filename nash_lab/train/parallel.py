@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLLECTIVES', 'AXES', 'LOGICAL', 'RULES', 'CACHED', 'SLURM', 'METADATA', 'count_collectives', 'MeshConfig',
            'make_mesh', 'MeshSlice', 'logical_axes', 'stacked', 'path_name', 'AxisRules', 'spec_of', 'param_specs',
-           'unsharded', 'dropped_axis', 'with_zero', 'state_shardings', 'bytes_per_device', 'batch_sharding',
+           'unsharded', 'dropped_axis', 'with_zero', 'state_shardings', 'placed', 'bytes_per_device', 'batch_sharding',
            'batch_shares', 'check_rows', 'data_shard', 'put_batch', 'Rows', 'place_rows', 'shard_step', 'init_sharded',
            'replicate', 'cache_specs', 'ProcessConfig', 'surroundings', 'ask_metadata', 'pod_hosts', 'initialize',
            'is_lead', 'every_process', 'anyone', 'wait_for_all', 'pack_position', 'own_position']
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,15 +249,21 @@ def state_shardings(
     return whole._replace(params=params, opt_state=jax.tree_util.tree_map_with_path(place, state.opt_state))
 
 # %% ../../nbs/train/30_parallel.ipynb #c044
-def bytes_per_device(
-    tree: Any,  # arrays or shapes
-    shardings: Any,  # of the same structure
-) -> int:
-    "What each device keeps of it."
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings))
-    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
+def placed(
+    shapes: Any,  # tree of arrays or shapes
+    shardings: Any,  # one for all, or a tree of them
+) -> Any:
+    "The shapes with their places."
+    put = lambda place, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
+    return jax.tree.map(put, shardings, shapes)
+
+def bytes_per_device(tree: Any) -> int:  # arrays, or shapes with places
+    "What each device keeps of it, random keys aside."
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+               if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
 
 # %% ../../nbs/train/30_parallel.ipynb #c049
+@lru_cache(maxsize=32)
 def batch_sharding(
     mesh: Mesh,  # where to
     rules: AxisRules = RULES,  # what divides what
@@ -281,6 +288,7 @@ def check_rows(
     if rows % shares: raise ValueError(f"{rows} rows of a batch do not divide among the {shares} shares of {sizes}")
 
 # %% ../../nbs/train/30_parallel.ipynb #c050
+@lru_cache(maxsize=32)
 def data_shard(
     mesh: Mesh,  # where to
     rules: AxisRules = RULES,  # what divides what
