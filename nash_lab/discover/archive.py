@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'prior', 'puct', 'ArchiveConfig', 'Node', 'solution_key', 'insert', 'scores', 'ancestors', 'unrelated',
-           'surplus', 'Archive', 'Saved', 'save', 'load', 'recheck']
+           'surplus', 'Archive', 'Saved', 'as_json', 'save', 'archive_of', 'load', 'recheck']
 
 # %% ../../nbs/discover/61_archive.ipynb #c003
 import hashlib
@@ -209,24 +209,39 @@ class Saved:
     nodes: tuple[Node, ...]   # in order of arrival
 
 
+def as_json(archive: Archive) -> dict:
+    "An archive as JSON values."
+    return to_json(Saved(archive.cfg, archive.total, tuple(archive.nodes)))
+
+
 def save(archive: Archive, path: str | Path) -> None:
     "Write an archive; the file holds the old or the new one at every moment."
-    write_json_atomic(path, to_json(Saved(archive.cfg, archive.total, tuple(archive.nodes))))
+    write_json_atomic(path, as_json(archive))
 
 # %% ../../nbs/discover/61_archive.ipynb #c047
-def load(path: str | Path) -> Archive:
-    "Read an archive. ValueError naming file and node for anything that `save` cannot have written."
-    try: saved = from_json(Saved, json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error: raise ValueError(f"{path}: {error}") from None
+def archive_of(
+    data: Any,   # from `as_json`
+    where: str,  # it was, for messages
+) -> Archive:
+    "The archive of JSON values. ValueError naming place and node for anything that `as_json` cannot have made."
+    try: saved = from_json(Saved, data)
+    except ValueError as error: raise ValueError(f"{where}: {error}") from None
     for i, n in enumerate(saved.nodes):
         wrong = next((what for what, bad in {
             "id": n.id != i, "parent": n.parent is not None and not 0 <= n.parent < i,
             "reward": not math.isfinite(n.reward), "visits": n.visits < 0,
             "key": n.live and n.key != solution_key(n.state.solution)}.items() if bad), None)
-        if wrong: raise ValueError(f"{path}: nodes[{i}].{wrong} is wrong: {getattr(n, wrong)!r}")
+        if wrong: raise ValueError(f"{where}: nodes[{i}].{wrong} is wrong: {getattr(n, wrong)!r}")
     archive = Archive(saved.config)
     archive.nodes, archive.total = list(saved.nodes), saved.total
     return archive
+
+
+def load(path: str | Path) -> Archive:
+    "Read an archive. ValueError naming file and node for anything that `save` cannot have written."
+    try: data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error: raise ValueError(f"{path}: {error}") from None
+    return archive_of(data, str(path))
 
 # %% ../../nbs/discover/61_archive.ipynb #c048
 def recheck(
