@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'Picture', 'styled', 'heatmap', 'routing_heatmaps', 'composite_heatmaps', 'gain_plot',
-           'drift_plot', 'stream_usage', 'loss_plot']
+           'drift_plot', 'stream_usage', 'loss_plot', 'discovery_plot', 'archive_tree', 'arms_plot']
 
 # %% ../../nbs/lab/70_viz.ipynb #c003
 from collections.abc import Callable, Mapping, Sequence
@@ -251,5 +251,73 @@ def loss_plot(
     ax.set_yscale("log", base=2)  # a difference late in training would vanish beside the fall at the start
     ax.yaxis.set_major_locator(MaxNLocator(7))
     ax.yaxis.set_major_formatter("{x:g}")
+    ax.legend()
+    return picture
+
+# %% ../../nbs/lab/70_viz.ipynb #c044
+@styled
+def discovery_plot(
+    metrics: Sequence[Mapping],         # records of a search, one a round
+    best_known: float | None = None,    # value of others, drawn as a line
+) -> Figure:
+    "Best value, shares of answers, beta and KL over the rounds. ValueError without records."
+    if not metrics: raise ValueError("no round was recorded, so there is nothing to draw")
+    column = lambda name: [np.nan if row.get(name) is None else row[name] for row in metrics]
+    x, picture = column("rollouts"), Picture(figsize=(_WIDTH, 4.2), layout="constrained")
+    axes = picture.subplots(2, 2)
+    panels = {"Best so far": ("best_value",), "Share of answers": ("valid", "distinct", "ties"),
+              "Median beta": ("beta",), "Nats from the base": ("kl",)}
+    for ax, (title, names) in zip(axes.flat, panels.items()):
+        for name, colour, look in zip(names, COLOURS, ("-", "--", ":")):
+            ax.plot(x, column(name), look, color=colour, label=name)
+        ax.set_title(title)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if best_known is not None: axes[0, 0].axhline(best_known, color="black", lw=0.8, ls="--")
+    axes[0, 1].set_ylim(0, 1)
+    axes[0, 1].legend()
+    picture.supxlabel("answers", fontsize=9)
+    return picture
+
+# %% ../../nbs/lab/70_viz.ipynb #c047
+@styled
+def archive_tree(
+    nodes: Sequence[Any],  # of an archive: objects or dicts with id, parent, reward, visits
+) -> Figure:
+    "Rewards of all states in order of arrival, joined to their parents. ValueError for an empty archive."
+    if not nodes: raise ValueError("an archive without states cannot be drawn")
+    rows = [node if isinstance(node, Mapping) else vars(node) for node in nodes]
+    line, at = set(), max(rows, key=lambda row: row["reward"])["id"]
+    while at is not None: line.add(at); at = rows[at]["parent"]
+    picture = Picture(figsize=(_WIDTH, 2.8), layout="constrained")
+    ax, reward = picture.subplots(), [row["reward"] for row in rows]
+    for row in (row for row in rows if row["parent"] is not None):
+        style = dict(color=COLOURS[5], lw=1.8, zorder=2) if row["id"] in line else dict(color="0.75", lw=0.6, zorder=1)
+        ax.plot([row["parent"], row["id"]], [reward[row["parent"]], reward[row["id"]]], **style)
+    dots = ax.scatter(range(len(rows)), reward, c=[row["visits"] for row in rows], s=9, cmap="viridis", zorder=3)
+    picture.colorbar(dots, label="expansions")
+    low = min([reward[i] for i in range(len(rows)) if rows[i]["parent"] is not None] or reward)
+    ax.set(xlabel="order of arrival", ylabel="reward", title="The archive, the line of its best in red",
+           ylim=(low - 0.05 * (max(reward) - low) - 1e-9, None))
+    return picture
+
+# %% ../../nbs/lab/70_viz.ipynb #c050
+@styled
+def arms_plot(
+    runs: Sequence[Mapping],          # of discover.arms: arm, rollouts, best_value by round
+    best_known: float | None = None,  # value of others, drawn as a line
+) -> Figure:
+    "Best value so far of each arm against the answers it asked for. ValueError without runs."
+    if not runs: raise ValueError("no run of any arm, so there is nothing to draw")
+    picture = Picture(figsize=(_WIDTH, 3.2), layout="constrained")
+    ax = picture.subplots()
+    for arm, colour in zip(dict.fromkeys(run["arm"] for run in runs), COLOURS):
+        mine = [run for run in runs if run["arm"] == arm]
+        lines = np.array([[np.nan if v is None else v for v in run["best_value"]] for run in mine], float)
+        x = np.linspace(0, mine[0]["rollouts"], lines.shape[1] + 1)[1:]
+        ax.plot(x, lines.mean(0), color=colour, label=arm)
+        ax.fill_between(x, lines.min(0), lines.max(0), color=colour, alpha=0.15, lw=0)
+    if best_known is not None: ax.axhline(best_known, color="black", lw=0.8, ls="--", label="best known")
+    ax.set(xlabel="answers, failures included", ylabel="best value so far", title="Mean over seeds, and their range")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.legend()
     return picture
