@@ -18,9 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool
 
 from .lora import save_merged
