@@ -1,11 +1,11 @@
-"Write constraints.txt: the installed version of everything the project and its `dev`, `docs` and `parity` extras pull in."
+"Write constraints.txt: the installed version of everything the project and its `dev`, `docs`, `parity` and `preflight` extras pull in."
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT, EXTRAS = Path(__file__).resolve().parents[1], ('dev', 'docs', 'parity')
+ROOT, EXTRAS = Path(__file__).resolve().parents[1], ('dev', 'docs', 'parity', 'preflight')
 HEAD = """# Versions the tests last passed with; pip and uv read it as `-c constraints.txt`. Written by `make constraints`.
 # One list for Python 3.11 to 3.13, made on the oldest of them.
 """

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'TokenizerJob', 'run_tokenizer', 'PackJob', 'run_pack', 'GenerateJob', 'run_generate', 'ReportJob',
-           'run_report', 'EvalJob', 'run_eval', 'run_pretrain', 'run_preflight', 'ImportJob', 'run_import',
-           'ExportHFJob', 'run_export_hf', 'ApplyJob', 'run_apply', 'MergeJob', 'run_merge', 'ExportJob', 'run_export',
-           'Verb', 'Usage', 'take_flag', 'leaves', 'as_flags', 'fields_set', 'file_values', 'preset_values',
-           'with_rules', 'one_line', 'parse', 'help_of', 'usage', 'find_verb', 'run_line', 'main']
+           'run_report', 'EvalJob', 'eval_packed', 'eval_tasks', 'run_eval', 'run_pretrain', 'run_preflight', 'Verb',
+           'Usage', 'take_flag', 'leaves', 'as_flags', 'fields_set', 'file_values', 'preset_values', 'with_rules',
+           'one_line', 'parse', 'help_of', 'usage', 'find_verb', 'run_line', 'main']
 
 # %% ../../nbs/lab/72_cli.ipynb #c003
 import contextlib
@@ -17,19 +16,26 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 from tqdm import tqdm
 
-from ..adapt.hf import import_run, save_hf
-from ..adapt.lora import (
-    LoRAConfig, attach, explained, extract_adapter, merge_adapter, read_adapters, save_merged, write_peft)
+from ..adapt.gate import ContinualConfig
+from ..adapt.hf import load_hf
 from ..data.corpus import CorpusConfig, PackedTokens, documents
 from ..data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from ..discover.arms import ArmsConfig
+from ..discover.consolidate import ConsolidateConfig
+from ..discover.ttt import DiscoverConfig
+from ..evals.compare import (
+    EvalConfig, compare, describe_comparison, describe_report, evaluate_tasks)
 from ..evals.harness import evaluate, load_probes
 from .bench import BenchConfig, bench
 from .demo import DemoConfig, demo, pack_split
+from .jobs import (
+    ApplyJob, ExportHFJob, ExportJob, ImportJob, MergeJob, run_apply, run_arms, run_consolidate, run_discover, run_export,
+    run_export_hf, run_import, run_merge, run_sdft)
 from .report import write_report
 from .run import load
 from ..model.layers import from_json, to_json
@@ -38,7 +44,7 @@ from ..train.checkpoint import write_json_atomic
 from ..train.config import TrainConfig
 from ..train.parallel import initialize, is_lead
 from ..train.preflight import PreflightConfig, report
-from ..train.pretrain import load_run, pretrain
+from ..train.pretrain import pretrain
 
 # %% ../../nbs/lab/72_cli.ipynb #c006
 @dataclass(frozen=True)
@@ -109,17 +115,22 @@ def run_report(job: ReportJob) -> None:  # run, where to
 # %% ../../nbs/lab/72_cli.ipynb #c014
 @dataclass(frozen=True)
 class EvalJob:
-    "Bits per byte of a trained model on packed tokens, and optionally probes."
-    run: str = "runs/demo"  # run directory
+    "Bits per byte of a run on packed tokens, with probes; or benchmarks with --tasks; or two reports with --compare."
+    run: str = "runs/demo"  # run directory; for benchmarks also a folder that transformers wrote
     data: str = ""  # packed tokens; the run's own validation file when empty
     batches: int = 0  # batches to score; 0 for the whole file
     tables: bool = False  # also score uniform, unigram and bigram tables fitted on the run's training file
     probes: str = ""  # JSONL file of probes; none when empty
     probe_tokens: int = 16  # tokens of an answer at most
+    tasks: tuple[str, ...] = ()  # gsm8k, hellaswag, arc_easy, arc_challenge, humaneval, mbpp; none: packed tokens
+    limit: tuple[int, ...] = (0,)  # first problems: one number for all tasks or one for each; 0 for all problems
+    shots: int | None = None  # examples before each problem; None for the task's number
+    compare: tuple[str, ...] = ()  # two reports of benchmarks: which is better, and is it chance?
+    ask: EvalConfig = field(default_factory=EvalConfig)  # how benchmarks are asked; the three above stand over its own
     out: str = ""  # JSON file for the report; none when empty
 
 # %% ../../nbs/lab/72_cli.ipynb #c015
-def run_eval(job: EvalJob) -> dict:  # run, data, probes
+def eval_packed(job: EvalJob) -> dict:  # run, data, probes
     "Score a run and print one line a figure; with probes, how many were passed."
     model = load(job.run)
     cfg, probes = model.config, load_probes(job.probes) if job.probes else ()
@@ -131,10 +142,32 @@ def run_eval(job: EvalJob) -> dict:  # run, data, probes
         print(f"{name}: {score['bits_per_byte']:.4f} bits per byte (95 % {score['low']:.4f} to {score['high']:.4f}), "
               f"{score['nats_per_token']:.4f} nats per token over {score['tokens']:,} tokens")
     if probes: print(f"probes: {report['probes']['passed']} of {report['probes']['total']} passed")
-    if job.out: write_json_atomic(Path(job.out), report)
     return report
 
 # %% ../../nbs/lab/72_cli.ipynb #c016
+def eval_tasks(job: EvalJob) -> dict:  # run or folder, tasks, limits
+    "Ask benchmarks and print one line a metric."
+    cfg = replace(job.ask, tasks=job.tasks, limit=job.limit, shots=job.shots)
+    path = Path(job.run) / "config.json"
+    if path.is_file() and "model_type" in json.loads(path.read_text(encoding="utf-8")):
+        lm, tokenizer, documents = load_hf(job.run), load_tokenizer(job.run), "mask"
+    else:
+        model = load(job.run)
+        lm, tokenizer, documents = model.lm, model.tokenizer, model.config.loader.documents
+    report = evaluate_tasks(lm, tokenizer, cfg, documents=documents, name=job.run)
+    print(describe_report(report))
+    return report
+
+
+def run_eval(job: EvalJob) -> None:  # one of its three kinds
+    "Score, ask or compare."
+    if job.compare:
+        if len(job.compare) != 2: raise ValueError(f"eval --compare: {len(job.compare)} reports, expected two")
+        return print(describe_comparison(compare(*job.compare)))
+    report = eval_tasks(job) if job.tasks else eval_packed(job)
+    if job.out: write_json_atomic(Path(job.out), report)
+
+# %% ../../nbs/lab/72_cli.ipynb #c017
 def run_pretrain(job: TrainConfig) -> None:  # the whole run
     "Join the other processes if there are any, train, and print what was reached."
     initialize(job.processes)
@@ -143,101 +176,14 @@ def run_pretrain(job: TrainConfig) -> None:  # the whole run
     val = "" if r.val_loss is None else f", validation {r.val_loss:.4f} nats per token, {r.val_bpb:.4f} bits per byte"
     print(f"{r.run}: step {r.step}{val}, {r.time_s:.0f} s of training, {r.tokens_per_s:,.0f} tokens/s")
 
-# %% ../../nbs/lab/72_cli.ipynb #c018
+# %% ../../nbs/lab/72_cli.ipynb #c019
 def run_preflight(job: PreflightConfig) -> None:  # what, and for which chips
     "Print what is needed and what there is; ValueError when it does not fit."
     code, text = report(job)
     print(text)
     if code: raise ValueError(f"{job.target}: does not fit, what to change stands above")
 
-@dataclass(frozen=True)
-class ImportJob:
-    "Make a run of a folder that transformers wrote."
-    folder: str = "model"  # with config.json, safetensors and perhaps tokenizer.json
-    run: str = "runs/imported"  # run directory to make
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-
-def run_import(job: ImportJob) -> None:  # from where, where to
-    "Import and say where the run is."
-    print(import_run(job.folder, job.run, job.compute_dtype))
-
-@dataclass(frozen=True)
-class ExportHFJob:
-    "Write a run as a folder that transformers loads."
-    run: str = "runs/imported"  # run directory of a plain model with grouped queries and SwiGLU
-    folder: str = "exported"  # to make
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the tensors
-    shard_bytes: int = 5_000_000_000  # largest file
-
-def run_export_hf(job: ExportHFJob) -> None:  # run, where to
-    "Export and say where the folder is."
-    lm, _ = load_run(job.run)
-    print(save_hf(lm, job.folder, dtype=job.dtype, shard_bytes=job.shard_bytes, tokenizer_from=job.run))
-
-# %% ../../nbs/lab/72_cli.ipynb #c020
-@dataclass(frozen=True)
-class ApplyJob:
-    "Continue prompts with a trained model and adapters beside its weights."
-    run: str = "runs/demo"  # run directory of the base
-    adapters: tuple[str, ...] = ("adapter",)  # PEFT folders, summed
-    weights: tuple[float, ...] = ()  # of each adapter in the sum; all 1 when empty
-    prompt: tuple[str, ...] = ("def ",)  # one or more prompts
-    max_new_tokens: int = 64  # tokens to add at most
-    temperature: float = 0.7  # 0 takes the most likely token every time
-    top_p: float = 0.95  # smallest set of tokens with this probability; 1 is off
-    seed: int = 0  # of the draws
-
 # %% ../../nbs/lab/72_cli.ipynb #c021
-def run_apply(job: ApplyJob) -> None:  # run, adapters, sampling
-    "Print every prompt with the adapted model's continuation."
-    model = load(job.run)
-    model = replace(model, lm=attach(model.lm, read_adapters(model.lm, job.adapters, job.weights)))
-    how = {name: getattr(job, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    for prompt in job.prompt: print(prompt + model.generate(prompt, **how))
-
-# %% ../../nbs/lab/72_cli.ipynb #c022
-@dataclass(frozen=True)
-class MergeJob:
-    "Write a run whose weights contain adapters."
-    run: str = "runs/demo"  # run directory of the base
-    adapters: tuple[str, ...] = ("adapter",)  # PEFT folders, summed
-    weights: tuple[float, ...] = ()  # of each adapter in the sum; all 1 when empty
-    out: str = "runs/merged"  # run directory to make
-
-# %% ../../nbs/lab/72_cli.ipynb #c023
-def run_merge(job: MergeJob) -> None:  # run, adapters, where to
-    "Merge and say where the new run is."
-    lm, _ = load_run(job.run)
-    print(save_merged(job.run, job.out, merge_adapter(lm, read_adapters(lm, job.adapters, job.weights)), to_json(job)))
-
-# %% ../../nbs/lab/72_cli.ipynb #c024
-@dataclass(frozen=True)
-class ExportJob:
-    "Write one PEFT folder: the sum of adapters, or what a second run learned beyond the first."
-    run: str = "runs/demo"  # run directory of the base
-    adapters: tuple[str, ...] = ()  # PEFT folders, summed; or give tuned
-    weights: tuple[float, ...] = ()  # of each adapter in the sum; all 1 when empty
-    tuned: str = ""  # run directory of the same model trained further; or give adapters
-    out: str = "adapter"  # folder to write
-    lora: LoRAConfig = field(default_factory=LoRAConfig)  # rank and scale; with adapters, their maps are the targets
-
-# %% ../../nbs/lab/72_cli.ipynb #c025
-def run_export(job: ExportJob) -> None:  # what from, size, where to
-    "Write the nearest adapter of the rank and say how much of the change it carries."
-    if bool(job.tuned) == bool(job.adapters): raise ValueError("lora export: give either --adapters or --tuned")
-    (lm, model), cfg = load_run(job.run), job.lora
-    if job.tuned:
-        other, theirs = load_run(job.tuned)
-        if theirs.model != model.model: raise ValueError(f"{job.tuned}: not the same model as {job.run}")
-    else:
-        parts = read_adapters(lm, job.adapters, job.weights)
-        other, cfg = merge_adapter(lm, parts), replace(cfg, targets=tuple(parts), skip=())
-    adapter = extract_adapter(lm, other, cfg)
-    write_peft(job.out, adapter, cfg, lm, base=job.run)
-    share = 100 * explained(lm, other, adapter, cfg.scale)
-    print(f"{job.out}: rank {cfg.rank} beside {len(adapter)} linear maps, {share:.2f} % of the change")
-
-# %% ../../nbs/lab/72_cli.ipynb #c027
 class Verb(NamedTuple):
     "A command: its dataclass and the function that runs it."
     job: type
@@ -249,19 +195,23 @@ VERBS = {
     "pack": Verb(PackJob, run_pack, "encode a corpus into packed token files"),
     "pretrain": Verb(TrainConfig, run_pretrain, "train a model, or continue an interrupted run"),
     "generate": Verb(GenerateJob, run_generate, "continue prompts with a trained model"),
-    "eval": Verb(EvalJob, run_eval, "bits per byte and probes of a trained model"),
+    "eval": Verb(EvalJob, run_eval, "bits per byte, benchmarks, or two reports side by side"),
     "preflight": Verb(PreflightConfig, run_preflight, "does it fit a chip, and how fast can it be; no chip is needed"),
     "hf import": Verb(ImportJob, run_import, "make a run of a LLaMA, Qwen2 or Qwen3 folder"),
     "hf export": Verb(ExportHFJob, run_export_hf, "write a run as a folder for transformers"),
     "lora apply": Verb(ApplyJob, run_apply, "continue prompts with adapters beside the weights"),
     "lora merge": Verb(MergeJob, run_merge, "write a run whose weights contain adapters"),
     "lora export": Verb(ExportJob, run_export, "write a PEFT folder, of adapters or of what a run has learned"),
+    "sdft": Verb(ContinualConfig, run_sdft, "learn from demonstrations, behind gates that may refuse"),
+    "discover": Verb(DiscoverConfig, run_discover, "search a problem with test-time training"),
+    "discover arms": Verb(ArmsConfig, run_arms, "compare the search with its parts at equal numbers of answers"),
+    "consolidate": Verb(ConsolidateConfig, run_consolidate, "search, then teach what was found, behind gates"),
     "report": Verb(ReportJob, run_report, "write the HTML report of a run"),
     "bench": Verb(BenchConfig, bench, "step time of mHC against plain, cached against uncached decoding"),
     "demo": Verb(DemoConfig, demo, "the whole life of a small model on this machine"),
 }
 
-# %% ../../nbs/lab/72_cli.ipynb #c029
+# %% ../../nbs/lab/72_cli.ipynb #c023
 class Usage(ValueError):
     "The command line itself is wrong: exit code 2."
 
@@ -282,7 +232,7 @@ def take_flag(
     args.pop(at)
     return args.pop(at)
 
-# %% ../../nbs/lab/72_cli.ipynb #c032
+# %% ../../nbs/lab/72_cli.ipynb #c026
 def leaves(data: Any, at: str = "") -> dict[str, Any]:  # name of data within the whole
     "Nested dictionaries as one, keys joined by dots."
     if not isinstance(data, dict): return {at: data}
@@ -302,13 +252,13 @@ def as_flags(
         else: flags += [f"--{path}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return flags
 
-# %% ../../nbs/lab/72_cli.ipynb #c033
+# %% ../../nbs/lab/72_cli.ipynb #c027
 def fields_set(args: Sequence[str]) -> set[str]:  # flags and values
     "Dotted names of the fields that command-line arguments set."
     names = (a.split("=")[0].removeprefix("--").replace("-", "_") for a in args if a.startswith("--"))
     return {".".join(part.removeprefix("no_") for part in name.split(".")) for name in names}
 
-# %% ../../nbs/lab/72_cli.ipynb #c035
+# %% ../../nbs/lab/72_cli.ipynb #c029
 def file_values(
     path: str,  # of a JSON file
     job: Any,  # defaults of the verb
@@ -323,7 +273,7 @@ def file_values(
         raise Usage(f"--config {path}: unknown key {unknown[0]!r}, --dry-run prints the known ones")
     return values
 
-# %% ../../nbs/lab/72_cli.ipynb #c036
+# %% ../../nbs/lab/72_cli.ipynb #c030
 def preset_values(
     name: str,  # of a model preset
     job: Any,  # defaults of the verb
@@ -333,7 +283,7 @@ def preset_values(
     try: return leaves(to_json(ModelConfig.preset(name)), "model")
     except ValueError as error: raise Usage(f"--preset: {error}") from None
 
-# %% ../../nbs/lab/72_cli.ipynb #c038
+# %% ../../nbs/lab/72_cli.ipynb #c032
 def with_rules(
     job: Any,  # defaults of the verb
     values: dict[str, Any],  # dotted field -> value, from preset and file
@@ -350,7 +300,7 @@ def with_rules(
     except ValueError as error: raise Usage(f"--config: {error}") from None
     return job, {path: value for path, value in values.items() if path not in rules and value != own[path]}
 
-# %% ../../nbs/lab/72_cli.ipynb #c042
+# %% ../../nbs/lab/72_cli.ipynb #c036
 def one_line(
     box: str,  # what tyro printed, framed with lines or, where the terminal has none, with dashes
 ) -> str:
@@ -364,7 +314,7 @@ def one_line(
     guesses = [line.split()[0] for p in said[1:] if "meant" in p[0] for line in p if line.startswith("--")]
     return " ".join(said[0] if said else ["bad arguments"]) + (f" (did you mean {guesses[0]}?)" if guesses else "")
 
-# %% ../../nbs/lab/72_cli.ipynb #c043
+# %% ../../nbs/lab/72_cli.ipynb #c037
 def parse(
     verb: str,  # a key of VERBS
     args: Sequence[str],  # flags and values behind it
@@ -380,30 +330,31 @@ def parse(
         if not stop.code: raise
         raise Usage(one_line(box.getvalue())) from None
 
-# %% ../../nbs/lab/72_cli.ipynb #c044
+# %% ../../nbs/lab/72_cli.ipynb #c038
 def help_of(verb: str) -> str:  # a key of VERBS
     "First paragraph of `nash_lab VERB --help`."
     return (f"{VERBS[verb].help}. Also: --config FILE.json (start from these values), --preset NAME (model preset), "
             "--dry-run (print the resolved configuration and stop), --debug (tracebacks).")
 
-# %% ../../nbs/lab/72_cli.ipynb #c047
+# %% ../../nbs/lab/72_cli.ipynb #c041
 def usage() -> str:
     "Text of `nash_lab --help`."
-    rows = "\n".join(f"  {name:<12} {verb.help}" for name, verb in VERBS.items())
+    rows = "\n".join(f"  {name:<14} {verb.help}" for name, verb in VERBS.items())
     return f"usage: nash_lab VERB [flags]\n\n{rows}\n\nnash_lab VERB --help lists the flags of one command."
 
-# %% ../../nbs/lab/72_cli.ipynb #c048
+# %% ../../nbs/lab/72_cli.ipynb #c042
 def find_verb(args: list[str]) -> tuple[str, list[str]]:  # verb of one or two words, flags and values
     "The verb and what follows it; Usage names the verbs there are."
-    for words in (1, 2):
+    for words in (2, 1):
         if (name := " ".join(args[:words])) in VERBS: return name, args[words:]
     near = [verb for verb in VERBS if verb.split()[0] in args[:1]] or VERBS
     raise Usage(f"expected one of {', '.join(near)}" + (f", found {' '.join(args[:2])!r}" if args else ""))
 
-# %% ../../nbs/lab/72_cli.ipynb #c050
+# %% ../../nbs/lab/72_cli.ipynb #c044
 def run_line(args: list[str]) -> int:  # verb, flags and values
     "Run one command line; returns 0 or raises."
     verb, rest = find_verb(args)
+    if rest and not rest[0].startswith("-"): rest.insert(0, "--run")  # a bare word is the run
     dry = take_flag(rest, "--dry-run")
     config, preset = (take_flag(rest, flag, value=True) for flag in ("--config", "--preset"))
     default, typed = VERBS[verb].job(), fields_set(rest)
@@ -415,7 +366,7 @@ def run_line(args: list[str]) -> int:  # verb, flags and values
     if not dry: VERBS[verb].run(job)
     return 0
 
-# %% ../../nbs/lab/72_cli.ipynb #c051
+# %% ../../nbs/lab/72_cli.ipynb #c045
 def main(argv: Sequence[str] | None = None) -> int:  # sys.argv[1:] when None
     "Entry point of `nash_lab`: the exit code of one command line."
     args = list(sys.argv[1:] if argv is None else argv)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'PROMPTS', 'STAGES', 'DemoConfig', 'stage_tokenizer', 'pack_split', 'stage_pack', 'stage_pretrain',
-           'stage_twin', 'score_of', 'stage_evaluate', 'stage_samples', 'stage_report', 'claim_demo', 'demo']
+           'stage_twin', 'score_of', 'stage_evaluate', 'stage_night', 'draw_night', 'stage_samples', 'stage_report',
+           'claim_demo', 'demo']
 
 # %% ../../nbs/lab/71b_demo.ipynb #c003
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,15 +20,18 @@ from tqdm import tqdm
 from ..data.corpus import CorpusConfig, CorpusReport, PackedTokens, documents, pack
 from ..data.loader import LoaderConfig
 from ..data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer, write_atomic
+from ..discover import archive
+from ..discover.consolidate import Consolidation, ExampleNight, consolidate, example_night
 from ..evals.harness import Probe, evaluate, model_rows, score
-from .report import write_report
+from .report import Inputs, Section, paragraph, shown, table, write_report
 from .run import load
-from ..model.layers import to_json
+from .viz import archive_tree, discovery_plot
+from ..model.layers import from_json, to_json
 from ..model.transformer import LM, ModelConfig
 from ..train.checkpoint import write_json_atomic
 from ..train.optim import OptimConfig
 from ..train.pretrain import TrainConfig, pretrain
-from ..train.rundir import config_changes
+from ..train.rundir import config_changes, read_metrics
 
 # %% ../../nbs/lab/71b_demo.ipynb #c005
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class DemoConfig:
     optim: OptimConfig = field(  # Muon on the blocks' matrices, AdamW on the rest
         default_factory=lambda: OptimConfig("muon", learning_rate=6e-3, final_scale=0.02))
     loader: LoaderConfig = field(default_factory=LoaderConfig)  # batches
+    night: ExampleNight = field(default_factory=ExampleNight)  # searches and a lesson of a model of their own
 
     def __post_init__(self):
         model, pieces = self.model, self.tokenizer.vocab_size
@@ -140,6 +145,31 @@ def stage_evaluate(cfg: DemoConfig) -> str:  # of all stages
     return ", ".join(f"{name} {figure['bits_per_byte']:.3f}" for name, figure in figures.items()) + " bits per byte"
 
 # %% ../../nbs/lab/71b_demo.ipynb #c020
+def stage_night(cfg: DemoConfig) -> str:  # of all stages
+    "Search three problems, consolidate, measure."
+    done = consolidate(example_night(cfg.folder / "discovery", cfg.night))
+    gains = ", ".join(f"{name} {w.mean:.2f} -> {done.after[name].mean:.2f}" for name, w in done.before.items())
+    return f"reward of one answer: {gains}; {'accepted' if done.decision.accepted else 'rejected'}"
+
+# %% ../../nbs/lab/71b_demo.ipynb #c021
+def draw_night(inputs: Inputs) -> Iterable[str]:
+    "What the searches found, what was kept of it, and what it cost."
+    folder = inputs.folder / "discovery/night"
+    if not (folder / "consolidation.json").exists(): raise FileNotFoundError("consolidation.json is missing")
+    done = from_json(Consolidation, json.loads((folder / "consolidation.json").read_text(encoding="utf-8")))
+    rows = [(name + (" (not searched)" if name in done.siblings else ""), w.mean, done.after[name].mean)
+            for name, w in done.before.items()]
+    yield table(rows, ("reward of one answer", "before", "after"))
+    verdict = "accepted" if done.decision.accepted else "rejected"
+    yield paragraph(f"{done.demonstrations} demonstrations were taught and the lesson was {verdict}. "
+                    + "; ".join(map(str, done.decision.checks)) + ".")
+    for search in sorted(p for p in (folder / "discover").iterdir() if p.name.startswith("erdos")):
+        yield shown(inputs, "search", discovery_plot(read_metrics(search / "metrics.jsonl")),
+                    "Notice the first panel: the best value so far, smaller is better.")
+        yield shown(inputs, "archive", archive_tree(archive.load(search / "archive.json").nodes),
+                    "Notice the red line: every step of it began from a state that an earlier step had found.")
+
+# %% ../../nbs/lab/71b_demo.ipynb #c023
 PROMPTS = ("def ", "class ", "import ", "    def __init__(self", "for i in range(")
 
 def stage_samples(cfg: DemoConfig) -> str:  # of all stages
@@ -155,12 +185,12 @@ def stage_samples(cfg: DemoConfig) -> str:  # of all stages
 
 def stage_report(cfg: DemoConfig) -> str:  # of all stages
     "Write the HTML report."
-    return str(write_report(cfg.run))
+    return str(write_report(cfg.run, extra=[Section("Found and kept", draw_night)]))
 
-# %% ../../nbs/lab/71b_demo.ipynb #c022
+# %% ../../nbs/lab/71b_demo.ipynb #c025
 STAGES: dict[str, Callable[[DemoConfig], str]] = {
     "tokenizer": stage_tokenizer, "pack": stage_pack, "pretrain": stage_pretrain, "twin": stage_twin,
-    "evaluate": stage_evaluate, "samples": stage_samples, "report": stage_report,
+    "evaluate": stage_evaluate, "samples": stage_samples, "night": stage_night, "report": stage_report,
 }
 
 def claim_demo(cfg: DemoConfig) -> None:  # settings of this call
