@@ -202,18 +202,16 @@ def test_parts_of_an_update_add_up(base):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)): np.testing.assert_allclose(a, b, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_string_match_is_learned():
-    "From below 0.3 to 1.0 within the default number of rounds, the mean reward as well as the best answer"
-    task = StringMatch()
-    words = character_tokenizer('abcdefghijklmnopqrstuvwxyz Gues thx.0123456789\n')
-    lm, _ = train_prior(text_pairs(task, 'abcdefghijklmnopqrstuvwxyz '), words, PriorConfig(width=32, updates=STRING[0], batch_size=32), 48)
-    cfg = DiscoverConfig('string', groups=4, rollouts=16, max_new_tokens=13, lora=LoRAConfig(rank=8, alpha=8), optim=replace(OPTIM, learning_rate=1e-2))
+    "The default problem from below 0.3 to 1.0 in fewer rounds than the default, with the default number of answers; the policy learns on the way"
+    task, alphabet = StringMatch(), 'abcdefghijklmnopqrstuvwxyz '
+    words = character_tokenizer(f'{alphabet}G.0123456789\n')
+    lm, _ = train_prior(text_pairs(task, alphabet), words, PriorConfig(width=32, updates=250, learning_rate=1e-2), 48)
+    cfg = DiscoverConfig('string', steps=30, max_new_tokens=12, lora=LoRAConfig(rank=8, alpha=8), optim=replace(OPTIM, learning_rate=1e-2))
     found = discover(task, lm, words, cfg)
-    assert found.metrics[0]['best'] < 0.3 and found.reward == 1.0 and found.best.solution == 'hello world'
-    assert np.mean([m['mean_reward'] for m in found.metrics[-5:]]) > 2 * found.metrics[0]['mean_reward']
-
-
-STRING = (150,)
+    assert found.metrics[0]['best'] < 0.3 and found.metrics[0]['mean_reward'] < 0.1
+    assert found.reward == 1.0 and found.best.solution == 'hello world' and found.metrics[-1]['mean_reward'] > 0.5
 
 
 def test_arms_study_in_seconds(tmp_path):

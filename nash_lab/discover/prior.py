@@ -80,18 +80,17 @@ def shape_pairs(
 
 # %% ../../nbs/discover/62a_prior.ipynb #c015
 def text_pairs(
-    problem: StringMatch,  # for its prompt; its target is not looked at
+    problem: StringMatch,  # for its prompt; of its target only the length is looked at
     alphabet: str,         # of the random texts
-    longest: int = 12,     # characters of a text
     blank: float = 0.3,    # share of prompts without a text
 ) -> Pairs:
     "Nothing -> a random text; a text with a random reward -> the text with one or two characters replaced."
+    size, pool = len(problem.target), np.array(list(alphabet))
     def one(rng):
-        text = rng.choice(list(alphabet), rng.integers(longest // 2, longest + 1))
-        after, at = text.copy(), rng.integers(0, len(text), rng.integers(1, 3))
-        after[at] = rng.choice(list(alphabet), len(at))
-        empty, reward = rng.random() < blank, rng.integers(0, 100) / 100
-        before = "\n0.00" if empty else f"{''.join(text)}\n{reward:.2f}"
+        text = rng.choice(pool, size)
+        after, at = text.copy(), rng.integers(0, size, rng.integers(1, 3))
+        after[at] = rng.choice(pool, len(at))
+        before = "\n0.00" if rng.random() < blank else f"{''.join(text)}\n{rng.integers(0, 100) / 100:.2f}"
         return f"{problem.prompt}\n{before}\n", "".join(after)
     return lambda rng, count: [one(rng) for _ in range(count)]
 
