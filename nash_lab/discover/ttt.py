@@ -320,7 +320,8 @@ def play(
     for parent, group in zip(parents, groups): search.archive.update(parent, [(a.state, a.reward) for a in group])
     search.time_s += time.perf_counter() - begun
     rows = [plain({"step": search.step, "group": g, "rollout": n, "problem": problem.name, "prompt": contexts[g],
-                   "parent": parents[g], "advantage": gained[g * size + n], "tokens": int(answers.drawn[g * size + n].sum()),
+                   "parent": parents[g], "advantage": gained[g * size + n],
+                   "tokens": int(answers.drawn[g * size + n].sum()),
                    "logprob": answers.sampled[g * size + n].sum()}) | attempt_row(problem, a)
             for g, group in enumerate(groups) for n, a in enumerate(group)]
     return plain(round_metrics(problem, search, groups) | made), rows
