@@ -84,7 +84,7 @@ class Sieve:
 
     def __post_init__(self):
         for name in ("share", "alike"):
-            if not 0 < getattr(self, name) <= 1: raise ValueError(f"Sieve.{name}={getattr(self, name)}, expected 0 to 1")
+            if not 0 < (value := getattr(self, name)) <= 1: raise ValueError(f"Sieve.{name}={value}, expected 0 to 1")
         if self.most < 1: raise ValueError(f"Sieve.most={self.most}, expected at least 1")
 
 # %% ../../nbs/discover/63_consolidate.ipynb #c012
@@ -157,7 +157,7 @@ class ConsolidateConfig:
     buffer: str = ""                  # file of old examples; "" is replay.json of `run`, or a new buffer
     sieve: Sieve = field(default_factory=Sieve)  # which discoveries are taught
     sdft: SDFTConfig = field(default_factory=SDFTConfig)  # how
-    discover: DiscoverConfig = field(default_factory=DiscoverConfig)  # of `problems`: all but problem, options, run, out
+    discover: DiscoverConfig = field(default_factory=DiscoverConfig)  # of `problems`: how, not which
 
     def __post_init__(self):
         if self.draws < 2: raise ValueError(f"ConsolidateConfig.draws={self.draws}, expected at least 2")
@@ -182,7 +182,7 @@ def day(
         folders.append(Path(cfg.out) / "discover" / task.name)
         settings = replace(cfg.discover, problem=name, options=options, run=cfg.run, out=str(folders[-1]))
         if not (folders[-1] / "result.json").exists(): discover_run(settings)
-    if len(set(folders)) < len(folders): raise ValueError(f"{cfg.out}: two problems of one name, give them names of their own")
+    if len(set(folders)) < len(folders): raise ValueError(f"{cfg.out}: two problems of one name")
     return folders
 
 # %% ../../nbs/discover/63_consolidate.ipynb #c026
@@ -241,11 +241,11 @@ def consolidate(
     like = {search.problem: search for _, search in reversed(searches)}
     others = [(task, like.get(name, searches[0][1])) for task, name, _ in map(named_problem, cfg.siblings)]
     lead = {s.lead for _, s in searches}
-    if len(lead) > 1: raise ValueError(f"searches with different tokens in front, {sorted(lead)}, cannot be taught together")
+    if len(lead) > 1: raise ValueError(f"searches with different tokens in front, {sorted(lead)}, are not one lesson")
     examples, sources = lessons([(f, task) for f, (task, _) in zip(folders, searches)], cfg.sieve)
     sdft = replace(cfg.sdft, before=lead.pop() or "none")
-    block = ContinualConfig(cfg.run, cfg.out, str(write_lessons(out, examples, sources)), cfg.suite, cfg.buffer, sdft=sdft)
-    decision = continual(block)
+    data = str(write_lessons(out, examples, sources))
+    decision = continual(ContinualConfig(cfg.run, cfg.out, data, cfg.suite, cfg.buffer, sdft=sdft))
     before, after = (measure_run(run, searches + others, cfg.draws) for run in (cfg.run, cfg.out))
     result = Consolidation(decision, len(examples), before, after, tuple(task.name for task, _ in others))
     write_json_atomic(out / "consolidation.json", to_json(result))
@@ -294,7 +294,8 @@ def example_files(folder: Path) -> None:
     rng = np.random.default_rng(7)
     old = [backwards(rng) for _ in range(440)]
     gate = SkillGate("backwards", probes=tuple(Probe(q, a, "exact") for q, a in old[:240]))
-    write_json_atomic(folder / "suite.json", to_json(Suite(skills=(gate,), before="none", max_new_tokens=13, batch_size=80)))
+    suite = Suite(skills=(gate,), before="none", max_new_tokens=13, batch_size=80)
+    write_json_atomic(folder / "suite.json", to_json(suite))
     buffer = ReplayBuffer()
     buffer.add([Example(q, a, q) for q, a in old[240:]])
     buffer.save(folder / "old.json")

@@ -34,8 +34,8 @@ from ..evals.harness import evaluate, load_probes
 from .bench import BenchConfig, bench
 from .demo import DemoConfig, demo, pack_split
 from .jobs import (
-    ApplyJob, ExportHFJob, ExportJob, ImportJob, MergeJob, run_apply, run_arms, run_consolidate, run_discover, run_export,
-    run_export_hf, run_import, run_merge, run_sdft)
+    ApplyJob, ExportHFJob, ExportJob, ImportJob, MergeJob, run_apply, run_arms, run_consolidate, run_discover,
+    run_export, run_export_hf, run_import, run_merge, run_sdft)
 from .report import write_report
 from .run import load
 from ..model.layers import from_json, to_json
