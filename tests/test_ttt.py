@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nash_lab.adapt.lora import LoRAConfig, attach, init_adapter, read_peft
+from nash_lab.adapt.hf import load_hf, save_hf
+from nash_lab.adapt.lora import LoRAConfig, read_peft
 from nash_lab.discover import policy, ttt
-from nash_lab.discover.archive import ArchiveConfig, load, recheck
+from nash_lab.discover.archive import load, recheck
 from nash_lab.discover.arms import ArmsConfig, arm_rows, compare_arms, markdown
 from nash_lab.discover.policy import OffPolicy, character_tokenizer, check_policy, draw_answers, policy_loss, shaped_advantages
 from nash_lab.discover.prior import PriorConfig, prior_run, text_pairs, train_prior
 from nash_lab.discover.problems import State, StringMatch
-from nash_lab.discover.tasks import CodeTests
 from nash_lab.discover.ttt import ARMS, DiscoverConfig, discover, discover_run, entropic_advantages, expected_advantages, solve_beta, tilt_kl
 from nash_lab.model.generate import SampleConfig, rollout
 from nash_lab.model.transformer import LM, ModelConfig
@@ -195,6 +195,14 @@ def test_from_a_run_directory(base, tmp_path):
     assert discover_run(cfg).rollouts == 32 and (tmp_path / 'out/result.json').exists()
     assert timeless(tmp_path / 'out/metrics.jsonl')[0] == {k: v for k, v in discover(TASK, base, WORDS, replace(CFG, steps=1)).metrics[0].items() if k != 'time_s'}
     with pytest.raises(ValueError, match="run=''"): discover_run(replace(cfg, run=''))
+
+
+def test_an_imported_model_searches_like_its_source(base, tmp_path):
+    "The same weights through a HuggingFace folder: the same answers, the same update"
+    imported = load_hf(save_hf(base, tmp_path / 'hf'))
+    ours, theirs = (discover(TASK, lm, WORDS, replace(CFG, steps=2)).metrics[-1] for lm in (base, imported))
+    assert {k: ours[k] for k in ('mean_reward', 'distinct', 'archive')} == {k: theirs[k] for k in ('mean_reward', 'distinct', 'archive')}
+    assert theirs['kl'] == pytest.approx(ours['kl'], rel=1e-3) and theirs['mismatch'] < 1e-4
 
 
 def test_parts_of_an_update_add_up(base):
