@@ -430,7 +430,7 @@ def distil(
     encode: Callable[[str], list[int]] | None = None,  # prompt -> ids; None: `encoder` with cfg.before
 ) -> SDFTResult:
     "Self-distillation (2601.19897, Alg. 1). ValueError for examples that do not fit."
-    if cfg.teacher == "live": warnings.warn("teacher='live' chases its own changes, in the paper it fails", stacklevel=2)
+    if cfg.teacher == "live": warnings.warn("teacher='live' chases its own changes; the paper's fails", stacklevel=2)
     key = jax.random.key(cfg.seed) if key is None else key
     rng = np.random.default_rng(np.asarray(jax.random.key_data(named_key(key, "order"))))
     encode = encode or encoder(tokenizer, cfg.before)

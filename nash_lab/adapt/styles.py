@@ -153,7 +153,7 @@ class StudyConfig:
     probes: int = 200  # prompts behind every share
     rates: tuple[float, ...] = (3e-4, 1e-4)  # learning rates
     arms: tuple[str, ...] = ()  # keys of ARMS; () is all
-    everywhere: tuple[str, ...] = ("sft", "sft-teacher", "offline", "sdft")  # arms tried at all rates; others: the first
+    everywhere: tuple[str, ...] = ("sft", "sft-teacher", "offline", "sdft")  # tried at all rates, others at the first
     model: ModelConfig = field(default_factory=lambda: ModelConfig(
         vocab_size=Symbols.vocab_size, width=64, layers=2, heads=4, kv_heads=4, head_dim=16, ffn_width=192, max_len=32,
         residual="plain", loss_chunk=32, init_std=0.08))  # of the bases
@@ -265,8 +265,9 @@ def measure(
     return {"new": share_right(lm, new)[0], "old": strict, "content": content, "kl": distance}
 
 # %% ../../nbs/adapt/52c_styles.ipynb #c035
-ARMS: dict[str, dict[str, Any]] = {  # changes of SDFTConfig, or the source of supervised answers and how much longer
-    "sft": {"answers": "expert", "steps": 2}, "sft-native": {"answers": "native"}, "sft-teacher": {"answers": "teacher"},
+ARMS: dict[str, dict[str, Any]] = {  # changes of SDFTConfig, or source of supervised answers and how much longer
+    "sft": {"answers": "expert", "steps": 2},
+    "sft-native": {"answers": "native"}, "sft-teacher": {"answers": "teacher"},
     "offline": {"author": "teacher"}, "sdft": {}, "sdft-forward": {"divergence": "forward"},
     "sdft-frozen": {"teacher": "frozen"}, "sdft-live": {"teacher": "live"},
 }
