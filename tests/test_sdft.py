@@ -10,7 +10,7 @@ from nash_lab.adapt.gate import (REJECTED, CodeProbe, Rejected, SkillGate, Suite
                                  gated_update, load_suite, paired_change)
 from nash_lab.adapt.lora import LoRAConfig
 from nash_lab.adapt.replay import ReplayBuffer
-from nash_lab.adapt.sdft import (Example, Prompts, SDFTConfig, SDFTResult, apply_gradient, distil, divergence, forward_kl,
+from nash_lab.adapt.sdft import (Example, Prompts, SDFTConfig, SDFTResult, distil, divergence, forward_kl,
                                  js_divergence, loss_mask, make_batch, plan, read_examples, reverse_kl, teacher_prompt, top_tokens)
 from nash_lab.adapt.styles import Symbols, demonstrations
 from nash_lab.evals.harness import Probe, weights_hash
@@ -18,7 +18,7 @@ from nash_lab.model.config import ModelConfig
 from nash_lab.model.generate import Rollout
 from nash_lab.model.transformer import LM
 from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.step import fresh_state
+from nash_lab.train.step import apply_gradient, fresh_state
 
 CFG = SDFTConfig(steps=3, batch_size=4, max_new_tokens=8, template='{demonstration}|{prompt}', optim=OptimConfig(learning_rate=3e-3, warmup_steps=1, weight_decay=0.))
 EXAMPLES = demonstrations('X', 6, 0)

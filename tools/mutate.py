@@ -34,7 +34,7 @@ MUTATIONS = [
     Mutation('run: watchdog', f'{TRAIN}/guard.py', 'if still > (self.watchdog_s or math.inf): hang', 'if False: hang', f'{FAULT}_hang_is_ended_and_explained'),
     Mutation('run: position', f'{TRAIN}/pretrain.py', '    try: batches.set_state(own_position(got["data"], jax.process_index(), jax.process_count()))', '    try: pass', f'{FAULT}_ten_stops'),
     Mutation('run: background saves', f'{TRAIN}/pretrain.py', '            made_up_for(job, job.checkpoints.poll)  # never waits', '            pass', f'{FAULT}_failed_save_is_made_up_for'),
-    Mutation('numbers: bad steps', f'{TRAIN}/step.py', 'good = jnp.isfinite(sum(terms.values())) & jnp.isfinite(norm)', 'good = jnp.array(True)', f'{FAULT}_bad_step_changes_nothing[one leaf]'),
+    Mutation('numbers: bad steps', f'{TRAIN}/step.py', 'good = jnp.isfinite(loss) & jnp.isfinite(norm)', 'good = jnp.array(True)', f'{FAULT}_bad_step_changes_nothing[one leaf]'),
     Mutation('numbers: in a row', f'{TRAIN}/pretrain.py', 'if not cfg.max_bad_steps or bad < cfg.max_bad_steps: return', 'return', f'{FAULT}_bad_steps_in_a_row_end_the_run[1]'),
     Mutation('numbers: saved state', f'{TRAIN}/pretrain.py', '    if not all_finite((job.state.params, job.state.opt_state)):', '    if False:', f'{FAULT}_no_state_is_saved_that_is_not_finite'),
     Mutation('sandbox: network', CONFINE, '"network": "socket 41 198 connect 42 203 bind 49 200"', '"network": ""', f'{ATTACK}[2-network]'),

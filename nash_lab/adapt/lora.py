@@ -34,7 +34,7 @@ from ..model.transformer import LM
 from ..train.checkpoint import Checkpoints, write_json_atomic
 from ..train.config import own_tokenizer, saved_config
 from ..train.pretrain import write_run
-from ..train.step import PLAIN, TrainState
+from ..train.step import PLAIN, apply_gradient
 
 # %% ../../nbs/adapt/51_lora.ipynb #c006
 class Factors(NamedTuple):
@@ -235,13 +235,8 @@ def make_adapter_step(
             total, count = loss(lm, batch, named_key(key, "base"))
             return total / jnp.maximum(count, 1)
         value, grads = jax.value_and_grad(mean)(state.params)
-        norm = optax.tree.norm(grads)
-        good = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, moments = tx.update(grads, state.opt_state, state.params)
-        new = optax.apply_updates(state.params, updates), moments
-        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.opt_state))
-        skipped = state.skipped + (~good).astype(jnp.int32)
-        return TrainState(*new, state.step + 1, skipped), {"loss": value, "grad_norm": norm, "skipped": skipped}
+        state, norm = apply_gradient(tx, state, value, grads)
+        return state, {"loss": value, "grad_norm": norm, "skipped": state.skipped}
     return jax.jit(step, donate_argnums=0)
 
 # %% ../../nbs/adapt/51_lora.ipynb #c056

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TEMPLATE', 'First', 'teacher_prompt', 'Example', 'read_rows', 'read_examples', 'joined', 'answer_states',
            'importance', 'SDFTConfig', 'check_settings', 'Learner', 'assemble', 'token_losses', 'batch_sums',
-           'apply_gradient', 'make_update', 'Prompts', 'make_batch', 'encoder', 'encode_examples', 'batches', 'plan',
-           'widths_of', 'SDFTResult', 'sampling_of', 'step_record', 'finish', 'first_learner', 'distil', 'divergence',
-           'top_tokens', 'loss_mask', 'answer_means', 'reverse_kl', 'forward_kl', 'js_divergence']
+           'make_update', 'Prompts', 'make_batch', 'encoder', 'encode_examples', 'batches', 'plan', 'widths_of',
+           'SDFTResult', 'sampling_of', 'step_record', 'finish', 'first_learner', 'distil', 'divergence', 'top_tokens',
+           'loss_mask', 'answer_means', 'reverse_kl', 'forward_kl', 'js_divergence']
 
 # %% ../../nbs/adapt/52_sdft.ipynb #c003
 import json
@@ -36,7 +36,7 @@ from ..model.layers import from_json, named_key
 from ..model.transformer import LM
 from ..train.optim import OptimConfig, optimizer, schedule
 from ..train.rundir import plain
-from ..train.step import TrainState, fresh_state
+from ..train.step import TrainState, apply_gradient, fresh_state
 
 # %% ../../nbs/adapt/52_sdft.ipynb #c006
 TEMPLATE = ("{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
@@ -234,22 +234,7 @@ def batch_sums(
     factor = importance(own, batch["logprobs"], batch["mask"], cfg.ratio_cap) if cfg.ratio_cap else jnp.ones_like(means)
     return (factor * means).sum(), (means.sum(), counted.sum().astype(jnp.float32))
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c040
-def apply_gradient(
-    tx: optax.GradientTransformation,
-    state: TrainState,
-    loss: Float[Array, ""],  # must be finite, as must the gradient
-    grads: dict,             # of the loss
-) -> tuple[TrainState, Float[Array, ""]]:
-    "The next state and the gradient's norm; where something is not finite, only the counters move."
-    norm = optax.tree.norm(grads)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, moments = tx.update(grads, state.opt_state, state.params)
-    new = optax.apply_updates(state.params, updates), moments
-    new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.opt_state))
-    return TrainState(*new, state.step + 1, state.skipped + (~good).astype(jnp.int32)), norm
-
-# %% ../../nbs/adapt/52_sdft.ipynb #c041
+# %% ../../nbs/adapt/52_sdft.ipynb #c039
 def make_update(
     graphdef: nnx.GraphDef,  # of the base
     cfg: SDFTConfig,         # loss, teacher, optimizer
@@ -278,10 +263,10 @@ def make_update(
         return Learner(train, teacher), {"loss": loss, "grad_norm": norm, "answers": count, "skipped": train.skipped}
     return jax.jit(update, donate_argnums=0)
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c042
+# %% ../../nbs/adapt/52_sdft.ipynb #c040
 _cached_update = lru_cache(maxsize=16)(make_update)
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c044
+# %% ../../nbs/adapt/52_sdft.ipynb #c042
 class Prompts(NamedTuple):
     "One example as token ids."
     student: list[int]  # prompt alone
@@ -301,7 +286,7 @@ def make_batch(
     mask = loss_mask(drawn.lengths, drawn.tokens.shape[1], cfg.skip_tokens, cfg.skip_share)
     return batch | {"answer": drawn.tokens, "mask": mask, "logprobs": drawn.logprobs}
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c055
+# %% ../../nbs/adapt/52_sdft.ipynb #c053
 def encoder(
     tokenizer: Tokenizer | HFTokenizer,
     first: First = "eos",  # token in front of every text
@@ -330,7 +315,7 @@ def encode_examples(
         out.append(both)
     return out
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c057
+# %% ../../nbs/adapt/52_sdft.ipynb #c055
 def batches(
     count: int,          # new examples
     size: int,           # places in a batch
@@ -343,7 +328,7 @@ def batches(
         yield waiting[:size]
         waiting = waiting[size:]
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c059
+# %% ../../nbs/adapt/52_sdft.ipynb #c057
 def plan(
     encode: Callable[[Sequence[Example]], list[Prompts]],  # `encode_examples` but for the examples
     examples: Sequence[Example],
@@ -367,7 +352,7 @@ def widths_of(
     longest = (max(len(getattr(p, who)) for batch in batches for p in batch) for who in Prompts._fields)
     return tuple(min(-(-n // 8) * 8 + cfg.max_new_tokens, most) for n in longest)
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c060
+# %% ../../nbs/adapt/52_sdft.ipynb #c058
 class SDFTResult(NamedTuple):
     "A trained model and how it came about."
     lm: LM                   # plain: an adapter is merged into its weights
@@ -382,7 +367,7 @@ def sampling_of(
     "How answers are drawn: from the model as it is, with nothing cut."
     return SampleConfig(cfg.max_new_tokens, cfg.temperature, eos_id=eos_id)
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c061
+# %% ../../nbs/adapt/52_sdft.ipynb #c059
 def step_record(
     step: int,           # updates made
     metrics: dict,       # of the last one, on the device
@@ -395,7 +380,7 @@ def step_record(
     return plain({"step": step, **jax.device_get(metrics), "answer_tokens": float(drawn.lengths.mean()),
                   "ended": float(np.mean(ended)), "replayed": replayed})
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c063
+# %% ../../nbs/adapt/52_sdft.ipynb #c061
 def finish(
     lm: LM,           # the base
     params: dict,     # trained
@@ -417,7 +402,7 @@ def first_learner(
     own = lambda: jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     return Learner(fresh_state(own(), optimizer(cfg.optim, cfg.steps)), own()), base
 
-# %% ../../nbs/adapt/52_sdft.ipynb #c064
+# %% ../../nbs/adapt/52_sdft.ipynb #c062
 def distil(
     lm: LM,  # untouched
     tokenizer: Tokenizer | HFTokenizer,

@@ -8,6 +8,7 @@ __all__ = ['ImportJob', 'run_import', 'ExportHFJob', 'run_export_hf', 'ApplyJob'
 
 # %% ../../nbs/lab/71c_jobs.ipynb #c003
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from ..adapt.gate import ContinualConfig, continual
@@ -17,7 +18,9 @@ from ..adapt.lora import (
 from ..discover.arms import ArmsConfig, compare_arms, markdown
 from ..discover.consolidate import ConsolidateConfig, consolidate
 from ..discover.ttt import DiscoverConfig, discover_run
+from ..data.tokenizer import write_atomic
 from .run import load
+from .viz import arms_plot
 from ..model.layers import to_json
 from ..train.pretrain import load_run
 
@@ -126,8 +129,11 @@ def run_discover(job: DiscoverConfig) -> None:  # the whole search
 
 
 def run_arms(job: ArmsConfig) -> None:  # arms, seeds, sizes
-    "Compare and print the table."
-    print(markdown(job, compare_arms(job)))
+    "Compare, print the table, and draw it beside the results."
+    runs = compare_arms(job)
+    path = Path(job.out).with_suffix(".png")
+    write_atomic(path, arms_plot(runs, job.problem.kind.best).png())
+    print(f"{markdown(job, runs)}\n{path}")
 
 # %% ../../nbs/lab/71c_jobs.ipynb #c026
 def run_consolidate(job: ConsolidateConfig) -> None:  # day and night
