@@ -65,7 +65,7 @@ def test_data_errors(tmp_path):
     bad = tmp_path / 'data.jsonl'
     for text, said in (('{"prompt": "a", "demonstration": "b"}\n{"prompt": "a"}', ":2: Example: missing key 'demonstration'"),
                        ('{"prompt": "a", "demonstration": "b", "x": 1}', ":1: Example: unknown key 'x'"), ('{"prompt": "a", "demonstration": ""}', ':1: Example.demonstration is empty'),
-                       ('\n\n{', ':3: '), ('[]', ':1: Example: expected an object'), ('', 'no rows')):
+                       ('\n\n{', ':3: '), ('[]', ':1: Example: expected an object'), ('', 'no examples')):
         bad.write_text(text)
         with pytest.raises(ValueError, match='data.jsonl') as error: read_examples(bad)
         assert said in str(error.value) and '\n' not in str(error.value)

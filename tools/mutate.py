@@ -23,6 +23,7 @@ class Mutation(NamedTuple):
 
 TRAIN, FAULT = 'nash_lab/train', 'tests/test_faults.py::test'
 CONFINE, SANDBOX, ATTACK = 'nash_lab/evals/confine.py', 'nash_lab/evals/sandbox.py', 'tests/test_sandbox.py::test_attack'
+DATA, FAULTS, STREAM = 'nash_lab/data', 'tests/test_data_faults.py::test', 'tests/test_data_stream.py::test'
 MUTATIONS = [
     Mutation('checkpoint: manifest', f'{TRAIN}/checkpoint.py', '            if want[name][key] != value:', '            if False:', f'{FAULT}_forty_bit_flips'),
     Mutation('checkpoint: links', f'{TRAIN}/checkpoint.py', 'if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)): raise', 'if False: raise', f'{FAULT}_links_and_pipes[link to a file]'),
@@ -37,6 +38,21 @@ MUTATIONS = [
     Mutation('numbers: bad steps', f'{TRAIN}/step.py', 'good = jnp.isfinite(loss) & jnp.isfinite(norm)', 'good = jnp.array(True)', f'{FAULT}_bad_step_changes_nothing[one leaf]'),
     Mutation('numbers: in a row', f'{TRAIN}/pretrain.py', 'if not cfg.max_bad_steps or bad < cfg.max_bad_steps: return', 'return', f'{FAULT}_bad_steps_in_a_row_end_the_run[1]'),
     Mutation('numbers: saved state', f'{TRAIN}/pretrain.py', '    if not all_finite((job.state.params, job.state.opt_state)):', '    if False:', f'{FAULT}_no_state_is_saved_that_is_not_finite'),
+    Mutation('data: share of broken records', f'{DATA}/corpus.py', 'if self.bad > share * self.records:', 'if False:', f'{FAULTS}_more_than_one_per_cent_of_broken_records_stops'),
+    Mutation('data: length of a record', f'{DATA}/corpus.py', 'if len(raw) > cfg.max_record_bytes: raise', 'if False: raise', f'{FAULTS}_a_limit_is_exact'),
+    Mutation('data: memory of a record', f'{DATA}/corpus.py', 'if len(rest) > limit + len(separator) + size:', 'if False:', f'{FAULTS}_a_giant_line_is_refused_in_bounded_memory[jsonl-]'),
+    Mutation('data: text file that changes', f'{DATA}/corpus.py', 'if [now.st_mtime_ns, now.st_ino] != rest:', 'if False:', f'{FAULTS}_a_text_file_that_changes_is_an_error[rewrite]'),
+    Mutation('data: packed file that changes', f'{DATA}/corpus.py', 'if now != self.stamp:', 'if False:', f'{FAULTS}_a_packed_file_that_changes_is_an_error_and_no_signal[rewrite]'),
+    Mutation('data: source that changes', f'{DATA}/corpus.py', 'if now.st_size != size: raise', 'if False: raise', f'{FAULTS}_a_source_that_changes_is_an_error[append]'),
+    Mutation('data: pipe as source', f'{DATA}/corpus.py', 'files = [p for p in found if p.is_file()]', 'files = [p for p in found]', f'{FAULTS}_a_pipe_or_nothing_is_no_source[folder.jsonl]'),
+    Mutation('data: pass without documents', f'{DATA}/stream.py', 'if (last and docs.kept[i] < 0) or docs.sources[i].epoch > docs.kept[i] + 1:', 'if docs.sources[i].epoch > 50: raise StopIteration\n    if False:', f'{FAULTS}_blank_and_one_token_documents'),
+    Mutation('data: dead worker', f'{DATA}/stream.py', 'if "exit code" not in str(error): raise', 'raise', f'{FAULTS}_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost'),
+    Mutation('data: spelled special pieces', f'{DATA}/tokenizer.py', 'model.encode_special_tokens = True', 'model.encode_special_tokens = False', f'{STREAM}_a_tokenizer_json_in_place_of_sentencepiece'),
+    Mutation('data: end of document of the tokenizer', f'{DATA}/corpus.py', '[*ids, tokenizer.eos_id]', '[*ids, EOS]', f'{STREAM}_stream_and_packed_file_give_the_same_batches'),
+    Mutation('data: memory of copies in a position', f'{DATA}/stream.py', 'restored(self.filter.memory, log, state["logged"])', 'pass', f'{STREAM}_the_rest_of_the_stream_is_exact_at_every_batch[mask]'),
+    Mutation('data: copies of an earlier pass', f'{DATA}/filters.py', 'if owner == here or owner[:2] != here[:2]: return True', 'return True', f'{STREAM}_epochs_are_counted_per_source'),
+    Mutation('data: other stream', f'{DATA}/stream.py', '        refuse_other(self.stream, state)\n', '', f'{STREAM}_a_position_of_another_stream_is_refused'),
+    Mutation('data: hub asked once', f'{DATA}/sources.py', 'with _offline(): return load(False)', 'return load(False)', f'{STREAM}_offline_mode_and_what_is_cached'),
     Mutation('sandbox: network', CONFINE, '"network": "socket 41 198 connect 42 203 bind 49 200"', '"network": ""', f'{ATTACK}[2-network]'),
     Mutation('sandbox: reading files', CONFINE, 'if readable is not None: landlock(readable)', 'pass', f'{ATTACK}[2-read_files]'),
     Mutation('sandbox: writing files', CONFINE, 'WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000', 'WRITING = 0', f'{ATTACK}[1-write_files]'),

@@ -23,10 +23,11 @@ from jaxtyping import Bool
 
 from .lora import save_merged
 from .replay import Policy, ReplayBuffer
-from .sdft import Example, First, SDFTConfig, distil, encoder, read_examples, read_rows
+from .sdft import Example, First, SDFTConfig, distil, encoder, read_examples
 from ..data.corpus import Document, PackedTokens, pack
 from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
-from ..evals.harness import Probe, Rows, bootstrap, model_rows, run_probes, score, weights_hash, wilson
+from ..evals.harness import (
+    Probe, Rows, bootstrap, model_rows, read_rows, run_probes, score, weights_hash, wilson)
 from ..evals.sandbox import run_python
 from ..model.generate import generate
 from ..model.layers import from_json, to_json
@@ -149,7 +150,7 @@ def load_suite(
     def text(gate):
         if not own(gate).is_file(): raise FileNotFoundError(f"{path}: text {gate.name!r}: no file {own(gate)}")
         return replace(gate, path="", text=own(gate).read_text(encoding="utf-8"))
-    probes = lambda gate: replace(gate, path="", probes=tuple(read_rows(own(gate), read_probe)))
+    probes = lambda gate: replace(gate, path="", probes=tuple(read_rows(own(gate), read_probe, "probes")))
     return replace(suite, texts=tuple(text(g) if g.path else g for g in suite.texts),
                    skills=tuple(probes(g) if g.path else g for g in suite.skills))
 

@@ -23,13 +23,13 @@ from jaxtyping import Float
 from ..adapt.gate import ContinualConfig, GateDecision, SkillGate, Suite, continual
 from ..adapt.lora import LoRAConfig
 from ..adapt.replay import ReplayBuffer
-from ..adapt.sdft import Example, SDFTConfig, encoder, read_rows
+from ..adapt.sdft import Example, SDFTConfig, encoder
 from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, write_atomic
 from .policy import character_tokenizer, draw_answers
 from .prior import PriorConfig, prior_run, shape_pairs, train_prior
 from .problems import LETTERS, Problem, State, StepFunction, problem
 from .ttt import DiscoverConfig, discover_run, judge
-from ..evals.harness import Probe
+from ..evals.harness import Probe, read_rows
 from ..model.layers import from_json, named_key, to_json
 from ..model.transformer import LM
 from ..train.checkpoint import write_json_atomic
@@ -70,7 +70,7 @@ def read_discoveries(
             raise ValueError(f"the log says reward {said}, the problem says {found}")
         where = "round {}, group {}, rollout {}".format(*at)
         return Discovery(task.name, text.strip(), found, solution, f"{folder}: {where}")
-    rows = read_rows(Path(folder) / "discovery_log.jsonl", read)
+    rows = read_rows(Path(folder) / "discovery_log.jsonl", read, "answers")
     return [d for d in rows if d.solution is not None]
 
 # %% ../../nbs/discover/63_consolidate.ipynb #c011

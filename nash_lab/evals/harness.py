@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['Rows', 'model_rows', 'bootstrap', 'Score', 'score', 'unigram', 'discounts', 'Bigram', 'fit_bigram', 'bigram_logprobs',
-           'table_rows', 'Probe', 'load_probes', 'wilson', 'Measured', 'measure', 'ProbeResult', 'ProbeReport',
-           'run_probes', 'weights_hash', 'EvalReport', 'evaluate']
+           'table_rows', 'Probe', 'read_rows', 'load_probes', 'wilson', 'Measured', 'measure', 'ProbeResult',
+           'ProbeReport', 'run_probes', 'weights_hash', 'EvalReport', 'evaluate']
 
 # %% ../../nbs/evals/41_harness.ipynb #c003
+import gzip
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
+from .sandbox import strict_json
 from ..model.layers import from_json
 from ..model.transformer import LM
 
@@ -190,16 +191,27 @@ class Probe:
         return re.search(self.target, answer) is not None
 
 # %% ../../nbs/evals/41_harness.ipynb #c041
+def read_rows(
+    path: str | Path,  # .jsonl or .jsonl.gz
+    make: Callable[[Any], Any] = dict,  # JSON value -> row; ValueError or TypeError when it is none
+    what: str = "rows",  # they are, for the messages
+) -> list:
+    "The rows of a file, blank lines skipped. FileNotFoundError names the file, ValueError file and line."
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file of {what}")
+    try: data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error: raise ValueError(f"{path}: {error}") from None
+    rows = []
+    for n, line in enumerate(data.splitlines(), 1):
+        try: rows += [make(strict_json(line.decode("utf-8")))] if line.strip() else []
+        except (ValueError, TypeError) as error: raise ValueError(f"{path}:{n}: {error}") from None
+    if not rows: raise ValueError(f"{path}: no {what} in this file")
+    return rows
+
+
 def load_probes(path: str | Path) -> list[Probe]:
-    "Probes of a JSONL file, blank lines skipped. ValueError names the line; FileNotFoundError the file."
-    probes = []
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file of probes")
-    for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            if line.strip(): probes.append(from_json(Probe, json.loads(line.decode("utf-8"))))
-        except ValueError as error: raise ValueError(f"{path}:{n}: {error}") from None
-    if not probes: raise ValueError(f"{path}: no probes in this file")
-    return probes
+    "Probes of a file. ValueError and FileNotFoundError as `read_rows`."
+    return read_rows(path, lambda row: from_json(Probe, row), "probes")
 
 # %% ../../nbs/evals/41_harness.ipynb #c042
 def wilson(

@@ -278,7 +278,9 @@ class Writer:
     def close(self):
         "Waits, then ends the threads."
         try: self.wait()
-        finally: self.thread.shutdown(); self.orbax.close()
+        finally:
+            self.thread.shutdown()
+            with suppress(Exception): self.orbax.close()  # where it fails, the save before has failed and said so
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c052
 def restore_step(
