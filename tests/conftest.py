@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.update(JAX_PLATFORMS='cpu', JAX_NUMPY_RANK_PROMOTION='raise', JAX_NUMPY_DTYPE_PROMOTION='strict',
                   WANDB_MODE='offline', MPLBACKEND='agg', HF_HUB_OFFLINE='1')
-# most of the time goes into compiling: LLVM is told not to optimize, which takes a third off and changes no HLO
+# most of the time goes into compiling: LLVM is told not to optimize, which takes a third off and changes no HLO; what is timed sets XLA_FLAGS itself
 if 'xla_backend_optimization_level' not in (flags := os.environ.get('XLA_FLAGS', '')): os.environ['XLA_FLAGS'] = f'{flags} --xla_backend_optimization_level=0'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT/'.jax_cache'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
