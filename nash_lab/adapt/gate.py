@@ -25,15 +25,16 @@ from .lora import save_merged
 from .replay import Policy, ReplayBuffer
 from .sdft import Example, First, SDFTConfig, distil, encoder, read_examples
 from ..data.corpus import Document, PackedTokens, pack
-from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
+from ..data.tokenizer import HFTokenizer, Tokenizer
 from ..evals.harness import (
     Probe, Rows, bootstrap, model_rows, read_rows, run_probes, score, weights_hash, wilson)
+from ..evals.lm_eval import cut_at
 from ..evals.sandbox import run_python
 from ..model.generate import generate
 from ..model.layers import from_json, to_json
 from ..model.transformer import LM
 from ..train.checkpoint import write_json_atomic
-from ..train.config import own_tokenizer
+from ..train.config import run_words
 from ..train.guard import run_lock
 from ..train.pretrain import load_run
 from ..train.rundir import MetricsLog
@@ -76,8 +77,7 @@ class CodeProbe:
 
     def passes(self, answer: str) -> bool:
         "Do the tests hold, in the sandbox?"
-        for word in self.stop: answer = answer.split(word)[0]
-        return run_python(self.prompt + answer, self.tests).passed
+        return run_python(self.prompt + cut_at(answer, self.stop), self.tests).passed
 
 # %% ../../nbs/adapt/52b_gate.ipynb #c019
 @dataclass(frozen=True)
@@ -409,12 +409,11 @@ def continual(
     "Learn one block and keep or reject it. ValueError or OSError before training for anything that does not fit."
     if (done := decided(cfg)) is not None: return done
     out, examples, suite, buffer = Path(cfg.out), read_examples(cfg.data), load_suite(cfg.suite), open_buffer(cfg)
-    lm, own = load_run(cfg.run)[0], own_tokenizer(cfg.run)
-    if own is None: raise ValueError(f"{cfg.run}: the run has no tokenizer of its own")
+    lm, words = load_run(cfg.run)[0], run_words(cfg.run)
     with run_lock(out):
         write_json_atomic(out / "continual.json", to_json(cfg))
         (out / "gate_decision.json").unlink(missing_ok=True)  # of a block that was interrupted
-        kept, decision = gated_update(lm, load_tokenizer(own), examples, cfg.sdft, suite, buffer, out)
+        kept, decision = gated_update(lm, words, examples, cfg.sdft, suite, buffer, out)
         buffer.save(out / "replay.json")
     save_merged(cfg.run, out, kept, {"continual": to_json(cfg), "accepted": decision.accepted})
     if weights_hash(load_run(out)[0]) != decision.weights_kept: raise ValueError(f"{out}: other weights on the disk")

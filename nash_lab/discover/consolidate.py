@@ -24,7 +24,7 @@ from ..adapt.gate import ContinualConfig, GateDecision, SkillGate, Suite, contin
 from ..adapt.lora import LoRAConfig
 from ..adapt.replay import ReplayBuffer
 from ..adapt.sdft import Example, SDFTConfig, encoder
-from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, write_atomic
+from ..data.tokenizer import HFTokenizer, Tokenizer, write_atomic
 from .policy import character_tokenizer, draw_answers
 from .prior import PriorConfig, prior_run, shape_pairs, train_prior
 from .problems import LETTERS, Problem, State, StepFunction, problem
@@ -33,7 +33,7 @@ from ..evals.harness import Probe, read_rows
 from ..model.layers import from_json, named_key, to_json
 from ..model.transformer import LM
 from ..train.checkpoint import write_json_atomic
-from ..train.config import own_tokenizer
+from ..train.config import run_words
 from ..train.optim import OptimConfig
 from ..train.pretrain import load_run
 
@@ -227,7 +227,7 @@ def measure_run(
     draws: int,  # answers to each
 ) -> dict[str, Worth]:
     "Single answers of a run to each problem."
-    lm, words = load_run(run)[0], load_tokenizer(own_tokenizer(run))
+    lm, words = load_run(run)[0], run_words(run)
     return {task.name: worth_of(single_answers(lm, words, task, cfg, draws)) for task, cfg in tasks}
 
 # %% ../../nbs/discover/63_consolidate.ipynb #c031
@@ -235,7 +235,7 @@ def consolidate(
     cfg: ConsolidateConfig,  # the whole night
 ) -> Consolidation:
     "Search, sift, teach behind gates, measure. ValueError and OSError as its parts, in one line."
-    if own_tokenizer(cfg.run) is None: raise ValueError(f"{cfg.run}: the run has no tokenizer of its own")
+    run_words(cfg.run)  # without one the night would end after the day
     folders, out = day(cfg), Path(cfg.out)
     searches = [search_of(folder) for folder in folders]
     like = {search.problem: search for _, search in reversed(searches)}

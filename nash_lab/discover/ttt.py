@@ -27,14 +27,15 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from ..adapt.lora import LoRAConfig, attach, init_adapter, write_peft
-from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
+from ..adapt.sdft import encoder
+from ..data.tokenizer import HFTokenizer, Tokenizer
 from .archive import Archive, ArchiveConfig, Node, archive_of, as_json, save, solution_key
 from .policy import Answers, check_policy, draw_answers, update
 from .problems import Problem, State, StepFunction, problem, value_of
 from ..model.layers import named_key, to_json
 from ..model.transformer import LM
 from ..train.checkpoint import Checkpoints, write_json_atomic
-from ..train.config import own_tokenizer
+from ..train.config import run_words
 from ..train.guard import run_lock
 from ..train.optim import OptimConfig, optimizer
 from ..train.pretrain import load_run
@@ -312,8 +313,8 @@ def play(
     parents = choose_parents(search.archive, cfg)
     states = [search.archive.nodes[i].state for i in parents]
     contexts = [problem.context(s) for s in states]
-    first = {"": [], "bos": [words.bos_id], "eos": [words.eos_id]}[cfg.lead]
-    answers = draw_answers(policy, words, [first + words.encode(c) for c in contexts], size, key, force=cfg.force,
+    prompts = list(map(encoder(words, cfg.lead or "none"), contexts))
+    answers = draw_answers(policy, words, prompts, size, key, force=cfg.force,
                            max_new_tokens=cfg.max_new_tokens, think_tokens=cfg.think_tokens)
     groups = [[judge(problem, s, t) for t in answers.texts[g * size :][:size]] for g, s in enumerate(states)]
     gained, made = learn(base, policy, search, answers, groups, cfg) if train else ([None] * len(answers.texts), {})
@@ -460,6 +461,5 @@ def discover_run(
     "The search that `cfg` describes, in its folder. OSError and ValueError as `load_run`, `problem` and `discover`."
     task = problem(cfg.problem, **cfg.settings())
     if not cfg.run: raise ValueError("DiscoverConfig.run='': give the run directory of a base model")
-    lm, words = load_run(cfg.run)[0], own_tokenizer(cfg.run)
-    if words is None: raise ValueError(f"{cfg.run}: this run has no tokenizer of its own")
-    return discover(task, lm, load_tokenizer(words), cfg, cfg.out or Path("runs/discover") / task.name)
+    lm, words = load_run(cfg.run)[0], run_words(cfg.run)
+    return discover(task, lm, words, cfg, cfg.out or Path("runs/discover") / task.name)
