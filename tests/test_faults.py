@@ -413,6 +413,14 @@ def test_bad_steps_in_a_row_end_the_run(cfg, oracle, tmp_path, monkeypatch, clea
     monkeypatch.undo(); module._train_step.cache_clear()
     assert pretrain(replace(run, log_every=1)).step == STEPS                 # without the poison it goes on from there
 
+def test_bad_steps_between_two_lines(cfg, tmp_path, monkeypatch, clean_cache):
+    "Steps 3 to 5 are bad, lines are written at 1, 6 and 12: the run ends at 6, and the same command goes on from there"
+    poison(cfg, monkeypatch, [2, 3, 4], 'one leaf')
+    run = replace(cfg, run=str(tmp_path/'run'), steps=12, max_bad_steps=3, log_every=6, checkpoint_every=30, eval_every=100)
+    with pytest.raises(NonFinite, match='3 steps in a row without a finite loss and gradient; stopped at step 6'): pretrain(run)
+    assert (counters := saved(tmp_path/'run')[1]['counters'])['step'] == 6 and counters['skipped'] == 3
+    assert pretrain(run).step == 12
+
 @slow
 def test_no_state_is_saved_that_is_not_finite(cfg, tmp_path):
     "A learning rate that throws finite gradients past the largest float"
@@ -484,6 +492,33 @@ def test_deep_and_huge_manifests(two):
     with open(two.folder/'2/manifest.json', 'wb') as file: file.truncate(1 << 40)   # a terabyte of nothing
     with pytest.raises(Damaged, match='manifest.json'): two.restore(2, template=SMALL)
     is_step(two.restore(template=SMALL), 1)
+
+READ = """import json, resource, sys, jax, jax.numpy as jnp
+from nash_lab.train.checkpoint import Checkpoints, Damaged
+jnp.zeros(3).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try: Checkpoints(sys.argv[1]).restore(2, template=dict(model=dict(w=jax.ShapeDtypeStruct(json.loads(sys.argv[2]), jnp.float32))))
+except Damaged as error: print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, 'MiB more')
+"""
+
+def test_a_file_that_unpacks_to_two_gigabytes(two):
+    "Two megabytes on the disk, a manifest that agrees: refused by what the array says of itself, in bounded memory"
+    import zlib
+    array = two.folder/'2/model/w'
+    def pack(folder):
+        about, press = json.loads((array/'.zarray').read_text()), zlib.compressobj(9)
+        (array/'.zarray').write_text(json.dumps(about | dict(compressor=dict(id='zlib', level=9))))
+        piece = next(path for path in array.iterdir() if path.name != '.zarray')
+        with piece.open('wb') as file:
+            for _ in range(32): file.write(press.compress(bytes(1 << 26)))
+            file.write(press.flush())
+        assert piece.stat().st_size < 3e6
+    forge(two.folder/'2', pack)
+    shape = json.dumps(SMALL['model']['w'].shape)
+    r = subprocess.run([sys.executable, '-c', READ, str(two.folder), shape], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=50)
+    said, more = r.stdout.splitlines()
+    assert 'w/.zarray: not the description of an array in plain files' in said and int(more.split()[0]) < 100, r.stderr
 
 def test_tensors_with_a_lying_header(tmp_path):
     from nash_lab.adapt.lora import TENSORS

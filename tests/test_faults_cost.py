@@ -46,7 +46,7 @@ def test_guarded_loop_beside_a_bare_one(cfg, tmp_path, monkeypatch, capsys):
     assert ratio >= .98
 
 def test_manifest_beside_orbax_alone(tmp_path, monkeypatch, capsys):
-    "A state of 120 million parameters with two moments, 1.44 GB: what training waits for, and what the background has to do more"
+    "A state of 120 million parameters with two moments, 1.44 GB, beside Orbax as it comes: what training waits for, and the whole save"
     rng, spent = np.random.default_rng(0), []
     state = {'model': {}, 'optimizer': {}}
     for i in range(30): state['model' if i < 10 else 'optimizer'][f'w{i}'] = jnp.asarray(rng.standard_normal((12, 1000, 1000), dtype=np.float32))
@@ -74,5 +74,5 @@ def test_manifest_beside_orbax_alone(tmp_path, monkeypatch, capsys):
             ours.append(time.monotonic() - begin)
         shutil.rmtree(tmp_path/'run/points')
     show = lambda times: ', '.join(f'{o:.2f}' for o in times)
-    with capsys.disabled(): print(f'\nsave of 1.44 GB: training waits {show(waits)} s for Orbax alone, {show(waited)} s with lock and manifest; in the background {show(alone)} s and {show(ours)} s, of which the manifest {show(spent)} s')
-    assert min(waited) - min(waits) < .05 * min(alone)
+    with capsys.disabled(): print(f'\nsave of 1.44 GB: training waits {show(waits)} s for Orbax alone, {show(waited)} s with lock and manifest; the whole save {show(alone)} s and {show(ours)} s, of which the manifest {show(spent)} s')
+    assert min(waited) - min(waits) < .05 * min(alone) and min(ours) < 1.05 * min(alone)

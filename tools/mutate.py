@@ -27,6 +27,7 @@ DATA, FAULTS, STREAM = 'nash_lab/data', 'tests/test_data_faults.py::test', 'test
 MUTATIONS = [
     Mutation('checkpoint: manifest', f'{TRAIN}/checkpoint.py', '            if want[name][key] != value:', '            if False:', f'{FAULT}_forty_bit_flips'),
     Mutation('checkpoint: links', f'{TRAIN}/checkpoint.py', 'if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)): raise', 'if False: raise', f'{FAULT}_links_and_pipes[link to a file]'),
+    Mutation('checkpoint: packed arrays', f'{TRAIN}/checkpoint.py', '    refuse_packed(source)\n', '', f'{FAULT}_a_file_that_unpacks_to_two_gigabytes'),
     Mutation('checkpoint: fall-back', f'{TRAIN}/checkpoint.py', 'for step in reversed(numbered(folder)):', 'for step in numbered(folder)[-1:]:', f'{FAULT}_damage_to_any_file[one bit]'),
     Mutation('checkpoint: no fresh start', f'{TRAIN}/checkpoint.py', '        return bool(numbered(self.folder))', '        return bool(self.steps())', f'{FAULT}_all_damaged_is_no_fresh_start'),
     Mutation('checkpoint: rename first', f'{TRAIN}/checkpoint.py', '    with suppress(OSError): os.rename(folder, gone)\n    shutil.rmtree(gone, ignore_errors=True)', '    shutil.rmtree(folder)', f'{FAULT}_kill_at_each_deletion'),
@@ -36,7 +37,7 @@ MUTATIONS = [
     Mutation('run: position', f'{TRAIN}/pretrain.py', '    try: batches.set_state(own_position(got["data"], jax.process_index(), jax.process_count()))', '    try: pass', f'{FAULT}_ten_stops'),
     Mutation('run: background saves', f'{TRAIN}/pretrain.py', '            made_up_for(job, job.checkpoints.poll)  # never waits', '            pass', f'{FAULT}_failed_save_is_made_up_for'),
     Mutation('numbers: bad steps', f'{TRAIN}/step.py', 'good = jnp.isfinite(loss) & jnp.isfinite(norm)', 'good = jnp.array(True)', f'{FAULT}_bad_step_changes_nothing[one leaf]'),
-    Mutation('numbers: in a row', f'{TRAIN}/pretrain.py', 'if not cfg.max_bad_steps or bad < cfg.max_bad_steps: return', 'return', f'{FAULT}_bad_steps_in_a_row_end_the_run[1]'),
+    Mutation('numbers: in a row', f'{TRAIN}/pretrain.py', 'if not cfg.max_bad_steps or job.bad < cfg.max_bad_steps: return', 'return', f'{FAULT}_bad_steps_in_a_row_end_the_run[1]'),
     Mutation('numbers: saved state', f'{TRAIN}/pretrain.py', '    if not all_finite((job.state.params, job.state.opt_state)):', '    if False:', f'{FAULT}_no_state_is_saved_that_is_not_finite'),
     Mutation('data: share of broken records', f'{DATA}/corpus.py', 'if self.bad > share * self.records:', 'if False:', f'{FAULTS}_more_than_one_per_cent_of_broken_records_stops'),
     Mutation('data: length of a record', f'{DATA}/corpus.py', 'if len(raw) > cfg.max_record_bytes: raise', 'if False: raise', f'{FAULTS}_a_limit_is_exact'),

@@ -148,12 +148,13 @@ def last_good(
     good: Seen,  # the last good step known
     skipped: int,  # the counter at the last line
     since: Sequence[Seen],  # every step after that line, fetched
-) -> Seen:
-    "The last step whose counter of skipped steps did not grow."
+) -> tuple[Seen, int]:  # the step, and how many bad ones stood in a row, here or up to here
+    "The last step whose counter of skipped steps did not grow, and the longest row of those whose counter grew."
+    row = 0
     for seen in since:
         if seen.skipped == skipped: good = seen
-        skipped = seen.skipped
-    return good
+        skipped, row = seen.skipped, max(row, seen.step - good.step)
+    return good, row
 
 # %% ../../nbs/train/32b_guard.ipynb #c025
 WHOLE = ("start", "compile", "data", "hooks", "validation")  # phases in which the state between two steps is there

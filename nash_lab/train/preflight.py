@@ -226,7 +226,7 @@ def compile_for(
         raise ValueError(f"target {cfg.target!r} needs libtpu, which is not installed (pip install libtpu)")
     target, command = TARGETS[cfg.target], "from nash_lab.train.preflight import worker; worker()"
     with TemporaryDirectory() as dump:
-        own = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith("--xla_cpu")]  # libtpu knows no others
+        own = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith("--xla_cpu")]  # unknown to libtpu
         flags = " ".join([*own, f"--xla_dump_to={dump}", "--xla_dump_hlo_as_text"])
         env = os.environ | dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
                                 TPU_ACCELERATOR_TYPE=target.kind, ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS=flags,

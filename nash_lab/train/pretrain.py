@@ -63,6 +63,7 @@ class Job:
     mark: float = 0.0  # monotonic time up to which time_s counts
     logged: int = 0  # step of the last line
     skipped: int = 0  # steps without an update up to there
+    bad: int = 0  # the longest row of them that this line has seen
     since: list[Seen] = field(default_factory=list)  # the steps after it
     due: dict | None = None  # the line of `step` if it still lacks its validation
     record: dict = field(default_factory=dict)  # the last line written
@@ -183,7 +184,8 @@ def train_record(
     "Waits for the device, advances the clock and describes the step."
     metrics, counters = jax.device_get((metrics, [seen.skipped for seen in job.since]))
     now, cfg, since = time.monotonic(), job.cfg, [seen._replace(skipped=int(n)) for seen, n in zip(job.since, counters)]
-    job.good, job.skipped, job.since = last_good(job.good, job.skipped, since), int(metrics["skipped"]), []
+    (job.good, job.bad), job.skipped = last_good(job.good, job.skipped, since), int(metrics["skipped"])
+    job.since = []
     seconds, job.time_s, job.mark = now - job.mark, job.time_s + now - job.mark, now
     tokens = cfg.loader.batch_size * cfg.loader.seq_len
     speed = (job.step - job.logged) * tokens / max(seconds, 1e-9)
@@ -271,10 +273,10 @@ def end_if_bad(
     job: Job,  # at a line
 ):
     "Raises NonFinite after max_bad_steps without a finite loss or gradient; the last good step is saved before."
-    cfg, bad = job.cfg, job.step - job.good.step
-    if not cfg.max_bad_steps or bad < cfg.max_bad_steps: return
+    cfg = job.cfg
+    if not cfg.max_bad_steps or job.bad < cfg.max_bad_steps: return
     if job.good.step > max(job.checkpoints.steps(), default=-1): surely(lambda: save_now(job, job.good))
-    raise NonFinite(f"{cfg.run}: {bad} steps in a row without a finite loss and gradient; stopped at step "
+    raise NonFinite(f"{cfg.run}: {job.bad} steps in a row without a finite loss and gradient; stopped at step "
                     f"{job.good.step}, the last good one, saved; a lower learning rate needs --allow-changes")
 
 # %% ../../nbs/train/33_pretrain.ipynb #c036
