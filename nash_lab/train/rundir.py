@@ -114,12 +114,13 @@ def wandb_tracker(
     config: dict,  # what W&B shows as the config
 ) -> tuple[Callable, Callable]:  # log, close
     "Sends records to Weights & Biases; when nobody answers they go into `run`/wandb, for `wandb sync`."
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
     found, mode = wandb.setup().settings, None
     if found.mode == "online" and not answers(found.base_url):
         print(f"tracker wandb is offline: {found.base_url} does not answer", file=sys.stderr)
         mode = "offline"
-    settings = wandb.Settings(init_timeout=5, login_timeout=5, silent=True)
+    settings = wandb.Settings(init_timeout=5, login_timeout=5, finish_timeout=3, silent=True)
     job = wandb.init(project="nash_lab", name=run.name, dir=run, config=config, settings=settings, mode=mode)
     return lambda record: job.log(record, step=record["step"]), job.finish
 
