@@ -37,7 +37,8 @@ test: $(READY)   ## export, clean, every notebook, every test
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal $(ARGS)
 
 test-faults: $(READY)  ## every fault and attack, the slow ones too
-	$(BIN)/python -m pytest -m faults --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -m faults -n auto --maxprocesses=4 --dist worksteal --durations=10 --ignore tests/test_faults_cost.py $(ARGS)
+	$(BIN)/python -m pytest -m faults -s tests/test_faults_cost.py
 
 mutate: $(READY) ## remove one guard after the other: its test has to fail
 	$(BIN)/python tools/mutate.py $(ARGS)

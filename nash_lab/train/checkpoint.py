@@ -217,12 +217,16 @@ def _arrays(item) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c045
+def _remove_parts(target: Path):
+    "Removes what an unfinished save has written."
+    for left in target.parent.glob(f"{target.name}.partial*"): shutil.rmtree(left, ignore_errors=True)
+
 @contextmanager
 def _cleaned(target: Path):
     "Turns any failure into OSError in one line, after removing what was written of `target`."
     try: yield
     except Exception as error:
-        for left in target.parent.glob(f"{target.name}.partial*"): shutil.rmtree(left, ignore_errors=True)
+        _remove_parts(target)
         reason = (str(error).splitlines() or [""])[0][:300]
         raise OSError(f"{target}: checkpoint not saved: {type(error).__name__}: {reason}") from error
 
@@ -252,7 +256,7 @@ class Writer:
     "Writes one checkpoint at a time in the background and reports its failure at the next call."
     def __init__(self):
         logging.getLogger("absl").addFilter(_not_orbax)
-        self.orbax, self.thread, self.pending = _orbax(), ThreadPoolExecutor(1), None
+        self.orbax, self.thread, self.pending, self.target = _orbax(), ThreadPoolExecutor(1), None, None
 
     def write(
         self,
@@ -265,7 +269,7 @@ class Writer:
         self.wait()
         body = {**body, "items": {name: describe(item) for name, item in state.items()}}
         save = {k: ocp.args.PyTreeSave(v) if body["items"][k] else ocp.args.JsonSave(v) for k, v in state.items()}
-        partial = target.with_name(f"{target.name}.partial")
+        self.target, partial = target, target.with_name(f"{target.name}.partial")
         with _cleaned(target): self.orbax.save(partial, args=ocp.args.Composite(**save), force=True)
         self.pending = self.thread.submit(self._finish, target, body, after)
 
@@ -296,6 +300,7 @@ class Writer:
         finally:
             self.thread.shutdown()
             with suppress(Exception): self.orbax.close()  # where it fails, the save before has failed and said so
+            if self.target and is_lead(): _remove_parts(self.target)  # a save that failed may have gone on for a while
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c053
 LONGEST = 1 << 30  # bytes of a file that is read whole; a piece of an array is as long as its shape says
