@@ -241,7 +241,7 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     "A filter of absl's logger that drops what Orbax says about failures that are raised anyway."
     return "orbax" not in record.pathname
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c049
+# %% ../../nbs/train/32_checkpoint.ipynb #c050
 def _orbax() -> ocp.AsyncCheckpointer:
     "Writes each array into a folder of its own, uncompressed: a file is as long as what it holds, and quicker written."
     plain = DefaultCheckpointHandlerRegistry()
@@ -251,7 +251,7 @@ def _orbax() -> ocp.AsyncCheckpointer:
     waits = ocp.AsyncOptions(create_directories_asynchronously=False)  # else a failed save holds the process 300 s
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=plain), async_options=waits)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c050
+# %% ../../nbs/train/32_checkpoint.ipynb #c051
 class Writer:
     "Writes one checkpoint at a time in the background and reports its failure at the next call."
     def __init__(self):
@@ -302,7 +302,7 @@ class Writer:
             with suppress(Exception): self.orbax.close()  # where it fails, the save before has failed and said so
             if self.target and is_lead(): _remove_parts(self.target)  # a save that failed may have gone on for a while
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c053
+# %% ../../nbs/train/32_checkpoint.ipynb #c054
 LONGEST = 1 << 30  # bytes of a file that is read whole; a piece of an array is as long as its shape says
 NUMBERS = re.compile(r"[<|][biuf][1248]|bfloat16|float8_\w+|u?int[24]")  # types of numbers
 
@@ -322,7 +322,7 @@ def refuse_packed(
         except (ValueError, KeyError, TypeError, RecursionError): packed = True
         if packed or beyond or not plain: raise Damaged(f"{path}: not the description of an array in plain files")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c056
+# %% ../../nbs/train/32_checkpoint.ipynb #c057
 def restore_step(
     orbax: ocp.AsyncCheckpointer,  # reads the arrays
     folder: Path,  # the folder of all steps
@@ -341,14 +341,14 @@ def restore_step(
     load = {name: _arrays(item) if items[name] else ocp.args.JsonRestore() for name, item in template.items()}
     return dict(orbax.restore(source, args=ocp.args.Composite(**load)).items())
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c058
+# %% ../../nbs/train/32_checkpoint.ipynb #c059
 def _report(folder: Path, bad: dict, used: int, repair: bool):
     "Says which steps were passed over, and puts them aside if `repair`."
     for step, error in bad.items():
         where = f", moved to {set_aside(folder / str(step)).name}" if repair and is_lead() else ""
         if is_lead(): print(f"{error}; step {used} is used instead{where}", file=sys.stderr)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c059
+# %% ../../nbs/train/32_checkpoint.ipynb #c060
 def restore_newest(
     orbax: ocp.AsyncCheckpointer,  # reads the arrays
     folder: Path,  # the folder of all steps
@@ -366,7 +366,7 @@ def restore_newest(
     if not bad: raise FileNotFoundError(f"{folder}: no checkpoint, found none")
     raise Damaged(f"{folder}: none of {len(bad)} checkpoints verifies; the newest: {bad[max(bad)]}")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c061
+# %% ../../nbs/train/32_checkpoint.ipynb #c062
 def _place(folder: Path) -> tuple | None:
     "What stays the same of a folder while nobody unmounts or replaces it; None where there is none."
     try: found = folder.stat()
@@ -390,7 +390,7 @@ def check_place(
     if place == _place(folder): return
     raise OSError(f"{folder}: checkpoint not saved: this is not the folder it was, unmounted or replaced")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c064
+# %% ../../nbs/train/32_checkpoint.ipynb #c065
 def metric_values(
     folder: Path,  # the folder of all steps
     metric: str | None,  # its name
@@ -402,7 +402,7 @@ def metric_values(
         except Damaged: continue
     return values
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c065
+# %% ../../nbs/train/32_checkpoint.ipynb #c066
 def prune(
     folder: Path,  # the folder of all steps
     metric: str | None,  # decides which step is the best
@@ -413,7 +413,7 @@ def prune(
     for step in surplus(metric_values(folder, metric), keep):
         if step != just: delete_step(folder / str(step))
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c066
+# %% ../../nbs/train/32_checkpoint.ipynb #c067
 class Checkpoints:
     "The checkpoints of one folder."
     def __init__(self,
