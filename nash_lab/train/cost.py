@@ -177,7 +177,7 @@ def traffic(
     walk(entry, 1)
     return dict(total)
 
-# %% ../../nbs/train/33a_cost.ipynb #c023
+# %% ../../nbs/train/33a_cost.ipynb #c024
 def row_objective(
     cfg: ModelConfig,  # any size
 ) -> tuple[Callable, dict, Any]:
@@ -186,7 +186,7 @@ def row_objective(
     def objective(p, ids, key): return nnx.merge(graphdef, p).objective(ids, ids, dropout_key=key)[0]
     return objective, params, jax.eval_shape(lambda: jax.random.key(0))
 
-# %% ../../nbs/train/33a_cost.ipynb #c024
+# %% ../../nbs/train/33a_cost.ipynb #c025
 GIB = 2**30
 
 @lru_cache(maxsize=256)
@@ -200,7 +200,7 @@ def saved_bytes(
     def pull(p, ids, key): return jax.vjp(lambda p: objective(p, ids, key), p)[1]
     return tree_bytes(jax.eval_shape(pull, params, jax.ShapeDtypeStruct((rows, seq_len), jnp.int32), key))
 
-# %% ../../nbs/train/33a_cost.ipynb #c025
+# %% ../../nbs/train/33a_cost.ipynb #c026
 @lru_cache(maxsize=256)
 def row_flops(
     cfg: ModelConfig,  # its remat policy decides what is computed twice
@@ -211,7 +211,7 @@ def row_flops(
     ids = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     return product_flops(jax.make_jaxpr(jax.grad(objective))(params, ids, key))
 
-# %% ../../nbs/train/33a_cost.ipynb #c029
+# %% ../../nbs/train/33a_cost.ipynb #c030
 def module_of(
     text: str,  # of an optimized program
     package: str = "nash_lab",  # whose files are named
