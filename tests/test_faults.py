@@ -14,7 +14,7 @@ from nash_lab.model.layers import to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import checkpoint, pretrain as module
 from nash_lab.train import step as step_module
-from nash_lab.train.checkpoint import Checkpoints, Damaged, numbered, read_manifest, restore_newest, steps_in, verify, write_manifest
+from nash_lab.train.checkpoint import Checkpoints, Damaged, hashed_ahead, numbered, read_manifest, restore_newest, steps_in, verify, write_manifest
 from nash_lab.train.config import TrainConfig
 from nash_lab.train.guard import HUNG, NONFINITE, STOPPED, NonFinite, Stopped
 from nash_lab.train.optim import OptimConfig, optimizer
@@ -252,6 +252,25 @@ def test_forty_bit_flips(two, capsys):
         path.write_bytes(whole)
     is_step(two.restore(template=SMALL), 2)
     assert len(capsys.readouterr().err.splitlines()) == 40
+
+@pytest.mark.parametrize('how', ['rewritten', 'grown', 'replaced', 'busy'])
+def test_a_file_that_changes_after_it_was_hashed(tmp_path, how):
+    "A digest taken while a save is still running counts only for a file that nobody has touched since"
+    file, other = tmp_path/'7.partial.somewhere/weights', tmp_path/'other'
+    file.parent.mkdir()
+    with hashed_ahead(tmp_path/'7.partial', settled=.02) as known:
+        file.write_bytes(b'0' * 1000)
+        end = time.monotonic() + 10
+        while not known: assert time.monotonic() < end and not time.sleep(.01), 'never hashed'
+        if how == 'rewritten': file.write_bytes(b'1' * 1000)           # in place, and as long as before
+        if how == 'grown': file.write_bytes(b'0' * 1001)
+        if how == 'replaced':
+            other.write_bytes(b'1' * 1000)
+            os.replace(other, file)
+        for i in range(1000 if how == 'busy' else 0): file.write_bytes(b'%d' % (i % 10) * 1000)
+    os.rename(file.parent, tmp_path/'7')
+    write_manifest(tmp_path/'7', {'step': 7}, known)
+    assert verify(tmp_path/'7')['step'] == 7
 
 def test_all_damaged_is_no_fresh_start(cfg, tmp_path):
     run = replace(cfg, run=str(tmp_path/'run'))

@@ -26,6 +26,7 @@ CONFINE, SANDBOX, ATTACK = 'nash_lab/evals/confine.py', 'nash_lab/evals/sandbox.
 DATA, FAULTS, STREAM = 'nash_lab/data', 'tests/test_data_faults.py::test', 'tests/test_data_stream.py::test'
 MUTATIONS = [
     Mutation('checkpoint: manifest', f'{TRAIN}/checkpoint.py', '            if want[name][key] != value:', '            if False:', f'{FAULT}_forty_bit_flips'),
+    Mutation('checkpoint: early digests', f'{TRAIN}/checkpoint.py', 'about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns', 'about.st_dev, about.st_ino, about.st_size', f'{FAULT}_a_file_that_changes_after_it_was_hashed[rewritten]'),
     Mutation('checkpoint: links', f'{TRAIN}/checkpoint.py', 'if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)): raise', 'if False: raise', f'{FAULT}_links_and_pipes[link to a file]'),
     Mutation('checkpoint: packed arrays', f'{TRAIN}/checkpoint.py', '    refuse_packed(source)\n', '', f'{FAULT}_a_file_that_unpacks_to_two_gigabytes'),
     Mutation('checkpoint: fall-back', f'{TRAIN}/checkpoint.py', 'for step in reversed(numbered(folder)):', 'for step in numbered(folder)[-1:]:', f'{FAULT}_damage_to_any_file[one bit]'),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'LEFTOVER', 'LONGEST', 'NUMBERS', 'write_json_atomic', 'Damaged', 'plain_files', 'file_table',
-           'read_manifest', 'write_manifest', 'verify', 'numbered', 'steps_in', 'set_aside', 'best_step', 'surplus',
-           'delete_step', 'clear_leftovers', 'describe', 'check_template', 'Writer', 'refuse_packed', 'restore_step',
-           'restore_newest', 'adopt', 'check_place', 'metric_values', 'prune', 'Checkpoints']
+           'hashed_ahead', 'read_manifest', 'write_manifest', 'verify', 'numbered', 'steps_in', 'set_aside',
+           'best_step', 'surplus', 'delete_step', 'clear_leftovers', 'describe', 'check_template', 'Writer',
+           'refuse_packed', 'restore_step', 'restore_newest', 'adopt', 'check_place', 'metric_values', 'prune',
+           'Checkpoints']
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c003
 import hashlib
@@ -19,8 +20,10 @@ import re
 import shutil
 import stat
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from collections.abc import Callable
@@ -57,26 +60,68 @@ def plain_files(
         if stat.S_ISREG(mode) and path != folder / MANIFEST: found[path.relative_to(folder).as_posix()] = path
     return found
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c014
+# %% ../../nbs/train/32_checkpoint.ipynb #c015
+def _state(about: os.stat_result) -> tuple:
+    "What is different once a file is replaced or written to."
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+def _sha256(file) -> str: return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../../nbs/train/32_checkpoint.ipynb #c016
 def file_table(
     folder: Path,  # a step's folder
+    known: dict | None = None,  # digests from `hashed_ahead`
 ) -> dict:  # path below the folder -> {"bytes", "sha256"}
     "Length and SHA-256 of every file below `folder` but the manifest, several at a time; Damaged if one is unreadable."
     def row(path):
         try:
-            with path.open("rb") as file: digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"bytes": path.stat().st_size, "sha256": digest}
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                return {"bytes": about.st_size, "sha256": (known or {}).get(_state(about)) or _sha256(file)}
         except OSError as error: raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
     files = plain_files(folder)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads: rows = threads.map(row, files.values())
     return dict(zip(files, rows))
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c017
+# %% ../../nbs/train/32_checkpoint.ipynb #c019
+def _files_of(folder: Path):
+    "Path and state of every file below `folder`, or below what has its name with a suffix so far."
+    for part in folder.parent.glob(f"{folder.name}*"):
+        for path in part.rglob("*"):
+            with suppress(OSError):  # renamed just now
+                about = path.lstat()
+                if stat.S_ISREG(about.st_mode) and about.st_mtime_ns % 1_000_000: yield path, _state(about)
+
+# %% ../../nbs/train/32_checkpoint.ipynb #c020
+@contextmanager
+def hashed_ahead(
+    folder: Path,  # where somebody is writing
+    settled: float = 0.05,  # seconds a file must have been left alone
+):
+    "Inside, files are hashed as they become complete; yields the dict state -> SHA-256 for `file_table`."
+    known, first, asked, over = {}, {}, set(), threading.Event()
+    def digest(path, state):
+        with suppress(OSError), path.open("rb") as file:
+            if _state(os.fstat(file.fileno())) == state: known[state] = _sha256(file)
+    def watch():
+        begin = time.monotonic()
+        while not over.wait(max(settled, 10 * (time.monotonic() - begin))):  # a tenth of a processor at most
+            begin = time.monotonic()
+            for path, state in _files_of(folder):
+                if state in asked or begin < first.setdefault(state, begin) + settled: continue
+                asked.add(state)
+                threads.submit(digest, path, state)
+    with ThreadPoolExecutor(5) as threads:  # one of them watches
+        threads.submit(watch)
+        try: yield known
+        finally: over.set()
+
+# %% ../../nbs/train/32_checkpoint.ipynb #c023
 def _digest(body: dict) -> str:
     "SHA-256 of `body` as canonical JSON."
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c018
+# %% ../../nbs/train/32_checkpoint.ipynb #c024
 def _text(body: dict) -> str:
     "The one way a manifest is written; whatever else means the same is damage."
     return json.dumps(body, indent=1, allow_nan=False) + "\n"
@@ -98,16 +143,17 @@ def read_manifest(
         raise Damaged(f"{path}: does not match its own digest")
     return manifest
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c019
+# %% ../../nbs/train/32_checkpoint.ipynb #c025
 def write_manifest(
     folder: Path,  # a step's folder in which every other file is final
     body: dict,  # what to keep beside the file table: step, items, metrics
+    known: dict | None = None,  # digests from `hashed_ahead`
 ):
     "Makes `folder` a checkpoint: hashes its files and writes the manifest, last of all."
-    body = {**body, "files": file_table(folder)}
+    body = {**body, "files": file_table(folder, known)}
     write_atomic(folder / MANIFEST, _text({**body, "digest": _digest(body)}).encode())
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c020
+# %% ../../nbs/train/32_checkpoint.ipynb #c026
 def verify(
     folder: Path,  # a step's folder
 ) -> dict:  # its manifest
@@ -123,7 +169,7 @@ def verify(
                 raise Damaged(f"{folder / name}: {key} is {value}, the manifest says {want[name][key]}")
     return manifest
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c023
+# %% ../../nbs/train/32_checkpoint.ipynb #c029
 def numbered(
     folder: Path,  # the folder of all steps
 ) -> list[int]:
@@ -132,14 +178,14 @@ def numbered(
     real = (path for path in found if path.is_dir() and not path.is_symlink())
     return sorted(int(path.name) for path in real if any(not inner.is_dir() for inner in path.rglob("*")))
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c024
+# %% ../../nbs/train/32_checkpoint.ipynb #c030
 def steps_in(
     folder: Path,  # the folder of all steps
 ) -> list[int]:
     "The steps in `folder` that have a manifest, ascending; stray files and unfinished folders do not count."
     return [step for step in numbered(folder) if (folder / str(step) / MANIFEST).is_file()]
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c027
+# %% ../../nbs/train/32_checkpoint.ipynb #c033
 def set_aside(
     path: Path,  # a damaged step, or a stranger where a step has to go
 ) -> Path:  # where it is now
@@ -149,7 +195,7 @@ def set_aside(
     os.rename(path, free)
     return free
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c030
+# %% ../../nbs/train/32_checkpoint.ipynb #c036
 def best_step(
     values: dict[int, float | None],  # step -> its metric, None where it was not measured
 ) -> int | None:
@@ -157,7 +203,7 @@ def best_step(
     measured = [step for step, value in values.items() if value is not None]
     return min(measured, key=lambda step: (values[step], -step), default=None)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c031
+# %% ../../nbs/train/32_checkpoint.ipynb #c037
 def surplus(
     values: dict[int, float | None],  # step -> its metric, None where it was not measured
     keep: int,  # newest steps to keep
@@ -165,7 +211,7 @@ def surplus(
     "The steps to delete: all but the `keep` newest and the one with the lowest metric."
     return sorted(values.keys() - set(sorted(values)[-keep:]) - {best_step(values)})
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c033
+# %% ../../nbs/train/32_checkpoint.ipynb #c039
 def delete_step(
     folder: Path,  # a step's folder
 ):
@@ -175,7 +221,7 @@ def delete_step(
     with suppress(OSError): os.rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c036
+# %% ../../nbs/train/32_checkpoint.ipynb #c042
 LEFTOVER = re.compile(r"\d+\.(partial|deleted|orbax-checkpoint-tmp)")  # the beginning of the name
 
 def clear_leftovers(
@@ -185,7 +231,7 @@ def clear_leftovers(
     for path in folder.glob("*"):
         if LEFTOVER.match(path.name) and path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c039
+# %% ../../nbs/train/32_checkpoint.ipynb #c045
 def describe(
     item: Any,  # tree of arrays, or of jax.ShapeDtypeStruct
 ) -> dict:  # path -> "dtype[shape]"
@@ -194,7 +240,7 @@ def describe(
     leaves = jax.tree_util.tree_leaves_with_path(item)
     return {name(path): f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves if hasattr(x, "shape")}
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c041
+# %% ../../nbs/train/32_checkpoint.ipynb #c047
 def check_template(
     saved: dict,  # describe() of what the checkpoint holds
     wanted: dict,  # describe() of what is asked for
@@ -205,7 +251,7 @@ def check_template(
         if (have := saved.get(name)) != (want := wanted.get(name)):
             raise ValueError(f"{where}/{name}: the checkpoint has {have or 'nothing'}, expected {want or 'nothing'}")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c043
+# %% ../../nbs/train/32_checkpoint.ipynb #c049
 def _placed(x):
     "`x` as a template for Orbax: its shape, type and sharding, by default on the first device."
     sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -216,7 +262,7 @@ def _arrays(item) -> ocp.args.PyTreeRestore:
     item = jax.tree.map(_placed, item)
     return ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c045
+# %% ../../nbs/train/32_checkpoint.ipynb #c051
 def _remove_parts(target: Path):
     "Removes what an unfinished save has written."
     for left in target.parent.glob(f"{target.name}.partial*"): shutil.rmtree(left, ignore_errors=True)
@@ -230,18 +276,18 @@ def _cleaned(target: Path):
         reason = (str(error).splitlines() or [""])[0][:300]
         raise OSError(f"{target}: checkpoint not saved: {type(error).__name__}: {reason}") from error
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c046
+# %% ../../nbs/train/32_checkpoint.ipynb #c052
 def _publish(partial: Path, target: Path):
     "Gives a whole folder its final name."
     if os.path.lexists(target): set_aside(target)
     os.rename(partial, target)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c048
+# %% ../../nbs/train/32_checkpoint.ipynb #c054
 def _not_orbax(record: logging.LogRecord) -> bool:
     "A filter of absl's logger that drops what Orbax says about failures that are raised anyway."
     return "orbax" not in record.pathname
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c050
+# %% ../../nbs/train/32_checkpoint.ipynb #c056
 def _orbax() -> ocp.AsyncCheckpointer:
     "Writes each array into a folder of its own, uncompressed: a file is as long as what it holds, and quicker written."
     plain = DefaultCheckpointHandlerRegistry()
@@ -251,7 +297,7 @@ def _orbax() -> ocp.AsyncCheckpointer:
     waits = ocp.AsyncOptions(create_directories_asynchronously=False)  # else a failed save holds the process 300 s
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=plain), async_options=waits)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c051
+# %% ../../nbs/train/32_checkpoint.ipynb #c057
 class Writer:
     "Writes one checkpoint at a time in the background and reports its failure at the next call."
     def __init__(self):
@@ -274,11 +320,11 @@ class Writer:
         self.pending = self.thread.submit(self._finish, target, body, after)
 
     def _finish(self, target, body, after):
+        partial, alone = target.with_name(f"{target.name}.partial"), jax.process_count() == 1
         with _cleaned(target):
-            self.orbax.wait_until_finished()
-            partial = target.with_name(f"{target.name}.partial")
+            with hashed_ahead(partial) if alone else nullcontext() as known: self.orbax.wait_until_finished()
             if not is_lead(): return  # each process has written its parts, one of them says that they are whole
-            write_manifest(partial, body)
+            write_manifest(partial, body, known)
             _publish(partial, target)
         after()
 
@@ -302,7 +348,7 @@ class Writer:
             with suppress(Exception): self.orbax.close()  # where it fails, the save before has failed and said so
             if self.target and is_lead(): _remove_parts(self.target)  # a save that failed may have gone on for a while
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c054
+# %% ../../nbs/train/32_checkpoint.ipynb #c060
 LONGEST = 1 << 30  # bytes of a file that is read whole; a piece of an array is as long as its shape says
 NUMBERS = re.compile(r"[<|][biuf][1248]|bfloat16|float8_\w+|u?int[24]")  # types of numbers
 
@@ -322,7 +368,7 @@ def refuse_packed(
         except (ValueError, KeyError, TypeError, RecursionError): packed = True
         if packed or beyond or not plain: raise Damaged(f"{path}: not the description of an array in plain files")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c057
+# %% ../../nbs/train/32_checkpoint.ipynb #c063
 def restore_step(
     orbax: ocp.AsyncCheckpointer,  # reads the arrays
     folder: Path,  # the folder of all steps
@@ -341,14 +387,14 @@ def restore_step(
     load = {name: _arrays(item) if items[name] else ocp.args.JsonRestore() for name, item in template.items()}
     return dict(orbax.restore(source, args=ocp.args.Composite(**load)).items())
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c059
+# %% ../../nbs/train/32_checkpoint.ipynb #c065
 def _report(folder: Path, bad: dict, used: int, repair: bool):
     "Says which steps were passed over, and puts them aside if `repair`."
     for step, error in bad.items():
         where = f", moved to {set_aside(folder / str(step)).name}" if repair and is_lead() else ""
         if is_lead(): print(f"{error}; step {used} is used instead{where}", file=sys.stderr)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c060
+# %% ../../nbs/train/32_checkpoint.ipynb #c066
 def restore_newest(
     orbax: ocp.AsyncCheckpointer,  # reads the arrays
     folder: Path,  # the folder of all steps
@@ -366,7 +412,7 @@ def restore_newest(
     if not bad: raise FileNotFoundError(f"{folder}: no checkpoint, found none")
     raise Damaged(f"{folder}: none of {len(bad)} checkpoints verifies; the newest: {bad[max(bad)]}")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c062
+# %% ../../nbs/train/32_checkpoint.ipynb #c068
 def _place(folder: Path) -> tuple | None:
     "What stays the same of a folder while nobody unmounts or replaces it; None where there is none."
     try: found = folder.stat()
@@ -390,7 +436,7 @@ def check_place(
     if place == _place(folder): return
     raise OSError(f"{folder}: checkpoint not saved: this is not the folder it was, unmounted or replaced")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c065
+# %% ../../nbs/train/32_checkpoint.ipynb #c071
 def metric_values(
     folder: Path,  # the folder of all steps
     metric: str | None,  # its name
@@ -402,7 +448,7 @@ def metric_values(
         except Damaged: continue
     return values
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c066
+# %% ../../nbs/train/32_checkpoint.ipynb #c072
 def prune(
     folder: Path,  # the folder of all steps
     metric: str | None,  # decides which step is the best
@@ -413,7 +459,7 @@ def prune(
     for step in surplus(metric_values(folder, metric), keep):
         if step != just: delete_step(folder / str(step))
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c067
+# %% ../../nbs/train/32_checkpoint.ipynb #c073
 class Checkpoints:
     "The checkpoints of one folder."
     def __init__(self,
