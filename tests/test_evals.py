@@ -1,4 +1,5 @@
 "Evaluation from outside: likelihoods against lm-eval's own HuggingFace model, its tasks on real files, code in the box, reports compared."
+import gzip
 import itertools
 import json
 import math
@@ -63,6 +64,17 @@ REQUESTS = [("Question: how many clips?\nAnswer:", " 72"), ("The quick brown ", 
 
 
 @pytest.mark.parity
+def test_rows_that_unpack_to_more_than_the_limit(tmp_path, monkeypatch):
+    "Packed to next to nothing or not packed: refused before all of it is in memory"
+    from nash_lab.evals import harness
+    monkeypatch.setattr(harness, "LARGEST", 10_000)
+    for name, write in (("rows.jsonl.gz", gzip.compress), ("rows.jsonl", bytes)):
+        (tmp_path / name).write_bytes(write(b'{"a": 1}\n' * 1000))
+        assert len(read_rows(tmp_path / name)) == 1000
+        (tmp_path / name).write_bytes(write(b'{"a": 1}\n' * 2000))
+        with pytest.raises(ValueError, match=f"{name}: more than 10000 bytes, unpacked"): read_rows(tmp_path / name)
+
+
 def test_likelihoods_of_lm_eval(llama):
     "Continuations, long contexts cut on the left, empty contexts, whole texts longer than the window: all within 1e-3"
     folder, bos = llama

@@ -6,8 +6,8 @@
 __all__ = ['LN2', 'STEEPEST', 'ESTIMATORS', 'ARMS', 'FREE', 'tilt_kl', 'group_rewards', 'solve_beta', 'entropic_advantages',
            'expected_advantages', 'adaptive', 'Arm', 'check_settings', 'DiscoverConfig', 'Attempt', 'judge', 'value_in',
            'group_advantages', 'Search', 'begin', 'choose_parents', 'best_node', 'round_metrics', 'attempt_row',
-           'learn', 'play', 'claim', 'weight_sum', 'leaves', 'keep', 'resume', 'DiscoverResult', 'summary',
-           'run_rounds', 'discover', 'discover_run']
+           'learn', 'play', 'claim', 'leaves', 'keep', 'resume', 'DiscoverResult', 'summary', 'run_rounds', 'discover',
+           'discover_run']
 
 # %% ../../nbs/discover/62_ttt.ipynb #c003
 import json
@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float
 from tqdm import tqdm
 
@@ -32,6 +30,7 @@ from ..data.tokenizer import HFTokenizer, Tokenizer
 from .archive import Archive, ArchiveConfig, Node, archive_of, as_json, save, solution_key
 from .policy import Answers, check_policy, draw_answers, update
 from .problems import Problem, State, StepFunction, problem, value_of
+from ..evals.harness import weights_hash
 from ..model.layers import named_key, to_json
 from ..model.transformer import LM
 from ..train.checkpoint import Checkpoints, write_json_atomic
@@ -346,11 +345,6 @@ def claim(
         write_json_atomic(path, new)
 
 # %% ../../nbs/discover/62_ttt.ipynb #c048
-def weight_sum(lm: LM) -> float:  # the base
-    "A number by which a base is recognised."
-    return float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(nnx.state(lm, nnx.Param))))
-
-
 def leaves(state: TrainState) -> dict:
     "Its arrays by number."
     return {f"{i}": x for i, x in enumerate(jax.tree.leaves(state))}
@@ -366,7 +360,7 @@ def keep(
     "A checkpoint, the archive as a file to read, and the adapter for `peft`."
     save(search.archive, folder / "archive.json")
     if cfg.parts.train: write_peft(folder / f"adapters/{search.step}", search.learned.params, cfg.lora, base, cfg.run)
-    about = {"archive": as_json(search.archive), "step": search.step, "time_s": search.time_s, "base": weight_sum(base)}
+    about = {"archive": as_json(search.archive), "step": search.step, "time_s": search.time_s, "base": weights_hash(base)}
     points.save(search.step, {"learned": leaves(search.learned), "search": about})
 
 # %% ../../nbs/discover/62_ttt.ipynb #c049
@@ -379,7 +373,7 @@ def resume(
     if not points.own(): return search
     got = points.restore(template={"learned": leaves(search.learned), "search": None}, repair=True)
     about, arrays = got["search"], [got["learned"][f"{i}"] for i in range(len(got["learned"]))]
-    if about["base"] != weight_sum(base): raise ValueError(f"{points.folder}: the search was started from another base")
+    if about["base"] != weights_hash(base): raise ValueError(f"{points.folder}: the search was started from another base")
     learned = jax.tree.unflatten(jax.tree.structure(search.learned), arrays)
     return Search(archive_of(about["archive"], str(points.folder)), learned, about["step"], about["time_s"])
 
