@@ -8,6 +8,9 @@ BIN    := $(VENV)/bin
 LEAN   := $(VENV)/.lean
 READY  := $(VENV)/.ready
 
+# a fault's test waits for half of its time: one process more than there are processors, four at most
+WAITING := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$(( n < 3 ? n + 1 : 4 )))
+
 # compiled programs are kept between runs; device settings come from the caller
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
@@ -37,7 +40,7 @@ test: $(READY)   ## export, clean, every notebook, every test
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal $(ARGS)
 
 test-faults: $(READY)  ## every fault and attack, the slow ones too
-	$(BIN)/python -m pytest -m faults -n auto --maxprocesses=4 --dist worksteal --durations=10 --ignore tests/test_faults_cost.py $(ARGS)
+	$(BIN)/python -m pytest -m faults -n $(WAITING) --dist worksteal --durations=10 --ignore tests/test_faults_cost.py $(ARGS)
 	$(BIN)/python -m pytest -m faults -s tests/test_faults_cost.py
 
 mutate: $(READY) ## remove one guard after the other: its test has to fail

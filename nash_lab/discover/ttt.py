@@ -360,8 +360,8 @@ def keep(
     "A checkpoint, the archive as a file to read, and the adapter for `peft`."
     save(search.archive, folder / "archive.json")
     if cfg.parts.train: write_peft(folder / f"adapters/{search.step}", search.learned.params, cfg.lora, base, cfg.run)
-    about = {"archive": as_json(search.archive), "step": search.step, "time_s": search.time_s, "base": weights_hash(base)}
-    points.save(search.step, {"learned": leaves(search.learned), "search": about})
+    about = {"archive": as_json(search.archive), "step": search.step, "time_s": search.time_s}
+    points.save(search.step, {"learned": leaves(search.learned), "search": about | {"base": weights_hash(base)}})
 
 # %% ../../nbs/discover/62_ttt.ipynb #c049
 def resume(
@@ -373,7 +373,7 @@ def resume(
     if not points.own(): return search
     got = points.restore(template={"learned": leaves(search.learned), "search": None}, repair=True)
     about, arrays = got["search"], [got["learned"][f"{i}"] for i in range(len(got["learned"]))]
-    if about["base"] != weights_hash(base): raise ValueError(f"{points.folder}: the search was started from another base")
+    if about["base"] != weights_hash(base): raise ValueError(f"{points.folder}: the search began with another base")
     learned = jax.tree.unflatten(jax.tree.structure(search.learned), arrays)
     return Search(archive_of(about["archive"], str(points.folder)), learned, about["step"], about["time_s"])
 

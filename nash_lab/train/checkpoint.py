@@ -104,13 +104,14 @@ def hashed_ahead(
         with suppress(OSError), path.open("rb") as file:
             if _state(os.fstat(file.fileno())) == state: known[state] = _sha256(file)
     def watch():
-        begin = time.monotonic()
-        while not over.wait(max(settled, 10 * (time.monotonic() - begin))):  # a tenth of a processor at most
-            begin = time.monotonic()
+        used = 0.0
+        while not over.wait(max(settled / 2, 10 * used)):  # a tenth of a processor at most
+            now, begin = time.monotonic(), time.thread_time()
             for path, state in _files_of(folder):
-                if state in asked or begin < first.setdefault(state, begin) + settled: continue
+                if state in asked or now < first.setdefault(state, now) + settled: continue
                 asked.add(state)
                 threads.submit(digest, path, state)
+            used = time.thread_time() - begin
     with ThreadPoolExecutor(5) as threads:  # one of them watches
         threads.submit(watch)
         try: yield known
