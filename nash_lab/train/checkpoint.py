@@ -86,11 +86,11 @@ def file_table(
 # %% ../../nbs/train/32_checkpoint.ipynb #c019
 def _files_of(folder: Path):
     "Path and state of every file below `folder`, or below what has its name with a suffix so far."
-    for part in folder.parent.glob(f"{folder.name}*"):
-        for path in part.rglob("*"):
-            with suppress(OSError):  # renamed just now
-                about = path.lstat()
-                if stat.S_ISREG(about.st_mode) and about.st_mtime_ns % 1_000_000: yield path, _state(about)
+    parts = [entry.path for entry in os.scandir(folder.parent) if entry.name.startswith(folder.name)]
+    for path in (os.path.join(at, name) for part in parts for at, _, names in os.walk(part) for name in names):
+        with suppress(OSError):  # renamed just now
+            about = os.lstat(path)
+            if stat.S_ISREG(about.st_mode) and about.st_mtime_ns % 1_000_000: yield path, _state(about)
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c020
 @contextmanager
@@ -101,7 +101,7 @@ def hashed_ahead(
     "Inside, files are hashed as they become complete; yields the dict state -> SHA-256 for `file_table`."
     known, first, asked, over = {}, {}, set(), threading.Event()
     def digest(path, state):
-        with suppress(OSError), path.open("rb") as file:
+        with suppress(OSError), open(path, "rb") as file:
             if _state(os.fstat(file.fileno())) == state: known[state] = _sha256(file)
     def watch():
         used = 0.0
