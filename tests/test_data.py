@@ -1,11 +1,14 @@
 "Tokenizer, corpus and loader from outside: other processes, kills, bounded memory, real files."
 import hashlib, json, os, random, signal, subprocess, sys
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 import numpy as np
 import pytest
 from nash_lab.data.corpus import CorpusConfig, CorpusReport, Document, PackedTokens, documents, pack, stdlib_files
 from nash_lab.data.loader import LoaderConfig, eval_batches, loader
+from nash_lab.data.sources import SourceConfig
+from nash_lab.data.stream import Documents, StreamConfig
 from nash_lab.data.tokenizer import EOS, UNK, Tokenizer, TokenizerConfig, train_tokenizer
 
 SAMPLE = CorpusConfig(max_bytes=400_000)
@@ -103,10 +106,12 @@ def test_a_pipe_or_a_folder_is_no_input(tmp_path):
         cfg = CorpusConfig('text', (str(tmp_path/path),))
         assert str(tmp_path/path) in message(lambda: list(documents(cfg)), FileNotFoundError)
 
-@pytest.mark.parametrize('line, cause', [
+BAD_LINES = pytest.mark.parametrize('line, cause', [
     (b'{"text": "cut', 'not JSON'), (b'{"text": "a"} x', 'not JSON'), (b'{"text": Infinity}', 'not JSON'), (b'[' * 100_000, 'not JSON'),
     (b'{"n": ' + b'9' * 5000 + b'}', 'not JSON'), (b'{"txt": "a"}', 'key missing'), (b'{"text": null}', 'wrong type'), (b'"text"', 'not an object'),
     (b'{"text": "a", "text": "b"}', 'key given twice'), (b'{"text": "\\udfff"}', 'unpaired surrogate'), (b'{"text": "\xc3"}', 'invalid UTF-8')])
+
+@BAD_LINES
 def test_bad_json_lines(tmp_path, line, cause):
     (tmp_path/'rows.jsonl').write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "also"}')
     cfg = dict(source='jsonl', paths=(str(tmp_path/'rows.jsonl'),), holdout=0)
@@ -114,6 +119,19 @@ def test_bad_json_lines(tmp_path, line, cause):
     report = CorpusReport()
     assert [d.text for d in documents(CorpusConfig(**cfg, on_error='skip', max_bad_share=1), report=report)] == ['good', 'also']
     assert report.skipped == {cause: 1} and f'rows.jsonl:2: {cause}' in report.examples[0]
+
+@pytest.mark.parametrize('streaming', [True, False])
+@BAD_LINES
+def test_bad_json_lines_in_a_stream(tmp_path, line, cause, streaming):
+    "Every kind of line costs itself and no other, and the error names its place; a byte that is no UTF-8 makes a line no JSON"
+    (tmp_path/'a.jsonl').write_bytes(b'\xef\xbb\xbf{"text": "first"}\n\n{"text": "good"}\n')
+    (tmp_path/'rows.jsonl').write_bytes(b'{"text": "more"}\n' + line + b'\n{"text": "also"}')
+    cfg = StreamConfig((SourceConfig(str(tmp_path), streaming=streaming),), epochs=1, min_chars=0)
+    cause = {'invalid UTF-8': 'not JSON', 'wrong type': "'text' is NoneType, not str", 'unpaired surrogate': "'text' "}.get(cause, cause)
+    assert f'rows.jsonl:2: {cause}' in message(lambda: list(Documents(cfg)))
+    found = Documents(replace(cfg, on_error='skip', max_bad_share=1))
+    assert [text for _, text in found] == ['first', 'good', 'more', 'also'] and found.counts[0]['not text'] == 1
+    assert f'; the last: {tmp_path}/rows.jsonl:2: {cause}' in message(lambda: list(Documents(replace(cfg, on_error='skip'))))
 
 # ---- packing
 

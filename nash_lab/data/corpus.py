@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STDLIB_SKIP', 'MAX_SOURCES', 'Document', 'CorpusConfig', 'stdlib_files', 'matching_files', 'stamps', 'check_stamps',
-           'BadRecord', 'split_of', 'CorpusReport', 'documents', 'id_dtype', 'PackedMeta', 'pack', 'PackedTokens']
+           'BadRecord', 'json_value', 'split_of', 'CorpusReport', 'documents', 'id_dtype', 'PackedMeta', 'pack',
+           'PackedTokens']
 
 # %% ../../nbs/data/21_corpus.ipynb #c003
 import glob
@@ -166,15 +167,24 @@ def _unique(pairs: list[tuple]) -> dict:
 def _no_constant(name: str): raise BadRecord("not JSON", f"{name} is not a JSON number")
 
 
-def _json_text(line: str, key: str) -> str:
-    "The text of one JSON line; BadRecord for anything but an object with a string under `key`."
+def json_value(
+    line: str,  # of a JSON-lines file
+    key: str,
+) -> Any:
+    "What one JSON line holds under `key`; BadRecord for anything but an object that has the key, once."
     try: row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
     except BadRecord: raise
     except (ValueError, RecursionError) as error: raise BadRecord("not JSON", str(error)) from None
     if not isinstance(row, dict): raise BadRecord("not an object", type(row).__name__)
     if key not in row: raise BadRecord("key missing", f"no {key!r} among {', '.join(map(repr, row)) or 'no keys'}")
-    if not isinstance(row[key], str): raise BadRecord("wrong type", f"{key!r} is {type(row[key]).__name__}, not str")
     return row[key]
+
+
+def _json_text(line: str, key: str) -> str:
+    "The text of one JSON line; BadRecord for anything but a string."
+    value = json_value(line, key)
+    if not isinstance(value, str): raise BadRecord("wrong type", f"{key!r} is {type(value).__name__}, not str")
+    return value
 
 # %% ../../nbs/data/21_corpus.ipynb #c027
 def _text(cfg: CorpusConfig, raw: bytes) -> str:

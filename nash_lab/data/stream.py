@@ -20,11 +20,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from .corpus import CorpusReport, Document, split_of
+from .corpus import BadRecord, CorpusReport, Document, split_of
 from .filters import Filter, Log, restored
 from .loader import as_batch, refuse_other
 from .mixture import Mixture
-from .sources import Source, SourceConfig, fingerprint
+from .sources import Source, SourceConfig, fingerprint, place_of
 from .tokenizer import PAD, HFTokenizer, Tokenizer, utf8
 
 # %% ../../nbs/data/22a_stream.ipynb #c006
@@ -83,6 +83,7 @@ class Documents:
                              similarity=cfg.similarity, window=cfg.window)
         self.counts = [Counter() for _ in cfg.sources]
         self.kept = [-1] * len(cfg.sources)  # the last epoch in which a source gave something
+        self.bad = [""] * len(cfg.sources)   # the last row that was no text: place and reason
         self.entries = bytearray()           # for the log, until somebody takes them
 
     def __iter__(self) -> "Documents": return self
@@ -122,14 +123,16 @@ def judge(
     value: Any,  # what a row holds
 ) -> tuple[str, str, bytes]:  # text (empty: left out), cause, entry for the log
     "What becomes of one row; ValueError names it when it is no text and on_error is 'error'."
-    source, fault = docs.sources[i], ""
-    try: data = utf8(value) if isinstance(value, str) else b""
-    except ValueError as error: fault = str(error)
-    if not isinstance(value, str): fault = f"is {type(value).__name__}, not str"
-    if fault and docs.cfg.on_error == "error":
-        row = docs.counts[i]["rows"]
-        raise ValueError(f"{source.cfg.name}: row {row} in the order of reading: {source.cfg.column!r} {fault}")
-    if fault: return "", "not text", b""
+    source, fault, data = docs.sources[i], "", b""
+    if isinstance(value, BadRecord): fault = str(value)
+    elif not isinstance(value, str): fault = f"{source.cfg.column!r} is {type(value).__name__}, not str"
+    else:
+        try: data = utf8(value)
+        except ValueError as error: fault = f"{source.cfg.column!r} {error}"
+    if fault:
+        docs.bad[i] = f"{place_of(source)}: {fault}"
+        if docs.cfg.on_error == "error": raise ValueError(docs.bad[i])
+        return "", "not text", b""
     if docs.cfg.holdout and split_of(hashlib.sha256(data).digest(), docs.cfg.holdout) != docs.cfg.split:
         return "", "other split", b""
     return docs.filter(value, i, source.epoch)
@@ -147,7 +150,7 @@ def check(
         raise ValueError(f"{name}: a whole pass gave no document ({causes})")
     if (last or counts["rows"] % 1000 == 0) and counts["not text"] > docs.cfg.max_bad_share * counts["rows"]:
         raise ValueError(f"{name}: {counts['not text']} of {counts['rows']} rows are no text, more than "
-                         f"max_bad_share={docs.cfg.max_bad_share:g}")
+                         f"max_bad_share={docs.cfg.max_bad_share:g}" + f"; the last: {docs.bad[i]}" * bool(docs.bad[i]))
 
 # %% ../../nbs/data/22a_stream.ipynb #c017
 def next_text(
