@@ -52,6 +52,8 @@ MUTATIONS = [
     Mutation('data: end of document of the tokenizer', f'{DATA}/corpus.py', '[*ids, tokenizer.eos_id]', '[*ids, EOS]', f'{STREAM}_stream_and_packed_file_give_the_same_batches'),
     Mutation('data: memory of copies in a position', f'{DATA}/stream.py', 'restored(self.filter.memory, log, state["logged"])', 'pass', f'{STREAM}_the_rest_of_the_stream_is_exact_at_every_batch[mask]'),
     Mutation('data: copies of an earlier pass', f'{DATA}/filters.py', 'if owner == here or owner[:2] != here[:2]: return True', 'return True', f'{STREAM}_epochs_are_counted_per_source'),
+    Mutation('data: a byte that is not UTF-8 in a line', f'{DATA}/sources.py', '("\\0", error.end)', '("?", error.end)', 'tests/test_data.py::test_bad_json_lines_in_a_stream'),
+    Mutation('data: a key given twice', f'{DATA}/corpus.py', 'if twice: raise', 'if False: raise', 'tests/test_data.py::test_bad_json_lines'),
     Mutation('data: other stream', f'{DATA}/stream.py', '        refuse_other(self.stream, state)\n', '', f'{STREAM}_a_position_of_another_stream_is_refused'),
     Mutation('sandbox: network', CONFINE, '"network": "socket 41 198 connect 42 203 bind 49 200"', '"network": ""', f'{ATTACK}[2-network]'),
     Mutation('sandbox: reading files', CONFINE, 'if readable is not None: landlock(readable)', 'pass', f'{ATTACK}[2-read_files]'),
