@@ -4,7 +4,10 @@ A line is JSON: config (of the run), modes (names below, with an argument behind
 the pid, and one with the exit code when it has ended. Everything is imported once, before the first fork and before JAX starts a thread."""
 import functools, hashlib, json, os, shutil, signal, sys, threading, time
 from pathlib import Path
+from flax import nnx
+from nash_lab.model.generate import generate
 from nash_lab.model.layers import from_json
+from nash_lab.model.transformer import model_shapes
 from nash_lab.train import checkpoint, config, guard, pretrain, rundir
 
 def say(run): (Path(run)/'here').write_text('here')                    # seen by the test
@@ -49,12 +52,20 @@ def fill(folder, seconds):
             except OSError: pass
     if seconds: threading.Timer(seconds, (folder/'filler').unlink).start()
 
+def generating(cfg, state):
+    "A function that writes eight tokens with the weights of `state`"
+    lm = nnx.merge(model_shapes(cfg.model)[0], state.params)
+    return lambda: generate(lm, [[1, 2, 3]], max_new_tokens=8, temperature=0.0)
+
 def hooks_of(cfg, modes):
     run, n = Path(cfg.run), lambda name: int(modes[name].split(',')[0])
     def hook(record, state):
         step = record['step']
         if 'pause' in modes: time.sleep(float(modes['pause']))
         if 'hook' in modes and step == n('hook'): say(run); forever()
+        if 'generate' in modes and step == n('generate'):
+            write = generating(cfg, state)
+            while True: write(); say(run)
         if 'crash' in modes and step == n('crash'): raise RuntimeError('crash')
         if 'full' in modes and step == n('full'): fill(run.parent, float(modes['full'].split(',')[1]))
         if 'lose' in modes and step == n('lose'): (run/'checkpoints').rename(run/'elsewhere'); (run/'checkpoints').mkdir()

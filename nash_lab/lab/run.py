@@ -128,8 +128,8 @@ def load(
     *,
     tokenizer: str | Path | None = None,  # a `.model` file; the run's own copy if None
 ) -> Model:
-    "The model of a run, every byte of its checkpoint verified. FileNotFoundError or ValueError names the file."
-    lm, config = load_run(run_dir, step)
+    "The model of a run, every byte verified. FileNotFoundError, or ValueError, also for another tokenizer."
+    lm, config = load_run(run_dir, step, tokenizer)
     path = tokenizer or own_tokenizer(run_dir) or config.tokenizer
     if not path: raise ValueError(f"{run_dir}: the run has no tokenizer, expected tokenizer=FILE")
     pieces = load_tokenizer(path)

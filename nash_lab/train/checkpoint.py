@@ -6,8 +6,8 @@
 __all__ = ['MANIFEST', 'LEFTOVER', 'LONGEST', 'NUMBERS', 'write_json_atomic', 'Damaged', 'plain_files', 'file_table',
            'hashed_ahead', 'read_manifest', 'write_manifest', 'verify', 'numbered', 'steps_in', 'set_aside',
            'best_step', 'surplus', 'delete_step', 'clear_leftovers', 'describe', 'check_template', 'Writer',
-           'refuse_packed', 'restore_step', 'restore_newest', 'adopt', 'check_place', 'metric_values', 'prune',
-           'Checkpoints']
+           'refuse_packed', 'check_facts', 'restore_step', 'restore_newest', 'adopt', 'check_place', 'metric_values',
+           'prune', 'Checkpoints']
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c003
 import hashlib
@@ -370,42 +370,59 @@ def refuse_packed(
         if packed or beyond or not plain: raise Damaged(f"{path}: not the description of an array in plain files")
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c063
+def check_facts(
+    manifest: dict,  # of a step
+    facts: dict,  # what the reader knows, by name
+    folder: Path,  # of the step, for the message
+):
+    "Raises ValueError for a fact that the step was saved with otherwise; what it does not name is not checked."
+    for name, value in facts.items():
+        if (saved := manifest.get(name, value)) != value:
+            raise ValueError(f"{folder}: made with another {name}, {str(saved)[:12]}, not {str(value)[:12]}")
+
+# %% ../../nbs/train/32_checkpoint.ipynb #c064
 def restore_step(
     orbax: ocp.AsyncCheckpointer,  # reads the arrays
     folder: Path,  # the folder of all steps
     step: int,  # its number
     template: dict,  # item -> tree of arrays or ShapeDtypeStructs, or None for a JSON item
+    facts: dict | None = None,  # by name, as `Checkpoints.save` kept them
 ) -> dict:  # item -> value
-    "Verifies `step`, then restores the items; FileNotFoundError, Damaged, or ValueError for a template that differs."
+    "Verifies `step`, restores the items; FileNotFoundError, Damaged, ValueError for a template or fact that differs."
     if step not in numbered(folder):
         raise FileNotFoundError(f"{folder}: no checkpoint of step {step}, found {steps_in(folder) or 'none'}")
     source = folder / str(step)
     manifest = verify(source)
     refuse_packed(source)
     if manifest.get("step") != step: raise Damaged(f"{source / MANIFEST}: is of step {manifest.get('step')}")
+    check_facts(manifest, facts or {}, source)
     items = manifest["items"]
     for name, item in template.items(): check_template(items.get(name, {}), describe(item), source / name)
     load = {name: _arrays(item) if items[name] else ocp.args.JsonRestore() for name, item in template.items()}
-    return dict(orbax.restore(source, args=ocp.args.Composite(**load)).items())
+    try: return dict(orbax.restore(source, args=ocp.args.Composite(**load)).items())
+    except OSError: raise
+    except Exception as error:  # files that agree with their manifest, and are not what they should be
+        raise ValueError(f"{source}: cannot be read: {f'{error.__cause__ or error}'.splitlines()[0]}") from error
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c065
+# %% ../../nbs/train/32_checkpoint.ipynb #c066
 def _report(folder: Path, bad: dict, used: int, repair: bool):
     "Says which steps were passed over, and puts them aside if `repair`."
     for step, error in bad.items():
         where = f", moved to {set_aside(folder / str(step)).name}" if repair and is_lead() else ""
         if is_lead(): print(f"{error}; step {used} is used instead{where}", file=sys.stderr)
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c066
+# %% ../../nbs/train/32_checkpoint.ipynb #c067
 def restore_newest(
     orbax: ocp.AsyncCheckpointer,  # reads the arrays
     folder: Path,  # the folder of all steps
     template: dict,  # as for `restore_step`
     repair: bool = False,  # put damaged steps aside; only for the process that owns the folder
+    facts: dict | None = None,  # as for `restore_step`
 ) -> dict:  # item -> value
     "The newest step that verifies; FileNotFoundError when there is none, Damaged when there is none that verifies."
     bad = {}
     for step in reversed(numbered(folder)):
-        try: state = restore_step(orbax, folder, step, template)
+        try: state = restore_step(orbax, folder, step, template, facts)
         except Damaged as error: bad[step] = error
         else:
             _report(folder, bad, step, repair)
@@ -413,7 +430,7 @@ def restore_newest(
     if not bad: raise FileNotFoundError(f"{folder}: no checkpoint, found none")
     raise Damaged(f"{folder}: none of {len(bad)} checkpoints verifies; the newest: {bad[max(bad)]}")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c068
+# %% ../../nbs/train/32_checkpoint.ipynb #c069
 def _place(folder: Path) -> tuple | None:
     "What stays the same of a folder while nobody unmounts or replaces it; None where there is none."
     try: found = folder.stat()
@@ -437,7 +454,7 @@ def check_place(
     if place == _place(folder): return
     raise OSError(f"{folder}: checkpoint not saved: this is not the folder it was, unmounted or replaced")
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c071
+# %% ../../nbs/train/32_checkpoint.ipynb #c072
 def metric_values(
     folder: Path,  # the folder of all steps
     metric: str | None,  # its name
@@ -449,7 +466,7 @@ def metric_values(
         except Damaged: continue
     return values
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c072
+# %% ../../nbs/train/32_checkpoint.ipynb #c073
 def prune(
     folder: Path,  # the folder of all steps
     metric: str | None,  # decides which step is the best
@@ -460,7 +477,7 @@ def prune(
     for step in surplus(metric_values(folder, metric), keep):
         if step != just: delete_step(folder / str(step))
 
-# %% ../../nbs/train/32_checkpoint.ipynb #c073
+# %% ../../nbs/train/32_checkpoint.ipynb #c074
 class Checkpoints:
     "The checkpoints of one folder."
     def __init__(self,
@@ -468,10 +485,11 @@ class Checkpoints:
         *, keep: int = 3,  # newest steps kept
         best: str | None = "val_loss",  # the step with the lowest value of this metric is kept as well
         asynchronous: bool = True,  # save() returns once the arrays are copied off the device
+        facts: dict | None = None,  # kept with every step, as the tokenizer's hash
     ):
         if keep < 1: raise ValueError(f"{keep=}: expected at least 1")
         self.folder, self.keep, self.metric, self.asynchronous = Path(folder).absolute(), keep, best, asynchronous
-        self.writer, self.place = Writer(), None
+        self.writer, self.place, self.facts = Writer(), None, facts or {}
         self.poll, self.wait, self.close = self.writer.poll, self.writer.wait, self.writer.close
 
     def steps(self) -> list[int]:
@@ -502,14 +520,15 @@ class Checkpoints:
         if step in self.steps(): raise ValueError(f"{self.folder / str(step)}: this step is already saved")
         if self.place: check_place(self.folder, self.place)
         after = partial(prune, self.folder, self.metric, self.keep, step)
-        self.writer.write(self.folder / str(step), state, {"step": step, "metrics": metrics or {}}, after)
+        self.writer.write(self.folder / str(step), state, {"step": step, "metrics": metrics or {}} | self.facts, after)
         if not self.asynchronous: self.wait()
 
     def restore(self,
         step: int | None = None,  # the newest that verifies if None
         *, template: dict,  # item -> tree of arrays or ShapeDtypeStructs, None for a JSON item
         repair: bool = False,  # put damaged steps aside; only for the process that owns the folder
+        facts: dict | None = None,  # what was kept with the step otherwise is refused
     ) -> dict:  # item -> value
         "The items of `template`; raises as `restore_step`, and Damaged when there are steps but none that verifies."
-        if step is not None: return restore_step(self.writer.orbax, self.folder, step, template)
-        return restore_newest(self.writer.orbax, self.folder, template, repair)
+        if step is not None: return restore_step(self.writer.orbax, self.folder, step, template, facts)
+        return restore_newest(self.writer.orbax, self.folder, template, repair, facts)

@@ -31,7 +31,8 @@ from ..data.loader import eval_batches
 from ..model.layers import named_key, to_json
 from ..model.transformer import LM, flops_per_token, model_shapes
 from .checkpoint import Checkpoints, write_json_atomic
-from .config import TrainConfig, claim, copy_tokenizer, record_changes, saved_config
+from .config import (
+    TrainConfig, claim, copy_tokenizer, own_tokenizer, record_changes, saved_config, tokenizer_facts)
 from .feed import joined_position, open_data
 from .guard import Guard, Ledger, NonFinite, Seen, Stopped, goodput, last_good, run_lock
 from .moments import ema_params
@@ -106,7 +107,8 @@ def start(
 # %% ../../nbs/train/33_pretrain.ipynb #c016
 def _restored(cfg, graphdef, shapes, batches, val, checkpoints, mesh, key):
     "The job of the newest checkpoint."
-    got = checkpoints.restore(repair=True, template={
+    known = {} if cfg.allow_changes else checkpoints.facts
+    got = checkpoints.restore(repair=True, facts=known, template={
         "model": shapes.params, "optimizer": shapes.opt_state, "rng": {"key": jax.random.key_data(key)},
         "data": None, "counters": None})
     made, skipped, time_s = (got["counters"][name] for name in ("step", "skipped", "time_s"))
@@ -401,8 +403,8 @@ def _pretrain(cfg, run, hooks, guard):
     "`pretrain` inside its guard."
     mesh = make_mesh(cfg.mesh)
     batches, val = open_data(cfg, mesh)
-    lock = run_lock(run) if is_lead() else nullcontext()
-    with lock, closing(Checkpoints(run / "checkpoints", keep=cfg.keep)) as points:
+    lock, facts = run_lock(run) if is_lead() else nullcontext(), tokenizer_facts(cfg.tokenizer)
+    with lock, closing(Checkpoints(run / "checkpoints", keep=cfg.keep, facts=facts)) as points:
         changes = every_process(claim(cfg, run) if is_lead() else [])[0]  # the others wait here for the lead
         if points.latest() == cfg.steps and not changes and result(run).step == cfg.steps: return result(run)
         job = start(cfg, batches, val, points, mesh)
@@ -428,13 +430,15 @@ def _pretrain(cfg, run, hooks, guard):
 def load_run(
     run: str | Path,  # run directory
     step: int | None = None,  # a saved step; the newest if None
+    tokenizer: str | Path | None = None,  # to be used with it; the run's own copy if None
 ) -> tuple[LM, TrainConfig]:
-    "Model and config of a run, every byte verified; FileNotFoundError or ValueError when it cannot be read."
-    cfg = saved_config(Path(run))
+    "Model and config of a run, every byte verified; FileNotFoundError, or ValueError, also for another tokenizer."
+    cfg, facts = saved_config(Path(run)), tokenizer_facts(tokenizer or own_tokenizer(run))
     graphdef, shapes = model_shapes(cfg.model)
     template = {"model": shapes}
     if cfg.optim.ema: template["optimizer"] = jax.eval_shape(optimizer(cfg.optim, cfg.steps).init, template["model"])
-    with closing(Checkpoints(Path(run) / "checkpoints")) as points: state = points.restore(step, template=template)
+    points = Checkpoints(Path(run) / "checkpoints")
+    with closing(points): state = points.restore(step, template=template, facts=facts)
     return nnx.merge(graphdef, kept_weights(state["model"], state.get("optimizer"))), cfg
 
 # %% ../../nbs/train/33_pretrain.ipynb #c046
@@ -453,8 +457,8 @@ def write_run(
     notes: dict[str, Any] | None = None,  # file name -> JSON of where the weights come from
 ) -> Path:
     "A run that `load_run` opens; ValueError when there is one already, OSError when it cannot be written."
-    run = fresh_run(run)
-    with run_lock(run), closing(Checkpoints(run / "checkpoints", asynchronous=False)) as points:
+    run, facts = fresh_run(run), tokenizer_facts(tokenizer)
+    with run_lock(run), closing(Checkpoints(run / "checkpoints", asynchronous=False, facts=facts)) as points:
         points.save(step, {"model": nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
         if tokenizer: copy_tokenizer(Path(tokenizer), run)
         for name, note in (notes or {}).items(): write_json_atomic(run / name, note)
