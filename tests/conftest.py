@@ -1,5 +1,5 @@
 "Settings every test runs under, set before jax is imported; subprocesses inherit them."
-import gc, os, sys
+import gc, os, re, sys
 from pathlib import Path
 import pytest
 
@@ -13,6 +13,14 @@ if 'xla_' not in (flags := os.environ.get('XLA_FLAGS', '')):
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT/'.jax_cache'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 sys.path.insert(0, str(ROOT/'tools'))
+
+NAMED = set(re.findall(r'`(tests/\w+\.py::\w+)', (ROOT/'docs/FAULTS.md').read_text()))
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Whatever the page of faults names is one of `make test-faults`, wherever it stands"
+    for item in items:
+        if item.nodeid.split('[')[0] in NAMED: item.add_marker('faults')
 
 @pytest.fixture(scope='session')
 def root() -> Path: return ROOT

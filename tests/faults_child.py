@@ -2,7 +2,7 @@
 
 A line is JSON: config (of the run), modes (names below, with an argument behind a colon), err (file for stderr). What comes back is a line with
 the pid, and one with the exit code when it has ended. Everything is imported once, before the first fork and before JAX starts a thread."""
-import functools, hashlib, json, os, shutil, signal, sys, threading, time
+import functools, hashlib, json, os, resource, shutil, signal, sys, threading, time
 from pathlib import Path
 from flax import nnx
 from nash_lab.model.generate import generate
@@ -52,6 +52,13 @@ def fill(folder, seconds):
             except OSError: pass
     if seconds: threading.Timer(seconds, (folder/'filler').unlink).start()
 
+def limit(kind, value): resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+def starve():
+    "What the next batch needs is more than this process may have"
+    limit(resource.RLIMIT_AS, int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize() + (64 << 20))
+    bytes(1 << 30)
+
 def generating(cfg, state):
     "A function that writes eight tokens with the weights of `state`"
     lm = nnx.merge(model_shapes(cfg.model)[0], state.params)
@@ -68,6 +75,8 @@ def hooks_of(cfg, modes):
             while True: write(); say(run)
         if 'crash' in modes and step == n('crash'): raise RuntimeError('crash')
         if 'full' in modes and step == n('full'): fill(run.parent, float(modes['full'].split(',')[1]))
+        if 'longest' in modes and step == n('longest'): limit(resource.RLIMIT_FSIZE, (run/'metrics.jsonl').stat().st_size)
+        if 'vanish' in modes and step == n('vanish'): run.rename(run.parent/'elsewhere')
         if 'lose' in modes and step == n('lose'): (run/'checkpoints').rename(run/'elsewhere'); (run/'checkpoints').mkdir()
         if 'block' in modes and step == n('block'): (run/'checkpoints').rename(run/'elsewhere'); (run/'checkpoints').write_text('')
     return [hook]
@@ -80,6 +89,8 @@ def prepare(cfg, modes):
     if 'grace' in modes: pretrain.Guard = functools.partial(guard.Guard, grace_s=float(modes['grace']))
     if 'compile' in modes: in_call(pretrain, 'compile_step', run, 1, deep if modes['compile'] == 'deep' else forever)
     if 'data' in modes: at_step(run, int(modes['data']), forever)
+    if 'memory' in modes: at_step(run, int(modes['memory']), starve)
+    if 'longest' in modes: signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if 'step' in modes: in_step(run, int(modes['step']), lambda: time.sleep(1))
     if 'hang' in modes: in_step(run, int(modes['hang']), deep)
     if 'eval' in modes: in_call(pretrain, 'evaluate_loss', run, int(modes['eval']), forever)

@@ -1,5 +1,5 @@
 "Checks that need eight devices: `python parallel_checks.py NAME [FOLDER]` runs one of them in a process of its own and prints what it found as JSON."
-import hashlib, json, sys
+import hashlib, json, shutil, sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from nash_lab.train.guard import Stopped
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.parallel import (RULES, MeshConfig, cache_specs, data_shard, init_sharded, make_mesh, param_specs, place_rows, put_batch, replicate,
                                      shard_step, state_shardings)
+from nash_lab.train import pretrain as training
 from nash_lab.train.pretrain import pretrain
 from nash_lab.train.rundir import read_metrics
 from nash_lab.train.step import fresh_state, make_train_step
@@ -118,23 +119,28 @@ def checkpoints(folder):
 
 
 def pretraining(folder):
-    "losses of a run on one device, and of one that is stopped on a mesh and continued on another"
+    "losses of a run on one device, and of one that is stopped on eight devices and continued on one, two and eight"
     data, file = packed(), Path(folder) / "train.bin"
     data.tokens.tofile(file)
     meta = replace(data.meta, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
     file.with_name("train.bin.json").write_text(json.dumps(to_json(meta)))
-    def run(name, mesh, until=None):
+    def run(name, mesh, until=None, devices=8):
+        training.make_mesh = lambda cfg: make_mesh(cfg, jax.devices()[:devices])
         def stop(record, state):
             if record["step"] == until: raise KeyboardInterrupt
         cfg = TrainConfig(run=f"{folder}/{name}", train_bin=str(file), val_bin="", tokenizer="", steps=4, log_every=1, mesh=mesh, optim=OptimConfig(warmup_steps=1),
                           model=ModelConfig.tiny(**KINDS["plain"]), loader=LoaderConfig(seq_len=16, batch_size=16, prefetch=0))
         try: pretrain(cfg, hooks=[stop])
         except Stopped: assert until
-        return {r["step"]: r["loss"] for r in read_metrics(Path(folder) / name / "metrics.jsonl") if "loss" in r}
+        return {r["step"]: r["loss"] for r in read_metrics(Path(folder) / str(name) / "metrics.jsonl") if "loss" in r}
     one, half = run("one", MeshConfig()), run("moved", MeshConfig(data=2, fsdp=2, tp=2), until=2)
-    moved = run("moved", MeshConfig(fsdp=8))
-    assert [*half] == [1, 2] and [*moved] == [1, 2, 3, 4] and {step: moved[step] for step in half} == half
-    return {"one": [*one.values()], "moved": [*moved.values()]}
+    found = {"one": [*one.values()]}
+    for devices, mesh in {1: MeshConfig(), 2: MeshConfig(data=2), 8: MeshConfig(fsdp=8)}.items():
+        shutil.copytree(f"{folder}/moved", f"{folder}/{devices}")
+        moved = run(devices, mesh, devices=devices)
+        assert [*half] == [1, 2] and [*moved] == [1, 2, 3, 4] and {step: moved[step] for step in half} == half
+        found[devices] = [*moved.values()]
+    return found
 
 
 def order(*_):

@@ -19,7 +19,7 @@ from nash_lab.train.checkpoint import Checkpoints, Damaged, hashed_ahead, number
 from nash_lab.train.config import TrainConfig
 from nash_lab.train.guard import HUNG, NONFINITE, STOPPED, NonFinite, Stopped
 from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.pretrain import pretrain
+from nash_lab.train.pretrain import load_run, pretrain
 from nash_lab.train.rundir import MetricsLog, read_metrics
 
 pytestmark = pytest.mark.faults
@@ -203,6 +203,23 @@ def test_signal_saves_that_step(cfg, oracle, nursery, tmp_path, case):
     else: assert saved == step and last in (step, step - 1, 0)
     assert 'the same command continues' in nursery.said()
     survives(run, oracle)
+
+@slow
+def test_the_command_line_says_how_it_ended(cfg, tmp_path):
+    "The exit code that the page of faults names, twice, and a step further each time"
+    flags = dict(run=tmp_path/'run', train_bin=cfg.train_bin, val_bin=cfg.val_bin, tokenizer=cfg.tokenizer, preset='tiny', steps=100_000, log_every=1, eval_every=100_000, checkpoint_every=100_000)
+    flags |= {'model.vocab-size': 400, 'loader.seq-len': 16, 'loader.batch-size': 8}
+    command = ['-c', 'import sys; from nash_lab.lab.cli import main; sys.exit(main())', 'pretrain', *(str(o) for k, v in flags.items() for o in (f'--{k.replace("_", "-")}', v))]
+    steps, reached = tmp_path/'run/metrics.jsonl', 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        child = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        end = time.monotonic() + 50
+        while not (steps.exists() and (rows := read_metrics(steps)) and rows[-1]['step'] > reached + 3): assert child.poll() is None and time.monotonic() < end and not time.sleep(.05)
+        child.send_signal(number)
+        said = child.communicate(timeout=25)[1].splitlines()
+        assert child.returncode == STOPPED and said[-1].endswith(f'stopped at step {(now := steps_in(tmp_path/"run/checkpoints")[-1])}, saved; the same command continues'), said
+        assert now > reached
+        reached = now
 
 # -- 3: stop and go on, often
 
@@ -401,18 +418,33 @@ def test_file_in_the_place_of_a_folder(cfg, tmp_path, where):
     with pytest.raises((OSError, ValueError)) as error: pretrain(replace(cfg, run=str(run)))
     assert len(str(error.value).splitlines()) == 1 and str(tmp_path/'parent') in str(error.value) and not (run/'metrics.jsonl').exists()
 
-@pytest.mark.parametrize('how', [pytest.param('lose', marks=slow), 'block'])
+@pytest.mark.parametrize('how', [pytest.param('lose', marks=slow), 'block', 'vanish'])
 def test_directory_gone_midway(cfg, oracle, nursery, tmp_path, how):
-    "Another folder, or a file, where the checkpoints were: three attempts, one clear end; put back, the run goes on"
-    run = replace(cfg, run=str(tmp_path/'run'))
+    "Another folder, a file or nothing where the checkpoints were: three attempts, one clear end, nothing written elsewhere; put back, the run goes on"
+    run = replace(cfg, run=str(tmp_path/'new/run'))                             # neither is there before
     nursery.start(run, **{how: 9})
     assert nursery.end() == 1
     said = nursery.said().splitlines()
-    assert said[-1].startswith('OSError: ') and 'checkpoint not saved' in said[-1] and sum('trying again' in o for o in said) >= 2
-    points = tmp_path/'run/checkpoints'
-    assert points.is_file() or not list(points.iterdir())
-    points.unlink() if points.is_file() else points.rmdir()
-    (tmp_path/'run/elsewhere').rename(points)
+    assert said[-1].startswith('OSError: ') and ' not saved' in said[-1] and sum('trying again' in o for o in said) >= 2
+    points = tmp_path/'new/run/checkpoints'
+    if how == 'vanish':
+        assert not [p for p in points.parent.rglob('*') if p.is_file()]
+        shutil.rmtree(points.parent, ignore_errors=True)
+        (tmp_path/'new/elsewhere').rename(points.parent)
+    else:
+        assert points.is_file() or not list(points.iterdir())
+        points.unlink() if points.is_file() else points.rmdir()
+        (tmp_path/'new/run/elsewhere').rename(points)
+    survives(run, oracle)
+
+def test_log_that_is_full(cfg, oracle, nursery, tmp_path):
+    "No byte more fits into metrics.jsonl, while there is room for everything else: three attempts, one line, and with room the run goes on"
+    run = replace(cfg, run=str(tmp_path/'run'), checkpoint_every=4, eval_every=20)
+    with pytest.raises(Stopped): pretrain(run, hooks=[stop_at(4)])
+    nursery.start(replace(run, checkpoint_every=60), longest=9)
+    assert nursery.end() == 1
+    assert nursery.said().splitlines()[-1].startswith('OSError: ') and 'metrics.jsonl: line not written: File too large' in nursery.said()
+    assert read_metrics(tmp_path/'run/metrics.jsonl')[-1]['step'] == 9 and steps_in(tmp_path/'run/checkpoints')[-1] == 4
     survives(run, oracle)
 
 # -- 8: not a number
@@ -638,15 +670,23 @@ def test_trackers_without_an_answer(tmp_path, when):
     assert took - alone < 5 and dict(deaf='does not answer', later='is left out', midway='finishing run')[when] in said, (alone, took, said)
 
 @slow
-def test_training_beside_a_deaf_tracker(cfg, tmp_path):
-    "Every line is in the run's own log"
+@pytest.mark.parametrize('where', ['deaf', 'no network'])
+def test_training_beside_a_tracker_out_of_reach(cfg, tmp_path, where):
+    "A server that accepts and never answers, or no network at all: training ends at most 5 s later than without a tracker, and every line is in the run's own log"
     pytest.importorskip('wandb')
+    alone = ['unshare', '--net'] if where == 'no network' else []
+    if alone and (not shutil.which('unshare') or subprocess.run([*alone, 'true'], capture_output=True).returncode): pytest.skip('no network namespaces for this user')
+    def seconds(name, env, **settings):
+        job, begin = dict(config=to_json(replace(cfg, run=str(tmp_path/name), steps=20, **settings)), modes={}), time.monotonic()
+        r = subprocess.run([*alone, sys.executable, faults_child.__file__, json.dumps(job)], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=100, env=os.environ | env)
+        assert r.returncode == 0, r.stderr
+        assert [row['step'] for row in read_metrics(tmp_path/name/'metrics.jsonl')] == list(range(21))
+        return time.monotonic() - begin, r.stderr
     with socket.create_server(('127.0.0.1', 0)) as server:
-        job = dict(config=to_json(replace(cfg, run=str(tmp_path/'run'), trackers=('wandb',), steps=20)), modes={})
-        env = os.environ | dict(WANDB_MODE='online', WANDB_API_KEY='0' * 40, WANDB_BASE_URL=f'http://127.0.0.1:{server.getsockname()[1]}')
-        r = subprocess.run([sys.executable, faults_child.__file__, json.dumps(job)], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=100, env=env)
-    assert r.returncode == 0 and 'tracker wandb' in r.stderr, r.stderr
-    assert [row['step'] for row in read_metrics(tmp_path/'run/metrics.jsonl')] == list(range(21))
+        online = dict(WANDB_MODE='online', WANDB_API_KEY='0' * 40)
+        if not alone: online['WANDB_BASE_URL'] = f'http://127.0.0.1:{server.getsockname()[1]}'
+        without, (took, said) = seconds('without', {})[0], seconds('with', online, trackers=('wandb',))
+    assert took - without < 5 and 'tracker wandb' in said, (without, took, said)
 
 # -- 20 to 22: two of them, clocks, another config
 
@@ -687,6 +727,24 @@ def test_changed_config(cfg, tmp_path):
     recorded = json.loads((tmp_path/'run/changes.jsonl').read_text())
     assert recorded['step'] == 4 and 'steps: 60 -> 8' in recorded['changes'] and any('the new data is read from its beginning' in o for o in recorded['changes'])
 
+def test_another_tokenizer(cfg, shakespeare, tmp_path):
+    "Trained and packed anew under the same names: refused, unless changes are allowed. Exchanged within the run: refused by whoever loads it"
+    copied = {field: shutil.copy(getattr(cfg, field), tmp_path) for field in ('train_bin', 'val_bin', 'tokenizer')}
+    for field in ('train_bin', 'val_bin'): shutil.copy(getattr(cfg, field) + '.json', tmp_path)
+    run, own = replace(cfg, run=str(tmp_path/'run'), eval_every=100, **copied), tmp_path/'run/tokenizer.model'
+    with pytest.raises(Stopped): pretrain(run, hooks=[stop_at(4)])
+    other = train_tokenizer([shakespeare[::-1]], copied['tokenizer'], TokenizerConfig(vocab_size=400))
+    for split, field in (('train', 'train_bin'), ('validation', 'val_bin')): pack([Document(shakespeare[i:i + 300], f'{i}') for i in range(0, 9000, 300)], other, copied[field], split=split)
+    with pytest.raises(ValueError, match='checkpoints/4: made with another tokenizer'): pretrain(run)
+    with pytest.raises(ValueError, match='tokenizer: .* -> .*elsewhere'): pretrain(replace(run, tokenizer=shutil.copy(copied['tokenizer'], tmp_path/'elsewhere.model')))
+    assert load_run(run.run)[1] == run
+    first = own.read_bytes()
+    own.write_bytes(Path(copied['tokenizer']).read_bytes())
+    with pytest.raises(ValueError, match='checkpoints/4: made with another tokenizer'): load_run(run.run)
+    own.write_bytes(first)
+    assert pretrain(replace(run, steps=6, allow_changes=True)).step == 6
+    assert own.read_bytes() == Path(copied['tokenizer']).read_bytes() and load_run(run.run)[1].steps == 6
+
 @slow
 def test_config_of_an_older_version(cfg, oracle, tmp_path):
     "Fields that did not exist then have their defaults, and the run goes on"
@@ -709,6 +767,27 @@ def test_hang_is_ended_and_explained(cfg, oracle, nursery, tmp_path):
     assert time.monotonic() - begin < 10
     for text in (nursery.said(), (tmp_path/'run/stacks.txt').read_text()): assert 'thread MainThread' in text and 'pbkdf2' in text
     assert 'step did not end in 2 s' in nursery.said()
+    survives(run, oracle)
+
+def test_reading_fails_inside_a_run(cfg, oracle, tmp_path):
+    "In the thread that reads ahead: the error comes out within ten seconds, and the checkpoints are whole"
+    run, real, calls = replace(cfg, run=str(tmp_path/'run')), PackedTokens.check, []
+    def failing(self):
+        calls.append(time.monotonic())
+        if len(calls) == 25: raise OSError(5, 'Input/output error')
+        return real(self)
+    with mock.patch.object(PackedTokens, 'check', failing), pytest.raises(OSError, match='Input/output error'): pretrain(run)
+    assert time.monotonic() - calls[24] < 10 and 0 < steps_in(tmp_path/'run/checkpoints')[-1] <= 25
+    survives(run, oracle)
+
+def test_no_memory_inside_a_run(cfg, oracle, nursery, tmp_path):
+    "A limit for the process, and a batch that does not fit: it ends within ten seconds, and the checkpoints are whole"
+    run = replace(cfg, run=str(tmp_path/'run'))
+    nursery.start(run, memory=9)
+    nursery.here()
+    begin = time.monotonic()
+    assert nursery.end() == 1 and 'MemoryError' in nursery.said()
+    assert time.monotonic() - begin < 10
     survives(run, oracle)
 
 def test_line_cut_at_every_byte(tmp_path):
@@ -802,16 +881,20 @@ def test_drive_that_copies_instead_of_renaming(three, tmp_path, capsys):
 
 @slow
 def test_no_secret_is_written(cfg, tmp_path):
-    "Neither values of the environment nor the home directory, in checkpoints, logs, reports of a hang or messages"
+    "Neither values of the environment nor the home directory, where program, data and run lie, in checkpoints, logs, reports of a hang or messages"
     home = tmp_path/'home-27182818'
     home.mkdir()
+    program = shutil.copy(faults_child.__file__, home)
+    names = {field: Path(shutil.copy(getattr(cfg, field), home)).name for field in ('train_bin', 'val_bin', 'tokenizer')}
+    for field in ('train_bin', 'val_bin'): shutil.copy(getattr(cfg, field) + '.json', home)
     env = os.environ | dict(HOME=str(home), HF_TOKEN='token-31415926', WANDB_API_KEY='key-14142135')
     outputs = ''
     for i, modes in enumerate((dict(crash='5'), dict(hang='5'), dict(data='5'))):
-        run = replace(cfg, run=str(tmp_path/f'run{i}'), watchdog_s=3.)
-        r = subprocess.run([sys.executable, faults_child.__file__, json.dumps(dict(config=to_json(run), modes=modes))], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, env=env)
+        run = replace(cfg, run=f'run{i}', watchdog_s=3., **names)
+        r = subprocess.run([sys.executable, program, json.dumps(dict(config=to_json(run), modes=modes))], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, env=env, cwd=home)
         assert r.returncode == (1 if 'crash' in modes else HUNG), r.stderr
+        if 'crash' not in modes: assert '~/faults_child.py' in r.stderr, 'the stacks name no file in the home directory'
         outputs += r.stdout + r.stderr
-        for path in Path(run.run).rglob('*'):
+        for path in (home/run.run).rglob('*'):
             if path.is_file(): outputs += path.read_bytes().decode('latin-1')
-    for secret in ('home-27182818', 'token-31415926', 'key-14142135'): assert secret not in outputs, secret
+    for secret in ('home-27182818', 'token-31415926', 'key-14142135'): assert secret not in outputs, outputs[max(0, outputs.index(secret) - 500):][:1000]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ('nash_lab', 'tests', 'tools', 'nbs', 'pyproject.toml', 'settings.ini')
+COPIED = ('nash_lab', 'tests', 'tools', 'nbs', 'docs', 'pyproject.toml', 'settings.ini')
 LIMIT = 300   # seconds for one test
 
 

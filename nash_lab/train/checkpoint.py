@@ -278,6 +278,11 @@ def _cleaned(target: Path):
         raise OSError(f"{target}: checkpoint not saved: {type(error).__name__}: {reason}") from error
 
 # %% ../../nbs/train/32_checkpoint.ipynb #c052
+def _empty_marks(partial: Path):
+    "Empties Orbax's notes of success: that they are there is what counts, and they name the home directory."
+    for place in (partial, *partial.iterdir()):
+        if (mark := place / "commit_success.txt").exists(): mark.write_bytes(b"")
+
 def _publish(partial: Path, target: Path):
     "Gives a whole folder its final name."
     if os.path.lexists(target): set_aside(target)
@@ -325,6 +330,7 @@ class Writer:
         with _cleaned(target):
             with hashed_ahead(partial) if alone else nullcontext() as known: self.orbax.wait_until_finished()
             if not is_lead(): return  # each process has written its parts, one of them says that they are whole
+            _empty_marks(partial)
             write_manifest(partial, body, known)
             _publish(partial, target)
         after()

@@ -145,9 +145,6 @@ def save(
         raise NonFinite(f"{run}: the parameters of step {job.step} are not finite; not saved, "
                         f"the newest checkpoint is of step {job.checkpoints.latest()}")
     job.ledger.enter(job.ledger.phase)  # up to now
-    try:
-        if is_lead(): write_json_atomic(run / "goodput.json", goodput(job.ledger.seconds, at.step, at.skipped))
-    except OSError as error: raise OSError(f"{run}: step {at.step} not saved: {error.strerror or error}") from None
     due = plain(job.due) if at.step == job.step else None
     counters = {"step": at.step, "skipped": at.skipped, "time_s": job.time_s, "due": due,
                 "seconds": dict(job.ledger.seconds)}
@@ -155,6 +152,7 @@ def save(
              "data": joined_position(every_process(at.position())), "counters": counters}
     record = job.record if job.record.get("step") == at.step else {}
     job.checkpoints.save(at.step, items, {k: record[k] for k in ("val_loss", "val_bpb") if k in record})
+    if is_lead(): write_json_atomic(run / "goodput.json", goodput(job.ledger.seconds, at.step, at.skipped))
 
 # %% ../../nbs/train/33_pretrain.ipynb #c021
 def save_now(
