@@ -26,6 +26,7 @@ def control_group(name):
                 folder = Path('/sys/fs/cgroup', kind, path.lstrip('/'), name)
                 try:
                     folder.mkdir()
+                    if not (folder/'cgroup.procs').exists(): folder.rmdir(); continue   # a plain folder: the place holds the mounts of version 1
                     made.append(folder)
                     for file, value in limits.items(): (folder/file).write_text(str(value))
                 except OSError:
@@ -57,8 +58,7 @@ def attack(level, name):
 def slow(level, name): return name not in QUICK or level in ('1', '3u')
 
 @pytest.mark.faults
-@pytest.mark.parametrize('level,name', [pytest.param(level, name, marks=pytest.mark.slow if slow(level, name) else ()) for name in ATTACKS for level in LEVELS
-                                        if name != 'sequential' or level in '32'])
+@pytest.mark.parametrize('level,name', [pytest.param(level, name, marks=pytest.mark.slow if slow(level, name) else ()) for name in ATTACKS for level in LEVELS])
 def test_attack(namespaces, level, name): assert attack(level, name) == []
 
 def test_suite_refuses_to_start_unconfined():

@@ -184,6 +184,35 @@ def test_copies_can_be_worth_nothing():
     assert paid[0] == paid[3] > paid[4] and unpaid[0] == unpaid[4] < unpaid[3]
 
 
+class Shaky(StringMatch):
+    "Loses what its judge cannot judge: no sandbox for answers that begin with f, a reward that is no number for those that begin with e"
+    def transition(self, state, action):
+        if action.startswith('f'): raise OSError('no sandbox')
+        return super().transition(state, action)
+    def reward(self, state): return math.nan if str(state.solution).startswith('e') else super().reward(state)
+
+
+def test_lost_answers_are_counted_and_never_averaged(base):
+    task = Shaky(TASK.target, prompt=TASK.prompt)
+    lost = [ttt.judge_or_lose(task, State(), text) for text in ('fe', 'ee')]
+    assert [(a.lost, a.reward, a.state.solution) for a in lost] == [(True, 0.0, None)] * 2 and ['no sandbox' in lost[0].state.note, 'nan' in lost[1].state.note] == [True, True]
+    sound = [ttt.judge(TASK, State(), text) for text in ('ae', 'fa', 'fe', 'zz', 'ge')]
+    for n in range(3, 6):
+        gained, beta = ttt.group_advantages([lost[0], *sound[:n], lost[1]], CFG)
+        assert gained[0] == gained[-1] == 0
+        np.testing.assert_array_equal(gained[1:-1], ttt.group_advantages(sound[:n], CFG)[0] if n > 3 else np.zeros(3))
+    with pytest.raises(OSError): ttt.judge(task, State(), 'fe')
+    search = ttt.begin(task, base, CFG)
+    record, rows = ttt.play(task, base, WORDS, search, CFG)
+    gone = [row for row in rows if row['completion'].startswith('f') or row['completion'].strip().startswith('e')]
+    assert gone and record['lost'] == len(gone) and not any(row['advantage'] or row['state'] for row in gone)
+    assert record['mean_reward'] == pytest.approx(np.mean([row['reward'] for row in rows if row not in gone]))
+    assert record['failures']['OSError'] + record['failures']['Reward'] == len(gone) and sum(record['failures'].values()) == sum(not row['valid'] for row in rows)
+    def broken(state, action): raise OSError('no sandbox')
+    object.__setattr__(task, 'transition', broken)
+    with pytest.raises(OSError, match='no answer of round 2 could be judged: OSError: no sandbox'): ttt.play(task, base, WORDS, search, CFG)
+
+
 @pytest.mark.parametrize('wrong', [dict(arm='half'), dict(rollouts=3), dict(options='[]'), dict(options='{'), dict(accumulate=5), dict(kl_weight=math.nan), dict(think_tokens=4), dict(steps=0)])
 def test_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=f"DiscoverConfig.{next(iter(wrong))}"): replace(CFG, **wrong)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['LN2', 'STEEPEST', 'ESTIMATORS', 'ARMS', 'FREE', 'tilt_kl', 'group_rewards', 'solve_beta', 'entropic_advantages',
-           'expected_advantages', 'adaptive', 'Arm', 'check_settings', 'DiscoverConfig', 'Attempt', 'judge', 'value_in',
-           'group_advantages', 'Search', 'begin', 'choose_parents', 'best_node', 'round_metrics', 'attempt_row',
-           'learn', 'play', 'claim', 'leaves', 'keep', 'resume', 'DiscoverResult', 'summary', 'run_rounds', 'discover',
-           'discover_run']
+           'expected_advantages', 'adaptive', 'Arm', 'check_settings', 'DiscoverConfig', 'Attempt', 'judge',
+           'judge_or_lose', 'value_in', 'group_advantages', 'Search', 'begin', 'choose_parents', 'best_node',
+           'failures', 'round_metrics', 'attempt_row', 'learn', 'play', 'claim', 'leaves', 'keep', 'resume',
+           'DiscoverResult', 'summary', 'run_rounds', 'discover', 'discover_run']
 
 # %% ../../nbs/discover/62_ttt.ipynb #c003
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -189,6 +190,7 @@ class Attempt(NamedTuple):
     state: State
     reward: float  # recomputed from the state
     copy: bool     # the parent's solution again
+    lost: bool = False  # its judge failed, so nobody can say what it is worth
 
 
 def judge(
@@ -199,7 +201,19 @@ def judge(
     "What an answer is worth."
     state = problem.transition(parent, text)
     copy = state.solution is not None and solution_key(state.solution) == solution_key(parent.solution)
-    return Attempt(text, state, float(problem.reward(state)), copy)
+    if math.isfinite(reward := float(problem.reward(state))): return Attempt(text, state, reward, copy)
+    return Attempt(text, State(None, f"Reward: {reward} is not a finite number"), 0.0, False, lost=True)
+
+
+def judge_or_lose(
+    problem: Problem,  # verifies
+    parent: State,  # that was asked about
+    text: str,      # the answer
+) -> Attempt:
+    "`judge`; lost when the judge itself cannot work, as a sandbox that does not start."
+    try: return judge(problem, parent, text)
+    except OSError as error: note = f"{type(error).__name__}: {error}"[:500]
+    return Attempt(text, State(None, note), 0.0, False, lost=True)
 
 # %% ../../nbs/discover/62_ttt.ipynb #c031
 def value_in(
@@ -215,8 +229,12 @@ def group_advantages(
     group: Sequence[Attempt],  # judged answers of one start state
     cfg: DiscoverConfig,  # settings
 ) -> tuple[Float[np.ndarray, "n"], float]:
-    "Advantage of each answer of one group, and beta."
-    return ESTIMATORS[cfg.parts.estimator](np.array([a.reward * (cfg.copies_earn or not a.copy) for a in group]))
+    "Advantage of each answer of one group, and beta; 0 for lost answers, and for all where fewer than 4 are left."
+    kept, gained = np.array([not a.lost for a in group]), np.zeros(len(group))
+    if kept.sum() < 4: return gained, 0.0
+    rewards = np.array([a.reward * (cfg.copies_earn or not a.copy) for a in group])
+    gained[kept], beta = ESTIMATORS[cfg.parts.estimator](rewards[kept])
+    return gained, beta
 
 # %% ../../nbs/discover/62_ttt.ipynb #c035
 @dataclass
@@ -255,21 +273,31 @@ def best_node(archive: Archive) -> Node:  # not empty
     return max(archive.live(), key=lambda n: (n.reward, -n.id))
 
 
+def failures(
+    attempts: Sequence[Attempt],  # judged answers
+) -> dict[str, int]:
+    "How many have no solution, by cause: empty, or the kind of complaint."
+    causes = ("empty" if not a.text.strip() else a.state.note.partition(":")[0] for a in attempts
+              if a.state.solution is None)
+    return dict(sorted(Counter(causes).items()))
+
+
 def round_metrics(
     problem: Problem,  # verifies
     search: Search,                       # after the round
     groups: Sequence[Sequence[Attempt]],  # of the round
 ) -> dict:
-    "Best so far, and shares of all answers of the round."
+    "Best so far, and shares of all answers of the round; rewards are of those that are not lost."
     every, best = [a for group in groups for a in group], best_node(search.archive)
+    known = [a.reward for a in every if not a.lost]
     valid = [a for a in every if a.state.solution is not None]
     tied = [np.mean([a.reward == max(b.reward for b in group) for a in group]) for group in groups]
     return {"step": search.step, "rollouts": search.step * len(every), "best": best.reward,
-            "best_value": value_in(problem, best.state), "round_best": max(a.reward for a in every),
-            "mean_reward": np.mean([a.reward for a in every]), "valid": len(valid) / len(every),
+            "best_value": value_in(problem, best.state), "round_best": max(known),
+            "mean_reward": np.mean(known), "valid": len(valid) / len(every),
             "distinct": len({solution_key(a.state.solution) for a in valid}) / len(every),
             "copies": np.mean([a.copy for a in every]), "ties": np.mean(tied), "archive": len(search.archive.live()),
-            "time_s": search.time_s}
+            "lost": len(every) - len(known), "failures": failures(every), "time_s": search.time_s}
 
 
 def attempt_row(
@@ -304,7 +332,7 @@ def play(
     search: Search,      # changed in place
     cfg: DiscoverConfig,  # settings
 ) -> tuple[dict, list[dict]]:  # the record, and a line for each answer
-    "One round: choose, answer, judge, update the policy, update the archive. ValueError as `draw_answers`."
+    "One round: choose, answer, judge, update policy and archive. ValueError as `draw_answers`; OSError if all is lost."
     begun, size, train = time.perf_counter(), cfg.rollouts, cfg.parts.train
     search.step += 1
     key = jax.random.fold_in(named_key(jax.random.key(cfg.seed), "answers"), search.step)
@@ -315,7 +343,9 @@ def play(
     prompts = list(map(encoder(words, cfg.lead or "none"), contexts))
     answers = draw_answers(policy, words, prompts, size, key, force=cfg.force,
                            max_new_tokens=cfg.max_new_tokens, think_tokens=cfg.think_tokens)
-    groups = [[judge(problem, s, t) for t in answers.texts[g * size :][:size]] for g, s in enumerate(states)]
+    groups = [[judge_or_lose(problem, s, t) for t in answers.texts[g * size :][:size]] for g, s in enumerate(states)]
+    if all(a.lost for group in groups for a in group):
+        raise OSError(f"{problem.name}: no answer of round {search.step} could be judged: {groups[0][0].state.note}")
     gained, made = learn(base, policy, search, answers, groups, cfg) if train else ([None] * len(answers.texts), {})
     for parent, group in zip(parents, groups): search.archive.update(parent, [(a.state, a.reward) for a in group])
     search.time_s += time.perf_counter() - begun
