@@ -606,12 +606,21 @@ def test_a_file_that_unpacks_to_two_gigabytes(two):
     assert 'w/.zarray: not the description of an array in plain files' in said and int(more.split()[0]) < 100, r.stderr
 
 def test_tensors_with_a_lying_header(tmp_path):
-    from nash_lab.adapt.lora import TENSORS
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-    for head in ((1 << 63).to_bytes(8, 'little'), (1 << 40).to_bytes(8, 'little') + b'{}', (2).to_bytes(8, 'little') + b'[]'):
-        (tmp_path/TENSORS).write_bytes(head + b'x' * 100)
-        with pytest.raises(SafetensorError): load_file(tmp_path/TENSORS)
+    "Of an adapter, and of a model in HuggingFace's layout: one line that names the file, and no memory for what the header claims"
+    import resource
+    from flax import nnx
+    from nash_lab.adapt.hf import load_hf, save_hf
+    from nash_lab.adapt.lora import TENSORS, LoRAConfig, init_adapter, read_peft, write_peft
+    lm, lora = module.LM(ModelConfig.tiny(vocab_size=400, residual='plain'), nnx.Rngs(0)), LoRAConfig(rank=2)
+    adapter, model = write_peft(tmp_path/'adapter', init_adapter(lm, lora, jax.random.key(0)), lora, lm), save_hf(lm, tmp_path/'model')
+    for folder, read in ((adapter, lambda: read_peft(adapter, lm)), (model, lambda: load_hf(model))):
+        read()
+        before, file = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, next(Path(folder).glob('*.safetensors'))
+        for head in ((1 << 63).to_bytes(8, 'little'), (1 << 40).to_bytes(8, 'little') + b'{}', (2).to_bytes(8, 'little') + b'[]', b'', b'\x80\x05'):
+            file.write_bytes(head + b'x' * 100 * bool(head))
+            with pytest.raises(ValueError, match=f'{file.name}: ') as error: read()
+            assert '\n' not in str(error.value)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 
 def test_shape_that_the_template_does_not_have(two):
     "What the description says is not believed: arrays are read in the shape that is asked for, or not at all"
