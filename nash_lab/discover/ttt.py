@@ -306,7 +306,7 @@ def attempt_row(
 ) -> dict:
     "What the log says of an answer, beside where it came from."
     return {"completion": a.text, "state": a.state.solution, "note": a.state.note, "reward": a.reward,
-            "value": value_in(problem, a.state), "valid": a.state.solution is not None, "copy": a.copy}
+            "value": value_in(problem, a.state), "valid": a.state.solution is not None, "copy": a.copy, "lost": a.lost}
 
 # %% ../../nbs/discover/62_ttt.ipynb #c041
 def learn(

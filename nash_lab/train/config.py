@@ -81,7 +81,7 @@ def copy_tokenizer(
     "Gives the run a copy of its tokenizer, in place of any other, so that it can be opened anywhere."
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     write_atomic(run / (name := f"tokenizer{file.suffix}"), file.read_bytes())
-    for other in TOKENIZERS: (run / other).unlink(missing_ok=True) if other != name else None
+    for other in {*TOKENIZERS} - {name}: (run / other).unlink(missing_ok=True)
 
 def own_tokenizer(
     run: str | Path,  # run directory
