@@ -1,6 +1,6 @@
 """Faults that a run has to survive, seen from outside: a process is stopped, starved or killed, and what it left has to lead to the losses, bit
 for bit, of a run that nothing happened to."""
-import hashlib, http.server, json, math, os, random, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
+import hashlib, json, math, os, random, re, shutil, signal, subprocess, sys, tempfile, time
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -368,10 +368,9 @@ def test_full_disk_for_a_moment(cfg, oracle, mounts, tmp_path):
     "Said within that save, tried again when there is room, and nothing is lost"
     r = on_a_drive(cfg, tmp_path, 'size=8m', full='10,0.3')
     assert r.returncode == 0, r.stderr
-    failed = [o for o in r.stderr.splitlines() if 'not saved' in o]
-    assert failed and all('No space left' in o or 'RESOURCE_EXHAUSTED' in o for o in failed), r.stderr
-    step, instead = (int(re.search(f'{name}(\\d+)', failed[0])[1]) for name in ('(?:checkpoints/|: step )', 'saving step '))
-    assert 8 <= step <= 10 <= instead <= step + 2, failed[0]
+    failed = [o for o in r.stderr.splitlines() if '; saving step ' in o]
+    assert failed and ('No space left' in failed[0] or 'RESOURCE_EXHAUSTED' in failed[0]), r.stderr
+    assert 10 <= int(re.search(r'saving step (\d+)', failed[0])[1]) <= 12, failed[0]                # full since step 10
     assert lines(tmp_path/'kept') == lines(oracle)
 
 @slow
@@ -610,7 +609,7 @@ def test_tensors_with_a_lying_header(tmp_path):
     import resource
     from flax import nnx
     from nash_lab.adapt.hf import load_hf, save_hf
-    from nash_lab.adapt.lora import TENSORS, LoRAConfig, init_adapter, read_peft, write_peft
+    from nash_lab.adapt.lora import LoRAConfig, init_adapter, read_peft, write_peft
     lm, lora = module.LM(ModelConfig.tiny(vocab_size=400, residual='plain'), nnx.Rngs(0)), LoRAConfig(rank=2)
     adapter, model = write_peft(tmp_path/'adapter', init_adapter(lm, lora, jax.random.key(0)), lora, lm), save_hf(lm, tmp_path/'model')
     for folder, read in ((adapter, lambda: read_peft(adapter, lm)), (model, lambda: load_hf(model))):
@@ -628,74 +627,6 @@ def test_shape_that_the_template_does_not_have(two):
     body['items']['model']['w'] = 'float32[1000000,1000000]'
     (two.folder/'2/manifest.json').write_text(checkpoint._text({**body, 'digest': checkpoint._digest(body)}))
     with pytest.raises(ValueError, match='model/w: the checkpoint has'): two.restore(2, template=SMALL)
-
-# -- 18: nobody answers
-
-TRACK = """import sys, time
-from pathlib import Path
-from nash_lab.train.rundir import Trackers
-trackers = Trackers(sys.argv[2:], Path(sys.argv[1]), {})
-for step in range(20): trackers.write(dict(step=step, loss=1.0)); time.sleep(.15)
-trackers.close()
-"""
-
-class Silent(http.server.ThreadingHTTPServer):
-    "A W&B server that falls silent: before its first answer, after it, or once a run is registered"
-    daemon_threads = True
-    def __init__(self, when):
-        super().__init__(('127.0.0.1', 0), Answer)
-        self.left, self.over = dict(deaf=0, later=1, midway=1000)[when], threading.Event()
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        asked = self.rfile.read(int(self.headers.get('Content-Length') or 0))
-        if self.server.left <= 0: self.server.over.wait(60); return
-        self.server.left -= 1000 if b'upsertBucket' in asked else 1
-        project = dict(id='UA==', name='nash_lab', entity=dict(id='RQ==', name='me'))
-        bucket = dict(id='UnVuOjE=', name='run', displayName='run', description=None, config=None, sweepName=None, historyLineCount=0, project=project)
-        reply = json.dumps(dict(data=dict(upsertBucket=dict(inserted=True, bucket=bucket)))).encode()
-        self.send_response(200)
-        self.send_header('Content-Length', str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-    do_POST = do_GET
-    def log_message(self, *args): pass
-
-@slow
-@pytest.mark.parametrize('when', ['deaf', 'later', 'midway'])
-def test_trackers_without_an_answer(tmp_path, when):
-    "From its first import to its end, a process whose tracker gets no answer takes at most 5 s longer than one without a tracker"
-    pytest.importorskip('wandb')
-    def seconds(env, *names):
-        begin = time.monotonic()
-        r = subprocess.run([sys.executable, '-c', TRACK, str(tmp_path), *names], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=100, env=env)
-        assert r.returncode == 0, r.stderr
-        return time.monotonic() - begin, r.stderr
-    server = Silent(when)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    online = os.environ | dict(WANDB_MODE='online', WANDB_API_KEY='0' * 40, WANDB_BASE_URL=f'http://127.0.0.1:{server.server_address[1]}')
-    try: alone, (took, said) = seconds(os.environ)[0], seconds(online, 'wandb')
-    finally: server.over.set(); server.shutdown(); server.server_close()
-    assert took - alone < 5 and dict(deaf='does not answer', later='is left out', midway='finishing run')[when] in said, (alone, took, said)
-
-@slow
-@pytest.mark.parametrize('where', ['deaf', 'no network'])
-def test_training_beside_a_tracker_out_of_reach(cfg, tmp_path, where):
-    "A server that accepts and never answers, or no network at all: training ends at most 5 s later than without a tracker, and every line is in the run's own log"
-    pytest.importorskip('wandb')
-    alone = ['unshare', '--net'] if where == 'no network' else []
-    if alone and (not shutil.which('unshare') or subprocess.run([*alone, 'true'], capture_output=True).returncode): pytest.skip('no network namespaces for this user')
-    def seconds(name, env, **settings):
-        job, begin = dict(config=to_json(replace(cfg, run=str(tmp_path/name), steps=20, **settings)), modes={}), time.monotonic()
-        r = subprocess.run([*alone, sys.executable, faults_child.__file__, json.dumps(job)], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=100, env=os.environ | env)
-        assert r.returncode == 0, r.stderr
-        assert [row['step'] for row in read_metrics(tmp_path/name/'metrics.jsonl')] == list(range(21))
-        return time.monotonic() - begin, r.stderr
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        online = dict(WANDB_MODE='online', WANDB_API_KEY='0' * 40)
-        if not alone: online['WANDB_BASE_URL'] = f'http://127.0.0.1:{server.getsockname()[1]}'
-        without, (took, said) = seconds('without', {})[0], seconds('with', online, trackers=('wandb',))
-    assert took - without < 5 and 'tracker wandb' in said, (without, took, said)
 
 # -- 20 to 22: two of them, clocks, another config
 
@@ -769,13 +700,13 @@ def test_config_of_an_older_version(cfg, oracle, tmp_path):
 
 def test_hang_is_ended_and_explained(cfg, oracle, nursery, tmp_path):
     run = replace(cfg, run=str(tmp_path/'run'))
-    nursery.start(replace(run, watchdog_s=2.), hang=7)
+    nursery.start(replace(run, watchdog_s=4.), hang=7)
     nursery.here()
     begin = time.monotonic()
     assert nursery.end() == HUNG
     assert time.monotonic() - begin < 10
     for text in (nursery.said(), (tmp_path/'run/stacks.txt').read_text()): assert 'thread MainThread' in text and 'pbkdf2' in text
-    assert 'step did not end in 2 s' in nursery.said()
+    assert 'step did not end in 4 s' in nursery.said()
     survives(run, oracle)
 
 def test_reading_fails_inside_a_run(cfg, oracle, tmp_path):

@@ -1,16 +1,18 @@
-"What the guards cost: the loop beside a bare one, a save beside Orbax alone. Timings, so never part of `make test`."
-import json, os, shutil, statistics, subprocess, sys, time
+"What the guards cost: the loop beside a bare one, a save beside Orbax alone, a run whose tracker gets no answer. Timings, so never part of `make test`, and one after the other."
+import http.server, json, os, shutil, socket, statistics, subprocess, sys, threading, time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+import faults_child
 import jax
 import pytest
 import test_faults
+from nash_lab.model.layers import to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import pretrain as module
 from nash_lab.train.checkpoint import Checkpoints
 from nash_lab.train.guard import Guard, run_lock
-from nash_lab.train.rundir import MetricsLog
+from nash_lab.train.rundir import MetricsLog, read_metrics
 
 HERE = Path(__file__).parent
 cfg, shakespeare = test_faults.cfg, test_faults.shakespeare             # its fixtures
@@ -74,3 +76,69 @@ def test_manifest_on_a_disk_of_half_a_gigabyte_per_second(tmp_path, capsys):
     waits, whole, added = saves(tmp_path, 5, 0, capsys, LD_PRELOAD=str(tmp_path/'slow_disk.so'), SLOW_DISK='500')
     assert whole['plain'] > 2.5, 'the disk is not slow'
     assert added < .05 and waits['ours'] - waits['plain'] < .05 * whole['plain']
+
+# -- a tracker that nobody answers
+
+TRACK = """import sys, time
+from pathlib import Path
+from nash_lab.train.rundir import Trackers
+trackers = Trackers(sys.argv[2:], Path(sys.argv[1]), {})
+for step in range(20): trackers.write(dict(step=step, loss=1.0)); time.sleep(.15)
+trackers.close()
+"""
+
+class Silent(http.server.ThreadingHTTPServer):
+    "A W&B server that falls silent: before its first answer, after it, or once a run is registered"
+    daemon_threads = True
+    def __init__(self, when):
+        super().__init__(('127.0.0.1', 0), Answer)
+        self.left, self.over = dict(deaf=0, later=1, midway=1000)[when], threading.Event()
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        asked = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        if self.server.left <= 0: self.server.over.wait(60); return
+        self.server.left -= 1000 if b'upsertBucket' in asked else 1
+        project = dict(id='UA==', name='nash_lab', entity=dict(id='RQ==', name='me'))
+        bucket = dict(id='UnVuOjE=', name='run', displayName='run', description=None, config=None, sweepName=None, historyLineCount=0, project=project)
+        reply = json.dumps(dict(data=dict(upsertBucket=dict(inserted=True, bucket=bucket)))).encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+    do_POST = do_GET
+    def log_message(self, *args): pass
+
+@pytest.mark.parametrize('when', ['deaf', 'later', 'midway'])
+def test_trackers_without_an_answer(tmp_path, when):
+    "From its first import to its end, a process whose tracker gets no answer takes at most 5 s longer than one without a tracker"
+    pytest.importorskip('wandb')
+    def seconds(env, *names):
+        begin = time.monotonic()
+        r = subprocess.run([sys.executable, '-c', TRACK, str(tmp_path), *names], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=100, env=env)
+        assert r.returncode == 0, r.stderr
+        return time.monotonic() - begin, r.stderr
+    server = Silent(when)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    online = os.environ | dict(WANDB_MODE='online', WANDB_API_KEY='0' * 40, WANDB_BASE_URL=f'http://127.0.0.1:{server.server_address[1]}')
+    try: alone, (took, said) = seconds(os.environ)[0], seconds(online, 'wandb')
+    finally: server.over.set(); server.shutdown(); server.server_close()
+    assert took - alone < 5 and dict(deaf='does not answer', later='is left out', midway='finishing run')[when] in said, (alone, took, said)
+
+@pytest.mark.parametrize('where', ['deaf', 'no network'])
+def test_training_beside_a_tracker_out_of_reach(cfg, tmp_path, where):
+    "A server that accepts and never answers, or no network at all: training ends at most 5 s later than without a tracker, and every line is in the run's own log"
+    pytest.importorskip('wandb')
+    alone = ['unshare', '--net'] if where == 'no network' else []
+    if alone and (not shutil.which('unshare') or subprocess.run([*alone, 'true'], capture_output=True).returncode): pytest.skip('no network namespaces for this user')
+    def seconds(name, env, **settings):
+        job, begin = dict(config=to_json(replace(cfg, run=str(tmp_path/name), steps=20, **settings)), modes={}), time.monotonic()
+        r = subprocess.run([*alone, sys.executable, faults_child.__file__, json.dumps(job)], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=100, env=os.environ | env)
+        assert r.returncode == 0, r.stderr
+        assert [row['step'] for row in read_metrics(tmp_path/name/'metrics.jsonl')] == list(range(21))
+        return time.monotonic() - begin, r.stderr
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        online = dict(WANDB_MODE='online', WANDB_API_KEY='0' * 40)
+        if not alone: online['WANDB_BASE_URL'] = f'http://127.0.0.1:{server.getsockname()[1]}'
+        without, (took, said) = seconds('without', {})[0], seconds('with', online, trackers=('wandb',))
+    assert took - without < 5 and 'tracker wandb' in said, (without, took, said)
