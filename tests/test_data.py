@@ -1,5 +1,5 @@
 "Tokenizer, corpus and loader from outside: other processes, kills, bounded memory, real files."
-import hashlib, json, os, random, signal, subprocess, sys
+import hashlib, json, os, random, shutil, signal, subprocess, sys
 from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from nash_lab.data.corpus import CorpusConfig, CorpusReport, Document, PackedTokens, documents, pack, stdlib_files
 from nash_lab.data.loader import LoaderConfig, eval_batches, loader
-from nash_lab.data.sources import SourceConfig
+from nash_lab.data.sources import SourceConfig, fingerprint
 from nash_lab.data.stream import Documents, StreamConfig
 from nash_lab.data.tokenizer import EOS, UNK, Tokenizer, TokenizerConfig, train_tokenizer
 
@@ -21,8 +21,8 @@ def stdlib(tmp_path_factory):
     for split in ('train', 'validation'): pack(documents(SAMPLE, split), tok, folder/f'{split}.bin', split=split)
     return SimpleNamespace(folder=folder, tok=tok, train=PackedTokens.open(folder/'train.bin', tokenizer_hash=tok.hash))
 
-def child(code: str, *args, check=True, **env) -> subprocess.CompletedProcess:
-    p = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env=os.environ | env, timeout=120)
+def child(code: str, *args, check=True, timeout=120, **env) -> subprocess.CompletedProcess:
+    p = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env=os.environ | env, timeout=timeout)
     if check: assert p.returncode == 0, p.stderr
     return p
 
@@ -106,6 +106,36 @@ def test_a_pipe_or_a_folder_is_no_input(tmp_path):
         cfg = CorpusConfig('text', (str(tmp_path/path),))
         assert str(tmp_path/path) in message(lambda: list(documents(cfg)), FileNotFoundError)
 
+OPENED = '''if 1:
+    import sys
+    from nash_lab.data.corpus import PackedTokens
+    from nash_lab.data.tokenizer import load_tokenizer
+    what, path = sys.argv[1:]
+    try: (PackedTokens.open if what == 'packed' else load_tokenizer)(path)
+    except FileNotFoundError as error: print(error)'''
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no named pipes on this system')
+@pytest.mark.parametrize('kind', ['pipe', 'folder'])
+@pytest.mark.parametrize('name', ['t.bin', 't.bin.json', 't.model', 't.json', 'tokenizer.json', 'tokenizer_config.json'])
+def test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer(stdlib, tmp_path, name, kind):
+    "In a process of its own, that ends: one line names the file, and nothing is waited for"
+    packed = name.startswith('t.bin')
+    if packed: shutil.copy(stdlib.folder/'train.bin', tmp_path/'t.bin'), shutil.copy(stdlib.folder/'train.bin.json', tmp_path/'t.bin.json')
+    if name == 'tokenizer_config.json': save_small_json(tmp_path/'tokenizer.json')
+    (tmp_path/name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path/name) if kind == 'pipe' else (tmp_path/name).mkdir()
+    opened = tmp_path if name.startswith('tokenizer') else tmp_path/('t.bin' if packed else name)
+    if name == 't.json' and kind == 'folder': opened = tmp_path/name/'tokenizer.json'             # a folder is looked into
+    out = child(OPENED, 'packed' if packed else 'tokenizer', opened, timeout=30)
+    if name == 'tokenizer_config.json': assert out.stdout == ''                                    # as if it were not there
+    else:
+        [line] = out.stdout.splitlines()
+        assert str(tmp_path/name) in line and any(o in line for o in ('no packed tokens here', 'is not whole', 'no tokenizer file here'))
+
+def save_small_json(path):
+    from tokenizers import Tokenizer, models
+    Tokenizer(models.WordLevel({'a': 0, '<|endoftext|>': 1, '[UNK]': 2}, unk_token='[UNK]')).save(str(path))
+
 BAD_LINES = pytest.mark.parametrize('line, cause', [
     (b'{"text": "cut', 'not JSON'), (b'{"text": "a"} x', 'not JSON'), (b'{"text": Infinity}', 'not JSON'), (b'[' * 100_000, 'not JSON'),
     (b'{"n": ' + b'9' * 5000 + b'}', 'not JSON'), (b'{"txt": "a"}', 'key missing'), (b'{"text": null}', 'wrong type'), (b'"text"', 'not an object'),
@@ -123,15 +153,39 @@ def test_bad_json_lines(tmp_path, line, cause):
 @pytest.mark.parametrize('streaming', [True, False])
 @BAD_LINES
 def test_bad_json_lines_in_a_stream(tmp_path, line, cause, streaming):
-    "Every kind of line costs itself and no other, and the error names its place; a byte that is no UTF-8 makes a line no JSON"
+    "Every kind of line costs itself and no other, and the error names its place"
     (tmp_path/'a.jsonl').write_bytes(b'\xef\xbb\xbf{"text": "first"}\n\n{"text": "good"}\n')
     (tmp_path/'rows.jsonl').write_bytes(b'{"text": "more"}\n' + line + b'\n{"text": "also"}')
     cfg = StreamConfig((SourceConfig(str(tmp_path), streaming=streaming),), epochs=1, min_chars=0)
-    cause = {'invalid UTF-8': 'not JSON', 'wrong type': "'text' is NoneType, not str", 'unpaired surrogate': "'text' "}.get(cause, cause)
+    cause = {'wrong type': "'text' is NoneType, not str", 'unpaired surrogate': "'text' "}.get(cause, cause)
     assert f'rows.jsonl:2: {cause}' in message(lambda: list(Documents(cfg)))
     found = Documents(replace(cfg, on_error='skip', max_bad_share=1))
     assert [text for _, text in found] == ['first', 'good', 'more', 'also'] and found.counts[0]['not text'] == 1
     assert f'; the last: {tmp_path}/rows.jsonl:2: {cause}' in message(lambda: list(Documents(replace(cfg, on_error='skip'))))
+
+ODD_TEXT = {  # what a row is -> the rows that are text, where the one stands that is none
+    'document': (['first\n\nsecond\0\n'], ':4'), 'paragraph': (['first', 'second\0\n', 'good', 'also\n'], ': row 2'),
+    'line': (['first', 'second\0', 'good', 'x', 'also'], ':4')}
+
+@pytest.mark.parametrize('streaming', [True, False])
+@pytest.mark.parametrize('unit', ODD_TEXT)
+def test_odd_text_files_in_a_stream(tmp_path, unit, streaming):
+    "As in packed text: a byte order mark is none of the text, NUL is a character, a byte that is not UTF-8 costs its row; line ends are newlines"
+    for name, data in dict(a=b'\xef\xbb\xbffirst\r\n\r\nsecond\0\n', b=b'good\n\nx\ny\xffz\n\nalso\n').items():
+        (tmp_path/f'{name}.txt').write_bytes(data)
+    cfg = StreamConfig((SourceConfig(str(tmp_path), streaming=streaming, sample_by=unit),), epochs=1, clean=False)
+    texts, place = ODD_TEXT[unit]
+    fault = f'b.txt{place}: invalid UTF-8: character 2 of the line'
+    assert fault in message(lambda: list(Documents(cfg)))
+    found = Documents(replace(cfg, on_error='skip', max_bad_share=1))
+    assert [text for _, text in found] == texts and found.counts[0]['not text'] == 1
+    error = message(lambda: list(Documents(replace(cfg, on_error='skip'))))
+    assert f'1 of {found.counts[0]["rows"]} rows are no text, more than max_bad_share=0.01' in error and f'; the last: {tmp_path}/{fault}' in error
+
+def test_a_position_in_text_read_with_its_byte_order_mark_is_of_another_stream(tmp_path):
+    "The first row of such a file was another one"
+    (tmp_path/'a.txt').write_bytes(b'\xef\xbb\xbffirst')
+    assert fingerprint(SourceConfig(str(tmp_path/'a.txt'))) != hashlib.sha256(b'a.txt 8\n').hexdigest()[:16]
 
 # ---- packing
 
@@ -151,6 +205,8 @@ def test_a_file_of_another_length_is_refused(stdlib, tmp_path, share):
     (tmp_path/'t.bin').write_bytes((data * 2)[:int(len(data) * share)])
     (tmp_path/'t.bin.json').write_bytes((stdlib.folder/'train.bin.json').read_bytes())
     assert f't.bin: {int(len(data) * share)} bytes, expected {len(data)}' in message(lambda: PackedTokens.open(tmp_path/'t.bin'))
+    (tmp_path/'t.bin').write_bytes(data[:-1])
+    assert f't.bin: {len(data) - 1} bytes, expected {len(data)}' in message(lambda: PackedTokens.open(tmp_path/'t.bin')), 'half an id'
 
 @pytest.mark.parametrize('text, expected', [
     ('', 'Expecting value'), ('{"dtype": "uint16"', "Expecting ',' delimiter"), ('[]', 'expected an object'), ('{"dtype": "uint16"}', 'missing key'),
@@ -160,6 +216,31 @@ def test_a_damaged_description_is_refused(stdlib, tmp_path, text, expected):
     (tmp_path/'t.bin.json').write_text(text)
     error = message(lambda: PackedTokens.open(tmp_path/'t.bin'))
     assert 't.bin.json' in error and expected in error
+
+@pytest.mark.parametrize('change, expected', [
+    (dict(tokens=0), 'PackedMeta.tokens=0 must be positive'), (dict(documents=0), 'PackedMeta.documents=0 must be positive'),
+    (dict(version=2), 'PackedMeta.version=2 must be 1'), (dict(dtype='uint32'), "dtype='uint32', expected 'uint16'"),
+    (dict(vocab_size=70_000), "dtype='uint16', expected 'uint32'")], ids=lambda o: '' if isinstance(o, str) else next(iter(o)))
+@pytest.mark.parametrize('empty', [False, True])
+def test_a_description_that_no_packed_file_can_have_is_refused(stdlib, tmp_path, change, expected, empty):
+    "Whether or not the .bin is empty too: then the counts would agree"
+    data = b'' if empty else (stdlib.folder/'train.bin').read_bytes()
+    meta = json.loads((stdlib.folder/'train.bin.json').read_text()) | dict(sha256=hashlib.sha256(data).hexdigest())
+    (tmp_path/'t.bin').write_bytes(data)
+    (tmp_path/'t.bin.json').write_text(json.dumps(meta | change))
+    error = message(lambda: PackedTokens.open(tmp_path/'t.bin'))
+    assert 't.bin.json' in error and expected in error
+
+def test_an_id_beyond_the_vocabulary_is_refused(stdlib, tmp_path):
+    "Size and hash agree: only the ids are looked at"
+    meta = json.loads((stdlib.folder/'train.bin.json').read_text())
+    for dtype, vocab, wrong in (('<u2', 1024, 1024), ('<u2', 1024, 65_535), ('<u4', 70_000, 70_000)):
+        ids = np.array([5, 6, EOS] * 20, dtype)
+        ids[7] = wrong
+        (tmp_path/'t.bin').write_bytes(ids.tobytes())
+        about = dict(dtype={'<u2': 'uint16', '<u4': 'uint32'}[dtype], vocab_size=vocab, tokens=60, documents=20, sha256=hashlib.sha256(ids.tobytes()).hexdigest())
+        (tmp_path/'t.bin.json').write_text(json.dumps(meta | about))
+        assert f't.bin: id {wrong} at token 7, expected ids below {vocab}' in message(lambda: PackedTokens.open(tmp_path/'t.bin'))
 
 def test_a_description_without_eos_id_means_two(stdlib, tmp_path):
     "Files packed before the field was there"

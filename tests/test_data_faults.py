@@ -1,11 +1,11 @@
 "What can go wrong with data while it is read: broken records by the hundred, giant lines, files that change, workers that die."
-import json, multiprocessing, os, signal, subprocess, sys, time
+import json, multiprocessing, os, random, signal, subprocess, sys, time
 from dataclasses import replace
 import numpy as np
 import pytest
 from nash_lab.data.corpus import CorpusConfig, CorpusReport, Document, PackedTokens, documents, pack
 from nash_lab.data.loader import LoaderConfig, loader
-from nash_lab.data.sources import Source, SourceConfig
+from nash_lab.data.sources import MAX_LINE, Source, SourceConfig
 from nash_lab.data.stream import StreamConfig, stream_loader
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 
@@ -79,6 +79,47 @@ def test_a_limit_is_exact(tmp_path):
     assert len(list(documents(cfg))) == 1
     assert 'a.jsonl:1: too long: more than 99 bytes' in message(lambda: list(documents(replace(cfg, max_record_bytes=99))))
 
+STREAMED = '''if 1:
+    import json, resource, sys
+    from nash_lab.data.sources import SourceConfig
+    from nash_lab.data.stream import Documents, StreamConfig
+    def read(folder):
+        source = SourceConfig(folder, sample_by=sys.argv[1], streaming=sys.argv[2] == 'stream')
+        docs = Documents(StreamConfig((source,), epochs=1, on_error='skip', max_bad_share=1))
+        return [len(text) for _, text in docs], docs.counts[0]['not text'], docs.bad[0]
+    def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read(sys.argv[3])
+    before = peak()
+    for folder in sys.argv[4:]: print(json.dumps([*read(folder), (peak() - before) // 1024]))'''
+
+GIANTS = {('jsonl', 'line'): ([6, 5], ':2'), ('txt', 'line'): ([6, 5], ':3'), ('txt', 'paragraph'): ([6, 5], ': row 2'), ('txt', 'document'): ([], ':3')}
+
+@pytest.mark.parametrize('kind, unit, how', [(*o, 'stream') for o in GIANTS] + [('jsonl', 'line', 'disk')])
+def test_a_giant_line_in_a_stream(tmp_path, kind, unit, how):
+    "No white space: 5 MB are a text that is cut, 50 MB are refused by the limit, in memory for the limit and not for the line; the rows around are read"
+    head, tail = ('{"text": "', '"}\n') if kind == 'jsonl' else ('', '\n\n')
+    letters = ''.join(random.Random(0).choices('abcdefghijklmnopqrstuvwxyz', k=1_000_000)).encode()
+    def folder(name, mb, line):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/f'a.{kind}').write_text(f'{head}good{tail}')
+        (tmp_path/name/f'b.{kind}').write_bytes(f'{head}before{tail}{head}'.encode() + line * mb + f'{tail}{head}after{tail}'.encode())
+        return str(tmp_path/name)
+    around, place = GIANTS[kind, unit]
+    small = folder('small', 1, b'\xff')                                                  # for what reading and naming a place import
+    args = [unit, how, small, folder('5', 5, letters), folder('50', 50, letters)]
+    out = subprocess.run([sys.executable, '-c', STREAMED, *args], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    for mb, expected, bad, line in zip((5, 50), ([*around[:1], 1_000_000, *around[1:]], around), (0, 1), out.stdout.splitlines(), strict=True):
+        lengths, refused, last, used = json.loads(line)
+        assert (lengths, refused) == ([4, *expected], bad)
+        if bad: assert last.endswith(f'b.{kind}{place}: too long: a line of more than {MAX_LINE} bytes')
+        assert used < (110 if bad else 50), f'{used} MB for a line of {mb} MB'
+
+def test_a_run_of_spaces_is_cleaned_in_one_pass():
+    "Half a million spaces within a line; an attempt at each of them would take a quarter of an hour, so a child of 30 s is ended before"
+    code = 'from nash_lab.data.filters import clean; text = "a" + " " * 500_000 + "b"; assert clean(text + "  \\n") == text'
+    assert subprocess.run([sys.executable, '-c', code], timeout=30).returncode == 0
+
 # ---- files that change under the reader
 
 def truncate(path): os.truncate(path, path.stat().st_size // 2)
@@ -135,12 +176,26 @@ def test_blank_and_one_token_documents(tmp_path, tok):
     cfg = StreamConfig((SourceConfig(str(tmp_path/'t.jsonl')),), seq_len=4, batch_size=2, epochs=1, prefetch=0)
     run = stream_loader(cfg, tok)
     batches = list(run)
-    assert sum(b['mask'].sum() for b in batches) > 0
+    assert batches and all(b['mask'].any() for b in batches)
     assert run.counters()[cfg.sources[0].name] | {'bytes': 0} == {'rows': 8, 'too short': 4, 'documents': 3, 'exact duplicate': 1, 'bytes': 0, 'epoch': 1}
     (tmp_path/'none.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in texts[:3]))
     for epochs in (0, 1):                                                              # without end it would be read for ever
         empty = replace(cfg, sources=(SourceConfig(str(tmp_path/'none.jsonl')),), epochs=epochs)
         assert 'a whole pass gave no document (too short 3)' in message(lambda: next(stream_loader(empty, tok)))
+
+@pytest.mark.parametrize('streaming', [True, False])
+@pytest.mark.parametrize('kind, unit', [('jsonl', 'line'), ('txt', 'line'), ('txt', 'paragraph'), ('txt', 'document')])
+def test_an_empty_file_is_no_source_and_no_obstacle(tmp_path, tok, kind, unit, streaming):
+    "Alone it is an error when the source is opened; beside others it has no rows, or as a document a blank one that is counted"
+    (tmp_path/f'b.{kind}').write_bytes(b'')
+    source = SourceConfig(str(tmp_path), sample_by=unit, streaming=streaming)
+    cfg = StreamConfig((source,), seq_len=4, batch_size=2, prefetch=0)
+    for epochs in (0, 1): assert message(lambda: stream_loader(replace(cfg, epochs=epochs), tok)) == f'{tmp_path}: no rows, the files are empty'
+    for name in 'ac': (tmp_path/f'{name}.{kind}').write_text(json.dumps({'text': f'text {name}'}) + '\n')
+    run = stream_loader(replace(cfg, epochs=2), tok)
+    assert all(b['mask'].any() for b in run)
+    blank = {'too short': 2} if unit == 'document' else {}
+    assert run.counters()[str(tmp_path)] | {'bytes': 0} == {'rows': 4, 'documents': 4, 'bytes': 0, 'epoch': 2} | blank | ({'rows': 6} if blank else {})
 
 # ---- threads and workers that die
 

@@ -30,7 +30,7 @@ INVISIBLE = dict.fromkeys((0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F),
 def clean(text: str) -> str:  # in any script
     "The text with its marks composed, plain newlines, and without what cannot be seen."
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(CONTROL | INVISIBLE)
-    text = re.sub(r"[^\S\n]+$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"(?<![^\S\n])[^\S\n]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
 # %% ../../nbs/data/21b_filters.ipynb #c010

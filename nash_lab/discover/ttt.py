@@ -204,7 +204,7 @@ def judge(
     if math.isfinite(reward := float(problem.reward(state))): return Attempt(text, state, reward, copy)
     return Attempt(text, State(None, f"Reward: {reward} is not a finite number"), 0.0, False, lost=True)
 
-
+# %% ../../nbs/discover/62_ttt.ipynb #c031
 def judge_or_lose(
     problem: Problem,  # verifies
     parent: State,  # that was asked about
@@ -215,7 +215,7 @@ def judge_or_lose(
     except OSError as error: note = f"{type(error).__name__}: {error}"[:500]
     return Attempt(text, State(None, note), 0.0, False, lost=True)
 
-# %% ../../nbs/discover/62_ttt.ipynb #c031
+# %% ../../nbs/discover/62_ttt.ipynb #c032
 def value_in(
     problem: Problem,  # verifies
     state: State,  # judged
@@ -236,7 +236,7 @@ def group_advantages(
     gained[kept], beta = ESTIMATORS[cfg.parts.estimator](rewards[kept])
     return gained, beta
 
-# %% ../../nbs/discover/62_ttt.ipynb #c035
+# %% ../../nbs/discover/62_ttt.ipynb #c036
 @dataclass
 class Search:
     "What changes from round to round."
@@ -257,7 +257,7 @@ def begin(
     adapter = init_adapter(base, cfg.lora, named_key(jax.random.key(cfg.seed), "adapter"))
     return Search(archive, fresh_state(adapter, optimizer(cfg.optim, cfg.steps)))
 
-# %% ../../nbs/discover/62_ttt.ipynb #c037
+# %% ../../nbs/discover/62_ttt.ipynb #c038
 def choose_parents(
     archive: Archive,  # with a beginning
     cfg: DiscoverConfig,  # settings
@@ -267,7 +267,7 @@ def choose_parents(
     chosen = archive.select(cfg.groups) if cfg.parts.reuse else starts
     return [chosen[i % len(chosen)] for i in range(cfg.groups)]
 
-# %% ../../nbs/discover/62_ttt.ipynb #c040
+# %% ../../nbs/discover/62_ttt.ipynb #c041
 def best_node(archive: Archive) -> Node:  # not empty
     "The best state so far, the oldest of equals."
     return max(archive.live(), key=lambda n: (n.reward, -n.id))
@@ -308,7 +308,7 @@ def attempt_row(
     return {"completion": a.text, "state": a.state.solution, "note": a.state.note, "reward": a.reward,
             "value": value_in(problem, a.state), "valid": a.state.solution is not None, "copy": a.copy, "lost": a.lost}
 
-# %% ../../nbs/discover/62_ttt.ipynb #c041
+# %% ../../nbs/discover/62_ttt.ipynb #c042
 def learn(
     base: LM,  # frozen
     policy: LM,          # base and adapter: what has answered
@@ -324,7 +324,7 @@ def learn(
                                   steps=cfg.steps, kl_weight=cfg.kl_weight, parts=cfg.accumulate)
     return gained, {"beta": float(np.median(betas)), "mismatch": mismatch, **made}
 
-# %% ../../nbs/discover/62_ttt.ipynb #c042
+# %% ../../nbs/discover/62_ttt.ipynb #c043
 def play(
     problem: Problem,  # verifies
     base: LM,  # frozen
@@ -356,7 +356,7 @@ def play(
             for g, group in enumerate(groups) for n, a in enumerate(group)]
     return plain(round_metrics(problem, search, groups) | made), rows
 
-# %% ../../nbs/discover/62_ttt.ipynb #c047
+# %% ../../nbs/discover/62_ttt.ipynb #c048
 FREE = ("run", "out", "steps", "save_every")  # may differ when a search is resumed
 
 
@@ -374,7 +374,7 @@ def claim(
         write_json_atomic(folder / "environment.json", environment())
         write_json_atomic(path, new)
 
-# %% ../../nbs/discover/62_ttt.ipynb #c048
+# %% ../../nbs/discover/62_ttt.ipynb #c049
 def leaves(state: TrainState) -> dict:
     "Its arrays by number."
     return {f"{i}": x for i, x in enumerate(jax.tree.leaves(state))}
@@ -393,7 +393,7 @@ def keep(
     about = {"archive": as_json(search.archive), "step": search.step, "time_s": search.time_s}
     points.save(search.step, {"learned": leaves(search.learned), "search": about | {"base": weights_hash(base)}})
 
-# %% ../../nbs/discover/62_ttt.ipynb #c049
+# %% ../../nbs/discover/62_ttt.ipynb #c050
 def resume(
     search: Search,  # new
     points: Checkpoints,  # of the folder
@@ -407,7 +407,7 @@ def resume(
     learned = jax.tree.unflatten(jax.tree.structure(search.learned), arrays)
     return Search(archive_of(about["archive"], str(points.folder)), learned, about["step"], about["time_s"])
 
-# %% ../../nbs/discover/62_ttt.ipynb #c051
+# %% ../../nbs/discover/62_ttt.ipynb #c052
 @dataclass(frozen=True)
 class DiscoverResult:
     "What a search found."
@@ -430,7 +430,7 @@ def summary(
             "solution": result.best.solution, "rollouts": result.rollouts, "steps": result.search.step,
             "time_s": result.search.time_s, "base": cfg.run}
 
-# %% ../../nbs/discover/62_ttt.ipynb #c052
+# %% ../../nbs/discover/62_ttt.ipynb #c053
 def run_rounds(
     problem: Problem,  # verifies
     lm: LM,          # the base
@@ -450,7 +450,7 @@ def run_rounds(
     best, count = best_node(search.archive), search.step * cfg.groups * cfg.rollouts
     return DiscoverResult(best.state, best.reward, value_in(problem, best.state), count, metrics, search)
 
-# %% ../../nbs/discover/62_ttt.ipynb #c053
+# %% ../../nbs/discover/62_ttt.ipynb #c054
 def discover(
     problem: Problem,                               # anything with its four functions
     lm: LM,                                         # the base; untouched
@@ -478,7 +478,7 @@ def discover(
         write_json_atomic(folder / "result.json", summary(problem, result, cfg))
     return result
 
-# %% ../../nbs/discover/62_ttt.ipynb #c055
+# %% ../../nbs/discover/62_ttt.ipynb #c056
 def discover_run(
     cfg: DiscoverConfig,  # with `run`
 ) -> DiscoverResult:
