@@ -8,7 +8,7 @@ from flax import nnx
 from nash_lab.model.generate import generate
 from nash_lab.model.layers import from_json
 from nash_lab.model.transformer import model_shapes
-from nash_lab.train import checkpoint, config, guard, pretrain, rundir
+from nash_lab.run import checkpoint, config, guard, pretrain, rundir
 
 def say(run): (Path(run)/'here').write_text('here')                    # seen by the test
 def deep(): hashlib.pbkdf2_hmac('sha256', b'', b'', 10 ** 9)           # minutes in C: no Python handler runs meanwhile

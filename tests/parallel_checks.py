@@ -12,19 +12,19 @@ from flax import nnx
 
 from nash_lab.data.corpus import PackedMeta, PackedTokens
 from nash_lab.data.loader import LoaderConfig, loader
-from nash_lab.model.config import MAHAConfig, ModelConfig
+from nash_lab.model.block import MAHAConfig, ModelConfig
 from nash_lab.model.generate import generate
 from nash_lab.model.layers import to_json
 from nash_lab.model.transformer import LM
-from nash_lab.train.checkpoint import Checkpoints
-from nash_lab.train.config import TrainConfig
-from nash_lab.train.guard import Stopped
+from nash_lab.run.checkpoint import Checkpoints
+from nash_lab.train.settings import TrainConfig
+from nash_lab.run.guard import Stopped
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.parallel import (RULES, MeshConfig, cache_specs, data_shard, init_sharded, make_mesh, param_specs, place_rows, put_batch, replicate,
                                      shard_step, state_shardings)
 from nash_lab.train import pretrain as training
 from nash_lab.train.pretrain import pretrain
-from nash_lab.train.rundir import read_metrics
+from nash_lab.run.rundir import read_metrics
 from nash_lab.train.step import fresh_state, make_train_step
 
 MESHES = {"1": (1, 1, 1, 1), "8,1,1": (8, 1, 1, 1), "1,8,1": (1, 8, 1, 1), "2,2,2": (2, 2, 2, 1), "1,1,2": (1, 1, 2, 1), "2,1,2,2": (2, 1, 2, 2)}

@@ -4,8 +4,8 @@ from contextlib import closing
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 import orbax.checkpoint as ocp
-from nash_lab.train import checkpoint
-from nash_lab.train.guard import run_lock
+from nash_lab.run import checkpoint
+from nash_lab.run.guard import run_lock
 
 def main(folder, pairs, defaults):
     rng, waits, whole = np.random.default_rng(0), {}, {}

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from nash_lab.model.attention import GQA, KVCache, attention, attention_mask, causal_mask, read_cache, write_cache
-from nash_lab.model.ffn import FFNS
+from nash_lab.model.layers import FFNS
 from nash_lab.model.layers import (Linear, RMSNorm, RopeConfig, dropout, from_json, named_key, rms_norm, rope,
                                    rope_frequencies, to_json)
 

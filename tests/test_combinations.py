@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nash_lab.model.config import MAHAConfig, ModelConfig
+from nash_lab.model.block import MAHAConfig, ModelConfig
 from nash_lab.model.generate import SampleConfig, rollout
 from nash_lab.model.layers import from_json, to_json
 from nash_lab.model.speculative import speculate
 from nash_lab.model.transformer import LM
-from nash_lab.train.checkpoint import Checkpoints
+from nash_lab.run.checkpoint import Checkpoints
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.step import fresh_state, make_train_step
 

@@ -11,7 +11,7 @@ import pytest
 from nash_lab.discover.archive import Archive, ArchiveConfig, ancestors, load, puct, recheck, save
 from nash_lab.discover.problems import (PROBLEMS, CirclePacking, State, StepFunction, StringMatch, autocorrelation1, autocorrelation2,
                                         erdos_overlap, json_inside, letters, levels, packing_radius_sum, problem, value_of, written)
-from nash_lab.discover.tasks import CodeTests, Distance, JSONFields, Staged, code_problems
+from nash_lab.discover.problems import CodeTests, Distance, JSONFields, Staged, code_problems
 
 RNG = np.random.default_rng(0)
 

@@ -15,9 +15,9 @@ from nash_lab.adapt.hf import load_hf
 from nash_lab.data.tokenizer import load_tokenizer
 from nash_lab.evals.compare import EvalConfig, compare, describe_comparison, describe_report, evaluate_tasks
 from nash_lab.evals.lm_eval import Answers, Responder, front_of, lm_eval_model, score_pairs, score_texts, windows
-from nash_lab.evals.tasks import (
+from nash_lab.evals.code_tasks import (
     BENCHMARKS, Attempts, choose_attempts, load_task, pass_at_k, quiet, read_data, read_rows, shown_tests)
-from nash_lab.train.checkpoint import write_json_atomic
+from nash_lab.run.checkpoint import write_json_atomic
 
 TEXT = [
     "Question: Natalia sold clips to 48 of her friends in April. How many clips did she sell? Answer: 48 + 24 = 72 #### 72\n",
@@ -66,7 +66,7 @@ REQUESTS = [("Question: how many clips?\nAnswer:", " 72"), ("The quick brown ", 
 @pytest.mark.parity
 def test_rows_that_unpack_to_more_than_the_limit(tmp_path, monkeypatch):
     "Packed to next to nothing or not packed: refused before all of it is in memory"
-    from nash_lab.evals import harness
+    from nash_lab.evals import scores as harness
     monkeypatch.setattr(harness, "LARGEST", 10_000)
     for name, write in (("rows.jsonl.gz", gzip.compress), ("rows.jsonl", bytes)):
         (tmp_path / name).write_bytes(write(b'{"a": 1}\n' * 1000))
@@ -303,7 +303,7 @@ def test_the_hub_without_a_network():
 def test_measures_and_hashes():
     "Shares get Wilson's interval, other scores the bootstrap; a hash changes with one bit of one weight"
     from flax import nnx
-    from nash_lab.evals.harness import measure, weights_hash, wilson
+    from nash_lab.evals.scores import measure, weights_hash, wilson
     from nash_lab.model.transformer import LM, ModelConfig
     assert (m := measure([1.0, 0.0, 1.0])).interval == "wilson" and (m.low, m.high) == wilson(2, 3)
     x = np.random.default_rng(0).normal(2.0, 1.0, 400)

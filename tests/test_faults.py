@@ -13,14 +13,14 @@ from nash_lab.data.loader import LoaderConfig, batches_per_epoch
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.model.layers import to_json
 from nash_lab.model.transformer import ModelConfig
-from nash_lab.train import checkpoint, pretrain as module
+from nash_lab.run import checkpoint, pretrain as module
 from nash_lab.train import step as step_module
-from nash_lab.train.checkpoint import Checkpoints, Damaged, hashed_ahead, numbered, read_manifest, restore_newest, steps_in, verify, write_manifest
-from nash_lab.train.config import TrainConfig
-from nash_lab.train.guard import HUNG, NONFINITE, STOPPED, NonFinite, Stopped
+from nash_lab.run.checkpoint import Checkpoints, Damaged, hashed_ahead, numbered, read_manifest, restore_newest, steps_in, verify, write_manifest
+from nash_lab.train.settings import TrainConfig
+from nash_lab.run.guard import HUNG, NONFINITE, STOPPED, NonFinite, Stopped
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.pretrain import load_run, pretrain
-from nash_lab.train.rundir import MetricsLog, read_metrics
+from nash_lab.run.rundir import MetricsLog, read_metrics
 
 pytestmark = pytest.mark.faults
 slow = pytest.mark.slow
@@ -578,7 +578,7 @@ def test_deep_and_huge_manifests(two):
     is_step(two.restore(template=SMALL), 1)
 
 READ = """import json, resource, sys, jax, jax.numpy as jnp
-from nash_lab.train.checkpoint import Checkpoints, Damaged
+from nash_lab.run.checkpoint import Checkpoints, Damaged
 jnp.zeros(3).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try: Checkpoints(sys.argv[1]).restore(2, template=dict(model=dict(w=jax.ShapeDtypeStruct(json.loads(sys.argv[2]), jnp.float32))))
@@ -749,7 +749,7 @@ def test_line_cut_at_every_byte(tmp_path):
 KILLER = """
 import os, shutil, sys
 from pathlib import Path
-from nash_lab.train import checkpoint
+from nash_lab.run import checkpoint
 action, place, template = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 def ending(real):
     def wrapped(*args, **kwargs):

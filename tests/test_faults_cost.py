@@ -10,9 +10,9 @@ import test_faults
 from nash_lab.model.layers import to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import pretrain as module
-from nash_lab.train.checkpoint import Checkpoints
-from nash_lab.train.guard import Guard, run_lock
-from nash_lab.train.rundir import MetricsLog, read_metrics
+from nash_lab.run.checkpoint import Checkpoints
+from nash_lab.run.guard import Guard, run_lock
+from nash_lab.run.rundir import MetricsLog, read_metrics
 
 HERE = Path(__file__).parent
 cfg, shakespeare = test_faults.cfg, test_faults.shakespeare             # its fixtures
@@ -81,7 +81,7 @@ def test_manifest_on_a_disk_of_half_a_gigabyte_per_second(tmp_path, capsys):
 
 TRACK = """import sys, time
 from pathlib import Path
-from nash_lab.train.rundir import Trackers
+from nash_lab.run.rundir import Trackers
 trackers = Trackers(sys.argv[2:], Path(sys.argv[1]), {})
 for step in range(20): trackers.write(dict(step=step, loss=1.0)); time.sleep(.15)
 trackers.close()

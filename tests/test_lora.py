@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from nash_lab.adapt.lora import (LoRAConfig, attach, combine, extract_adapter, init_adapter, linear_maps, make_adapter_step, merge_adapter,
                                  peft_name, read_peft, target_shapes, write_peft)
-from nash_lab.model.config import ModelConfig
+from nash_lab.model.block import ModelConfig
 from nash_lab.model.generate import _decode, generate
 from nash_lab.model.transformer import LM
 from nash_lab.train.optim import OptimConfig, optimizer

@@ -4,7 +4,7 @@ from flax import nnx
 from nash_lab.model.layers import from_json, to_json
 from nash_lab.model.moe import MoEConfig
 from nash_lab.model.transformer import LM, ModelConfig
-from nash_lab.train.moments import by_path, ema_params, factored_rms, matrix_stack, tree_bytes
+from nash_lab.train.optim import by_path, ema_params, factored_rms, matrix_stack, tree_bytes
 from nash_lab.train.optim import GroupRule, OptimConfig, label_of, optimizer
 from nash_lab.train.step import fresh_state, make_train_step
 

@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 import two_processes
-from nash_lab.model.config import PRESETS, MLAConfig, ModelConfig
+from nash_lab.model.block import PRESETS, MLAConfig, ModelConfig
 from nash_lab.model.transformer import LM
-from nash_lab.train.checkpoint import Checkpoints
+from nash_lab.run.checkpoint import Checkpoints
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.parallel import AXES, LOGICAL, RULES, bytes_per_device, cache_specs, logical_axes, param_specs, path_name, placed, state_shardings, unsharded
 from nash_lab.train.step import fresh_state

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from nash_lab.model.ffn import ACTIVATIONS
+from nash_lab.model.layers import ACTIVATIONS
 from nash_lab.model.layers import RMSNorm, RopeConfig, rope, rope_frequencies
 
 pytestmark = pytest.mark.parity

@@ -10,7 +10,7 @@ from nash_lab.data.stream import StreamConfig
 from nash_lab.model.layers import from_json, to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import preflight as pf
-from nash_lab.train.cost import GIB
+from nash_lab.train.preflight import GIB
 from nash_lab.train.optim import OptimConfig
 from nash_lab.train.parallel import MeshConfig
 from nash_lab.train.preflight import CHIPS, PreflightConfig, estimate, preflight, report, search, settings, wanted_bytes
@@ -78,7 +78,7 @@ def test_out_of_memory_message():
 
 def asked_on_colab(choice):
     "The preflight that the Colab page asks for on a TPU, from the page's own cells"
-    nodes = [n for c in nbformat.read(NBS / "lab/73_colab_tpu.ipynb", 4).cells if c.cell_type == "code" for n in ast.parse(c.source).body]
+    nodes = [n for c in nbformat.read(NBS / "lab/87_colab_tpu.ipynb", 4).cells if c.cell_type == "code" for n in ast.parse(c.source).body]
     plain = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module.startswith("nash_lab")]
     names = {"test", "real", "plan", "model", "cfg", "wanted"}
     plain += [n for n in nodes if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") in names and "REPOSITORY" not in ast.unparse(n)]

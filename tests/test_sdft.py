@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nash_lab.adapt.gate import (REJECTED, CodeProbe, Rejected, SkillGate, Suite, decide, evaluate_suite,
+from nash_lab.adapt.continual import (REJECTED, CodeProbe, Rejected, SkillGate, Suite, decide, evaluate_suite,
                                  gated_update, load_suite, paired_change)
 from nash_lab.adapt.lora import LoRAConfig
-from nash_lab.adapt.replay import ReplayBuffer
+from nash_lab.adapt.continual import ReplayBuffer
 from nash_lab.adapt.sdft import (Example, Prompts, SDFTConfig, SDFTResult, distil, divergence, forward_kl,
                                  js_divergence, loss_mask, make_batch, plan, read_examples, reverse_kl, teacher_prompt, top_tokens)
-from nash_lab.adapt.styles import Symbols, demonstrations
-from nash_lab.evals.harness import Probe, weights_hash
-from nash_lab.model.config import ModelConfig
+from nash_lab.studies.learning import Symbols, demonstrations
+from nash_lab.evals.scores import Probe, weights_hash
+from nash_lab.model.block import ModelConfig
 from nash_lab.model.generate import Rollout
 from nash_lab.model.transformer import LM
 from nash_lab.train.optim import OptimConfig, optimizer

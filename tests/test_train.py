@@ -22,12 +22,12 @@ from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.model.layers import to_json
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train import pretrain as module
-from nash_lab.train import rundir
+from nash_lab.run import rundir
 from nash_lab.train import step as step_module
-from nash_lab.train.checkpoint import Checkpoints, Damaged, steps_in, verify
-from nash_lab.train.guard import run_lock
+from nash_lab.run.checkpoint import Checkpoints, Damaged, steps_in, verify
+from nash_lab.run.guard import run_lock
 from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.config import TrainConfig
+from nash_lab.train.settings import TrainConfig
 from nash_lab.train.pretrain import load_run, pretrain, read_metrics
 from nash_lab.train.step import batch_gradient, fresh_state, make_train_step
 
@@ -228,7 +228,7 @@ def test_crash_and_stray_files_resume_from_the_newest_whole_checkpoint(cfg, stra
 CHILD = """
 import json, sys, time
 from nash_lab.model.layers import from_json
-from nash_lab.train.config import TrainConfig
+from nash_lab.train.settings import TrainConfig
 from nash_lab.train.pretrain import pretrain
 pretrain(from_json(TrainConfig, json.loads(sys.argv[1])), hooks=[lambda record, state: time.sleep(0.03)])
 """
@@ -275,7 +275,7 @@ def test_host_waits_only_where_a_line_is_due(cfg, tmp_path, monkeypatch):
 
 SAVER = """
 import sys, numpy as np
-from nash_lab.train.checkpoint import Checkpoints
+from nash_lab.run.checkpoint import Checkpoints
 points = Checkpoints(sys.argv[1], keep=2, asynchronous=sys.argv[2] == "async")
 for step in range(1, 10_000):
     points.save(step, {"model": {"w": np.full((500, 1000), step, np.float32)}, "counters": {"step": step}})
@@ -433,7 +433,7 @@ def test_wandb_offline_writes_its_run(cfg, tmp_path, monkeypatch, capsys):
 
 HOLDER = """
 import sys, time
-from nash_lab.train.guard import run_lock
+from nash_lab.run.guard import run_lock
 with run_lock(sys.argv[1]): time.sleep(600)
 """
 

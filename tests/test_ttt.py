@@ -13,7 +13,7 @@ from nash_lab.adapt.hf import load_hf, save_hf
 from nash_lab.adapt.lora import LoRAConfig, read_peft
 from nash_lab.discover import policy, ttt
 from nash_lab.discover.archive import load, recheck
-from nash_lab.discover.arms import ArmsConfig, arm_rows, compare_arms, markdown
+from nash_lab.studies.arms import ArmsConfig, arm_rows, compare_arms, markdown
 from nash_lab.discover.policy import OffPolicy, character_tokenizer, check_policy, draw_answers, policy_loss, shaped_advantages
 from nash_lab.discover.prior import PriorConfig, prior_run, text_pairs, train_prior
 from nash_lab.discover.problems import State, StringMatch
@@ -21,7 +21,7 @@ from nash_lab.discover.ttt import ARMS, DiscoverConfig, discover, discover_run, 
 from nash_lab.model.generate import SampleConfig, rollout
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train.optim import OptimConfig
-from nash_lab.train.rundir import read_metrics
+from nash_lab.run.rundir import read_metrics
 
 RNG = np.random.default_rng(0)
 OPTIM = OptimConfig(learning_rate=2e-2, schedule='constant', warmup_steps=0, weight_decay=0.0, clip_norm=0.0)

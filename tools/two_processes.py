@@ -19,7 +19,7 @@ def worker(a):
     from nash_lab.data.corpus import PackedMeta, PackedTokens
     from nash_lab.data.loader import LoaderConfig, loader
     from nash_lab.model.transformer import LM, ModelConfig
-    from nash_lab.train.checkpoint import Checkpoints
+    from nash_lab.run.checkpoint import Checkpoints
     from nash_lab.train.optim import OptimConfig, optimizer
     from nash_lab.train.parallel import data_shard, every_process, init_sharded, is_lead, own_position, pack_position, place_rows, put_batch, replicate, shard_step, state_shardings
     from nash_lab.train.step import fresh_state, make_train_step

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .ffn import SwiGLU
+from .layers import SwiGLU
 from .layers import Linear, normal_init, wide
 
 # %% ../../nbs/model/15_moe.ipynb #c006
