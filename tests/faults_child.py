@@ -6,7 +6,7 @@ import functools, hashlib, json, os, resource, shutil, signal, sys, threading, t
 from pathlib import Path
 from flax import nnx
 from nash_lab.model.generate import generate
-from nash_lab.model.layers import from_json
+from nash_lab.core.configs import from_json
 from nash_lab.model.transformer import model_shapes
 from nash_lab.run import checkpoint, config, guard, pretrain, rundir
 

@@ -14,7 +14,7 @@ from nash_lab.data.corpus import PackedMeta, PackedTokens
 from nash_lab.data.loader import LoaderConfig, loader
 from nash_lab.model.block import MAHAConfig, ModelConfig
 from nash_lab.model.generate import generate
-from nash_lab.model.layers import to_json
+from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import LM
 from nash_lab.run.checkpoint import Checkpoints
 from nash_lab.train.settings import TrainConfig

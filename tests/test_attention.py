@@ -11,8 +11,17 @@ from flax import nnx
 
 from nash_lab.model.attention import GQA, KVCache, attention, attention_mask, causal_mask, read_cache, write_cache
 from nash_lab.model.layers import FFNS
-from nash_lab.model.layers import (Linear, RMSNorm, RopeConfig, dropout, from_json, named_key, rms_norm, rope,
-                                   rope_frequencies, to_json)
+from nash_lab.model.layers import (
+    Linear,
+    RMSNorm,
+    RopeConfig,
+    dropout,
+    rms_norm,
+    rope,
+    rope_frequencies,
+)
+from nash_lab.core.configs import from_json, to_json
+from nash_lab.core.keys import named_key
 
 
 def normal(name, *shape, dtype=jnp.float32): return jax.random.normal(named_key(jax.random.key(7), name), shape, dtype)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nash_lab.adapt.lora import LoRAConfig, init_adapter, write_peft
 from nash_lab.lab.cli import VERBS, leaves, main
-from nash_lab.model.layers import to_json
+from nash_lab.core.configs import to_json
 from nash_lab.train.pretrain import load_run
 
 SMALL = ['--preset', 'tiny', '--model.vocab-size', '400', '--loader.seq-len', '32', '--loader.batch-size', '4', '--steps', '4',

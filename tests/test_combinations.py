@@ -17,7 +17,7 @@ from flax import nnx
 
 from nash_lab.model.block import MAHAConfig, ModelConfig
 from nash_lab.model.generate import SampleConfig, rollout
-from nash_lab.model.layers import from_json, to_json
+from nash_lab.core.configs import from_json, to_json
 from nash_lab.model.speculative import speculate
 from nash_lab.model.transformer import LM
 from nash_lab.run.checkpoint import Checkpoints

@@ -95,7 +95,7 @@ def test_resume_in_another_process_is_exact(made, tmp_path):
         data = stream_loader(from_json(StreamConfig, json.loads(cfg)), load_tokenizer(folder + '/tok.model'))
         data.set_state(json.load(open(state)))
         print(hashlib.sha256(b''.join(b[k].tobytes() for b in islice(data, 9) for k in sorted(b))).hexdigest())'''
-    from nash_lab.model.layers import to_json
+    from nash_lab.core.configs import to_json
     out = subprocess.run([sys.executable, '-c', code, str(made['folder']), str(tmp_path/'state.json'), json.dumps(to_json(cfg))],
                          capture_output=True, text=True, timeout=120, env=os.environ | dict(PYTHONHASHSEED='5'))
     assert out.returncode == 0 and out.stdout.split() == [want], out.stderr

@@ -7,7 +7,9 @@ from flax import nnx
 
 from nash_lab.model.attention import causal_mask
 from nash_lab.model.diff import DIFF1, DIFF2, LAMBDAS, DiffConfig, diff_attention_v1, diff_attention_v2, floored_attention
-from nash_lab.model.layers import RopeConfig, from_json, named_key, to_json
+from nash_lab.model.layers import RopeConfig
+from nash_lab.core.configs import from_json, to_json
+from nash_lab.core.keys import named_key
 from nash_lab.model.mla import MLA, MLAConfig, absorbed, absorbing_pays, explicit
 
 STABILISED = DiffConfig(stabilised=True)

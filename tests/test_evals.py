@@ -17,7 +17,7 @@ from nash_lab.evals.compare import EvalConfig, compare, describe_comparison, des
 from nash_lab.evals.lm_eval import Answers, Responder, front_of, lm_eval_model, score_pairs, score_texts, windows
 from nash_lab.evals.code_tasks import (
     BENCHMARKS, Attempts, choose_attempts, load_task, pass_at_k, quiet, read_data, read_rows, shown_tests)
-from nash_lab.run.checkpoint import write_json_atomic
+from nash_lab.core.files import write_json
 
 TEXT = [
     "Question: Natalia sold clips to 48 of her friends in April. How many clips did she sell? Answer: 48 + 24 = 72 #### 72\n",
@@ -244,7 +244,7 @@ def test_an_imported_llama_end_to_end(data, tmp_path):
     assert report["model"]["front"] == [0] and len(report["model"]["weights"]) == 64
     assert set(report["tasks"]["gsm8k"]["metrics"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
     assert set(report["tasks"]["humaneval"]["metrics"]) == {"pass@1"} and list(report["tasks"]) == list(wanted)
-    write_json_atomic(tmp_path / "a.json", report)
+    write_json(tmp_path / "a.json", report)
     found = compare(tmp_path / "a.json", tmp_path / "a.json")
     assert len(found.rows) == 7 and {r.verdict for r in found.rows} == {"no difference shown"}
     assert len(describe_comparison(found).splitlines()) == len(describe_report(report).splitlines()) == 7

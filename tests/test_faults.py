@@ -11,7 +11,7 @@ import pytest
 from nash_lab.data.corpus import Document, PackedTokens, pack
 from nash_lab.data.loader import LoaderConfig, batches_per_epoch
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
-from nash_lab.model.layers import to_json
+from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.run import checkpoint, pretrain as module
 from nash_lab.train import step as step_module

@@ -7,7 +7,7 @@ import faults_child
 import jax
 import pytest
 import test_faults
-from nash_lab.model.layers import to_json
+from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import pretrain as module
 from nash_lab.run.checkpoint import Checkpoints

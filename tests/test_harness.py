@@ -10,7 +10,7 @@ import pytest
 from nash_lab.data.corpus import PackedMeta, PackedTokens
 from nash_lab.evals.scores import (EvalReport, Probe, bigram_logprobs, bootstrap, discounts, evaluate, fit_bigram, load_probes,
                                     model_rows, run_probes, score, table_rows, unigram, wilson)
-from nash_lab.model.layers import from_json, to_json
+from nash_lab.core.configs import from_json, to_json
 from nash_lab.model.transformer import LM, ModelConfig
 
 

@@ -1,7 +1,7 @@
 "Update rules over the stacked weights of real models: memory, exactness, groups, averages, checkpoints."
 import jax, jax.numpy as jnp, numpy as np, optax, pytest
 from flax import nnx
-from nash_lab.model.layers import from_json, to_json
+from nash_lab.core.configs import from_json, to_json
 from nash_lab.model.moe import MoEConfig
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train.optim import by_path, ema_params, factored_rms, matrix_stack, tree_bytes

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from pages import NBS
 from nash_lab.data.stream import StreamConfig
-from nash_lab.model.layers import from_json, to_json
+from nash_lab.core.configs import from_json, to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import preflight as pf
 from nash_lab.train.preflight import GIB

@@ -11,7 +11,7 @@ from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.evals.scores import EvalReport, Probe, Score, run_probes
 from nash_lab.lab.report import Section, number, paragraph, table, write_report
 from nash_lab.lab.run import load
-from nash_lab.model.layers import to_json
+from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.run.checkpoint import Checkpoints
 from nash_lab.train.optim import OptimConfig

@@ -6,7 +6,17 @@ import pytest
 import sandbox_attacks
 from sandbox_attacks import ATTACKS, HEAVY, QUICK
 from nash_lab.evals import sandbox
-from nash_lab.evals.sandbox import Limits, Result, SandboxError, offered, overhead, read_verdict, run_many, run_python, strict_json
+from nash_lab.evals.sandbox import (
+    Limits,
+    Result,
+    SandboxError,
+    offered,
+    overhead,
+    read_verdict,
+    run_many,
+    run_python,
+)
+from nash_lab.core.files import parse_json
 
 LEVELS = ('3', '2', '1', '3u', '2u')    # u: for a plain user
 NAMESPACES = ['unshare', '--pid', '--fork', '--kill-child', '--ipc', '--mount', '--net', '--mount-proc', '--propagation', 'private']
@@ -125,7 +135,7 @@ def test_the_nonce_is_fresh_and_checked():
 
 @pytest.mark.parametrize('text', ['NaN', '-Infinity', '1e999', '{"a": 1, "a": 1}', '[' * 100_000, '[1,]', '"\ud800', '', '9' * 5000])
 def test_strict_json(text):
-    with pytest.raises(ValueError): strict_json(text)
+    with pytest.raises(ValueError): parse_json(text)
 
 def test_values_are_compared_outside():
     code = 'def f(x): return (x, [1.0, {"a": None}])'

@@ -19,7 +19,7 @@ from flax import nnx
 from nash_lab.data.corpus import Document, pack, stdlib_files
 from nash_lab.data.loader import LoaderConfig
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
-from nash_lab.model.layers import to_json
+from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train import pretrain as module
 from nash_lab.run import rundir

@@ -12,7 +12,8 @@ def worker(a):
     "Trains to STEPS in each of the folders `a.run`, from the newest checkpoint there; process 0 prints a line of JSON a step"
     import jax
     jax.config.update('jax_num_cpu_devices', a.devices)
-    from nash_lab.train.parallel import MeshConfig, ProcessConfig, initialize, make_mesh
+    from nash_lab.train.parallel import MeshConfig, make_mesh
+    from nash_lab.core.processes import ProcessConfig, initialize
     initialize(ProcessConfig(f'127.0.0.1:{a.port}', a.processes, a.process, heartbeat_s=a.heartbeat, patience_s=60) if a.processes > 1 else ProcessConfig(detect=False))
     import numpy as np
     from flax import nnx
@@ -21,10 +22,21 @@ def worker(a):
     from nash_lab.model.transformer import LM, ModelConfig
     from nash_lab.run.checkpoint import Checkpoints
     from nash_lab.train.optim import OptimConfig, optimizer
-    from nash_lab.train.parallel import data_shard, every_process, init_sharded, is_lead, own_position, pack_position, place_rows, put_batch, replicate, shard_step, state_shardings
+    from nash_lab.train.parallel import (
+        data_shard,
+        init_sharded,
+        own_position,
+        pack_position,
+        place_rows,
+        put_batch,
+        replicate,
+        shard_step,
+        state_shardings,
+    )
+    from nash_lab.core.processes import gather_json, is_main_process
     from nash_lab.train.step import fresh_state, make_train_step
 
-    say = lambda **line: is_lead() and print(json.dumps(line), flush=True)
+    say = lambda **line: is_main_process() and print(json.dumps(line), flush=True)
     mesh = make_mesh(MeshConfig(**json.loads(a.mesh)))
     cfg, tx = ModelConfig.tiny(residual=a.residual, ffn=a.ffn), optimizer(OptimConfig(warmup_steps=2), STEPS)
     make = lambda: LM(cfg, nnx.Rngs(0))
@@ -58,7 +70,7 @@ def worker(a):
             position, batch = batches.get_state(), fetch(batches)
             say(run=run, step=done, loss=float(metrics['loss']).hex())
             if done % SAVE_EVERY == 0 or done == STEPS:
-                points.save(done, {'model': state.params, 'optimizer': state.opt_state, 'data': pack_position(every_process(position)), 'counters': {'step': done}})
+                points.save(done, {'model': state.params, 'optimizer': state.opt_state, 'data': pack_position(gather_json(position)), 'counters': {'step': done}})
             if run == a.slow: points.wait(); time.sleep(.5)
         points.close()
         say(run=run, ends=done)

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 from .sdft import Example
-from ..model.layers import from_json, to_json
-from ..run.checkpoint import write_json_atomic
+from ..core.configs import from_json, to_json
+from ..core.files import write_json
 
 # %% ../../nbs/adapt/63_continual.ipynb #c007
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ReplayBuffer:
 
     def save(self, path: str | Path) -> None:
         "Write the buffer; the file holds the old or the new one at every moment."
-        write_json_atomic(path, to_json(self))
+        write_json(path, to_json(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "ReplayBuffer":
@@ -112,14 +112,23 @@ from .lora import save_merged
 from .sdft import Example, First, SDFTConfig, distil, encoder, read_examples
 from ..data.corpus import Document, PackedTokens, pack
 from ..data.tokenizer import HFTokenizer, Tokenizer
-from ..evals.scores import (
-    Probe, Rows, bootstrap, model_rows, read_rows, run_probes, score, weights_hash, wilson)
+from nash_lab.evals.scores import (
+    Probe,
+    Rows,
+    bootstrap,
+    model_rows,
+    run_probes,
+    score,
+    weights_hash,
+    wilson,
+)
+from ..core.files import read_rows
 from ..evals.lm_eval import cut_at
 from ..evals.sandbox import run_python
 from ..model.generate import generate
-from ..model.layers import from_json, to_json
+from ..core.configs import from_json, to_json
 from ..model.transformer import LM
-from ..run.checkpoint import write_json_atomic
+from ..core.files import write_json
 from ..train.settings import run_words
 from ..run.guard import run_lock
 from ..train.pretrain import load_run
@@ -435,17 +444,17 @@ def gated_update(
     if (folder / "gate_decision.json").exists():
         raise ValueError(f"{folder}: an update was decided here, give another folder")
     before = evaluate_suite(lm, tokenizer, suite)
-    write_json_atomic(folder / "eval_before.json", to_json(before))
+    write_json(folder / "eval_before.json", to_json(before))
     with closing(MetricsLog(folder / "metrics.jsonl")) as log:
         keep = lambda record, _: log.write(record)
         learned = update(lm, tokenizer, examples, cfg, buffer=buffer, hooks=(keep,), encode=encode).lm
     after = evaluate_suite(learned, tokenizer, suite)
-    write_json_atomic(folder / "eval_after.json", to_json(after))
+    write_json(folder / "eval_after.json", to_json(after))
     decision = decide(before, after, suite)
     kept = learned if decision.accepted else lm
     if weights_hash(kept) != decision.weights_kept:
         raise ValueError(f"{folder}: the update has changed the weights it was given")
-    write_json_atomic(folder / "gate_decision.json", to_json(decision))
+    write_json(folder / "gate_decision.json", to_json(decision))
     if decision.accepted and buffer is not None: buffer.add(examples)
     return kept, decision
 
@@ -497,7 +506,7 @@ def continual(
     out, examples, suite, buffer = Path(cfg.out), read_examples(cfg.data), load_suite(cfg.suite), open_buffer(cfg)
     lm, words = load_run(cfg.run)[0], run_words(cfg.run)
     with run_lock(out):
-        write_json_atomic(out / "continual.json", to_json(cfg))
+        write_json(out / "continual.json", to_json(cfg))
         (out / "gate_decision.json").unlink(missing_ok=True)  # of a block that was interrupted
         kept, decision = gated_update(lm, words, examples, cfg.sdft, suite, buffer, out)
         buffer.save(out / "replay.json")

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from ..data.loader import LoaderConfig
 from ..model.layers import RopeConfig
 from ..model.transformer import LM, ModelConfig, model_shapes
-from ..run.checkpoint import write_json_atomic
+from ..core.files import write_json
 from ..train.settings import TrainConfig
 from ..train.pretrain import fresh_run, write_run
 
@@ -272,11 +272,11 @@ def save_hf(
     for part, name in names.items(): part.rename(folder / name)
     if len(index) > 1:
         where = {"weight_map": {key: names[part] for part, keys in index.items() for key in keys}}
-        write_json_atomic(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}} | where)
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}} | where)
     for name in TOKENIZER_FILES if tokenizer_from else ():
         source = Path(tokenizer_from) / name
         if source.is_file(): shutil.copyfile(source, folder / name)
-    write_json_atomic(folder / "config.json", config | {"dtype": dtype})  # last: a folder without it is not whole
+    write_json(folder / "config.json", config | {"dtype": dtype})  # last: a folder without it is not whole
     return folder
 
 # %% ../../nbs/adapt/60_hf.ipynb #c031

@@ -27,11 +27,14 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file
 from safetensors.numpy import save as to_safetensors
 
-from ..model.layers import Linear, dropout, from_json, linear, named_key
-from ..data.tokenizer import write_atomic
+from ..model.layers import Linear, dropout, linear
+from ..core.configs import from_json
+from ..core.keys import named_key
+from ..core.files import write_atomic
 from ..model.moe import ExpertLinear, grouped
 from ..model.transformer import LM
-from ..run.checkpoint import Checkpoints, write_json_atomic
+from ..run.checkpoint import Checkpoints
+from ..core.files import write_json
 from ..train.settings import own_tokenizer, saved_config
 from ..train.pretrain import write_run
 from ..train.step import PLAIN, apply_gradient
@@ -337,7 +340,7 @@ def write_peft(
               "use_rslora": cfg.rslora, "target_modules": sorted(last), "bias": "none", "inference_mode": True}
     folder = Path(folder)
     write_atomic(folder / TENSORS, to_safetensors(tensors, {"format": "pt"}))
-    write_json_atomic(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
     return folder
 
 # %% ../../nbs/adapt/61_lora.ipynb #c074

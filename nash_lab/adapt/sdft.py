@@ -127,9 +127,10 @@ from tqdm import tqdm
 
 from .lora import Adapter, LoRAConfig, attach, init_adapter, merge_adapter
 from ..data.tokenizer import HFTokenizer, Tokenizer
-from ..evals.scores import read_rows
+from ..core.files import read_rows
 from ..model.generate import Rollout, SampleConfig, rollout, unpad
-from ..model.layers import from_json, named_key
+from ..core.configs import from_json
+from ..core.keys import named_key
 from ..model.transformer import LM
 from ..train.optim import OptimConfig, optimizer, schedule
 from ..run.rundir import plain

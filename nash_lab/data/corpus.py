@@ -22,8 +22,10 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from jaxtyping import Integer
 
-from .tokenizer import EOS, HFTokenizer, Tokenizer, utf8, write_atomic
-from ..model.layers import from_json, to_json
+from .tokenizer import EOS, HFTokenizer, Tokenizer
+from ..core.text import utf8
+from ..core.files import write_atomic
+from ..core.configs import from_json, to_json
 
 # %% ../../nbs/data/25_corpus.ipynb #c006
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt64
 
-from .tokenizer import utf8
+from ..core.text import utf8
 
 # %% ../../nbs/data/27_filters.ipynb #c006
 CONTROL = {c: None for c in (*range(32), *range(127, 160)) if c not in (9, 10)}        # tab and newline stay

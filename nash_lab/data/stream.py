@@ -68,7 +68,8 @@ from .corpus import BadRecord, CorpusReport, Document, split_of
 from .filters import Filter, Log, restored
 from .loader import as_batch, refuse_other
 from .sources import Source, SourceConfig, fingerprint, place_of
-from .tokenizer import PAD, HFTokenizer, Tokenizer, utf8
+from .tokenizer import PAD, HFTokenizer, Tokenizer
+from ..core.text import utf8
 
 # %% ../../nbs/data/29_stream.ipynb #c026
 @dataclass(frozen=True)

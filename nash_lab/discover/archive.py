@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from .problems import Problem, State
-from ..model.layers import from_json, to_json
-from ..run.checkpoint import write_json_atomic
+from ..core.configs import from_json, to_json
+from ..core.files import write_json
 
 # %% ../../nbs/discover/71_archive.ipynb #c006
 SMALLEST = 1e-6  # scale of an archive in which all rewards are equal, as in the reference code
@@ -216,7 +216,7 @@ def as_json(archive: Archive) -> dict:
 
 def save(archive: Archive, path: str | Path) -> None:
     "Write an archive; the file holds the old or the new one at every moment."
-    write_json_atomic(path, as_json(archive))
+    write_json(path, as_json(archive))
 
 # %% ../../nbs/discover/71_archive.ipynb #c047
 def archive_of(

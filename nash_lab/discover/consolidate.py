@@ -24,15 +24,18 @@ from ..adapt.continual import ContinualConfig, GateDecision, SkillGate, Suite, c
 from ..adapt.lora import LoRAConfig
 from ..adapt.continual import ReplayBuffer
 from ..adapt.sdft import Example, SDFTConfig, encoder
-from ..data.tokenizer import HFTokenizer, Tokenizer, write_atomic
+from ..data.tokenizer import HFTokenizer, Tokenizer
+from ..core.files import write_atomic
 from .policy import character_tokenizer, draw_answers
 from .prior import PriorConfig, prior_run, shape_pairs, train_prior
 from .problems import LETTERS, Problem, State, StepFunction, problem
 from .ttt import DiscoverConfig, discover_run, judge
-from ..evals.scores import Probe, read_rows
-from ..model.layers import from_json, named_key, to_json
+from ..evals.scores import Probe
+from ..core.files import read_rows
+from ..core.configs import from_json, to_json
+from ..core.keys import named_key
 from ..model.transformer import LM
-from ..run.checkpoint import write_json_atomic
+from ..core.files import write_json
 from ..train.settings import run_words
 from ..train.optim import OptimConfig
 from ..train.pretrain import load_run
@@ -248,7 +251,7 @@ def consolidate(
     decision = continual(ContinualConfig(cfg.run, cfg.out, data, cfg.suite, cfg.buffer, sdft=sdft))
     before, after = (measure_run(run, searches + others, cfg.draws) for run in (cfg.run, cfg.out))
     result = Consolidation(decision, len(examples), before, after, tuple(task.name for task, _ in others))
-    write_json_atomic(out / "consolidation.json", to_json(result))
+    write_json(out / "consolidation.json", to_json(result))
     return result
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c033
@@ -295,7 +298,7 @@ def example_files(folder: Path) -> None:
     old = [backwards(rng) for _ in range(440)]
     gate = SkillGate("backwards", probes=tuple(Probe(q, a, "exact") for q, a in old[:240]))
     suite = Suite(skills=(gate,), before="none", max_new_tokens=13, batch_size=80)
-    write_json_atomic(folder / "suite.json", to_json(suite))
+    write_json(folder / "suite.json", to_json(suite))
     buffer = ReplayBuffer()
     buffer.add([Example(q, a, q) for q, a in old[240:]])
     buffer.save(folder / "old.json")

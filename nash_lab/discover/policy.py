@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..adapt.lora import LoRAConfig, make_adapter_step
 from ..data.tokenizer import HFTokenizer, Tokenizer
 from ..model.generate import SampleConfig, bucket, rollout, sequence_logprobs
-from ..model.layers import named_key
+from ..core.keys import named_key
 from ..model.transformer import LM
 from ..train.optim import OptimConfig, optimizer
 from ..train.step import TrainState

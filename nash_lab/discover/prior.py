@@ -20,7 +20,8 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from ..data.loader import LoaderConfig
-from ..data.tokenizer import HFTokenizer, write_atomic
+from ..data.tokenizer import HFTokenizer
+from ..core.files import write_atomic
 from .policy import character_tokenizer
 from .problems import LETTERS, State, StepFunction, StringMatch, letters
 from ..model.transformer import LM, ModelConfig

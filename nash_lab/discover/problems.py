@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SLACK', 'LONGEST', 'DEEPEST', 'LETTERS', 'COMPLAINTS', 'OBJECTIVES', 'PROBLEMS', 'Runner', 'plain_numbers',
-           'erdos_overlap', 'autocorrelation1', 'autocorrelation2', 'packing_radius_sum', 'strict_json', 'json_inside',
-           'letters', 'levels', 'State', 'printable', 'attempt', 'graded', 'Problem', 'Objective', 'random_steps',
-           'StepFunction', 'value_of', 'written', 'asked', 'CirclePacking', 'StringMatch', 'problem', 'same_json',
-           'JSONFields', 'code_inside', 'CodeTests', 'code_problem', 'code_problems', 'Distance', 'Staged']
+           'erdos_overlap', 'autocorrelation1', 'autocorrelation2', 'packing_radius_sum', 'json_inside', 'letters',
+           'levels', 'State', 'printable', 'attempt', 'graded', 'Problem', 'Objective', 'random_steps', 'StepFunction',
+           'value_of', 'written', 'asked', 'CirclePacking', 'StringMatch', 'problem', 'same_json', 'JSONFields',
+           'code_inside', 'CodeTests', 'code_problem', 'code_problems', 'Distance', 'Staged']
 
 # %% ../../nbs/discover/70_problems.ipynb #c004
 import json
@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
+from ..core.files import parse_json
 
 # %% ../../nbs/discover/70_problems.ipynb #c007
 def plain_numbers(
@@ -132,22 +133,12 @@ def _depth(x: Any) -> int:
     return 1 + max(map(_depth, inner), default=0)
 
 # %% ../../nbs/discover/70_problems.ipynb #c031
-def strict_json(text: str) -> Any:
-    "The JSON value of `text`. ValueError for anything but strict, finite, shallow JSON without repeated keys."
-    if len(text) > LONGEST: raise ValueError(f"{len(text)} characters, at most {LONGEST} are read")
-    try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once)
-        if _depth(value) <= DEEPEST: return value
-    except RecursionError: pass
-    raise ValueError(f"nested deeper than {DEEPEST}")
-
-
 def json_inside(text: str) -> Any:
     "The JSON list or object in a chatty answer, from its first bracket to its last. ValueError when there is none."
     starts = [i for i in map(text.find, "[{") if i >= 0]
     end = max(map(text.rfind, "]}"))
     if not starts or end < min(starts): raise ValueError("no JSON list or object in the answer")
-    return strict_json(text[min(starts) : end + 1])
+    return parse_json(text[min(starts) : end + 1])
 
 # %% ../../nbs/discover/70_problems.ipynb #c034
 LETTERS = string.ascii_letters  # a is level 0, Z level 51
@@ -419,7 +410,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-
 # %% ../../nbs/discover/70_problems.ipynb #c078
 def same_json(a: Any, b: Any) -> bool:
     "Equal as JSON text with sorted keys."
@@ -563,7 +553,7 @@ class Distance(Problem):
 
     def parse(self, text: str) -> list[float]:  # the model's answer
         "One number, or a JSON list of them."
-        value = json_inside(text) if "[" in text else [strict_json(text.strip())]
+        value = json_inside(text) if "[" in text else [parse_json(text.strip())]
         return (plain_numbers(value, 1, 1000, "answer") + 0.0).tolist()
 
     def grade(self, solution: list[float]) -> float:  # the guess

@@ -32,14 +32,17 @@ from .archive import Archive, ArchiveConfig, Node, archive_of, as_json, save, so
 from .policy import Answers, check_policy, draw_answers, update
 from .problems import Problem, State, StepFunction, problem, value_of
 from ..evals.scores import weights_hash
-from ..model.layers import named_key, to_json
+from ..core.keys import named_key
+from ..core.configs import to_json
 from ..model.transformer import LM
-from ..run.checkpoint import Checkpoints, write_json_atomic
+from ..run.checkpoint import Checkpoints
+from ..core.files import write_json
 from ..train.settings import run_words
 from ..run.guard import run_lock
 from ..train.optim import OptimConfig, optimizer
 from ..train.pretrain import load_run
-from ..run.rundir import MetricsLog, config_changes, environment, plain, read_metrics
+from ..run.rundir import MetricsLog, environment, plain, read_metrics
+from ..core.configs import config_changes
 from ..train.step import TrainState, fresh_state
 
 # %% ../../nbs/discover/73_ttt.ipynb #c006
@@ -371,8 +374,8 @@ def claim(
         changes = config_changes(*({k: v for k, v in c.items() if k not in FREE} for c in (old, new)))
         if changes: raise ValueError(f"{path}: the search was started with other settings: {'; '.join(changes[:8])}")
     else:
-        write_json_atomic(folder / "environment.json", environment())
-        write_json_atomic(path, new)
+        write_json(folder / "environment.json", environment())
+        write_json(path, new)
 
 # %% ../../nbs/discover/73_ttt.ipynb #c049
 def leaves(state: TrainState) -> dict:
@@ -475,7 +478,7 @@ def discover(
                 if search.step % cfg.save_every == 0 or search.step == cfg.steps: keep(search, points, lm, cfg, folder)
             result = run_rounds(problem, lm, tokenizer, search, cfg, write, hooks)
         result = replace(result, metrics=read_metrics(folder / "metrics.jsonl"), folder=folder)
-        write_json_atomic(folder / "result.json", summary(problem, result, cfg))
+        write_json(folder / "result.json", summary(problem, result, cfg))
     return result
 
 # %% ../../nbs/discover/73_ttt.ipynb #c056

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from .scores import read_rows
+from ..core.files import read_rows
 from .lm_eval import Responder
 from .sandbox import Limits, run_many
 

@@ -23,10 +23,11 @@ from jaxtyping import Float
 from ..data.tokenizer import HFTokenizer, Tokenizer
 from .scores import bootstrap, measure
 from .lm_eval import Responder, front_of, lm_eval_model
-from .sandbox import Limits, strict_json
+from .sandbox import Limits
+from ..core.files import parse_json
 from .code_tasks import (
     CODE_EVAL, Attempts, Loaded, choose_attempts, data_folder, load_task, pass_at_k, quiet)
-from ..model.layers import to_json
+from ..core.configs import to_json
 from ..model.transformer import LM, parameter_count
 from ..run.rundir import environment
 
@@ -233,7 +234,7 @@ def read_report(
 ) -> dict:
     "A report. FileNotFoundError or ValueError names the file."
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such report")
-    try: report = strict_json(Path(path).read_bytes())
+    try: report = parse_json(Path(path).read_bytes())
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
     found = report.get("format") if isinstance(report, dict) else None
     if found != FORMAT: raise ValueError(f"{path}: format {found!r}, expected {FORMAT!r}")

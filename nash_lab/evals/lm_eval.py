@@ -27,10 +27,12 @@ from flax import nnx
 from jaxtyping import Array
 from tqdm import tqdm
 
-from ..data.tokenizer import EOS, HFTokenizer, Tokenizer, write_atomic
+from ..data.tokenizer import EOS, HFTokenizer, Tokenizer
+from ..core.files import write_atomic
 from .scores import Score, bootstrap, weights_hash
 from ..model.generate import SampleConfig, bucket, rollout, unpad
-from ..model.layers import named_key, to_json
+from ..core.keys import named_key
+from ..core.configs import to_json
 from ..model.transformer import LM
 from ..run.rundir import read_metrics
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Limits', 'Result', 'SandboxError', 'has_landlock', 'guards_of', 'launcher', 'readable', 'bubblewrap', 'private_uid',
-           'listen', 'finish', 'strict_json', 'read_verdict', 'compare', 'converse', 'run_at', 'offered', 'choose',
-           'run_python', 'run_many', 'Overhead', 'overhead']
+           'listen', 'finish', 'read_verdict', 'compare', 'converse', 'run_at', 'offered', 'choose', 'run_python',
+           'run_many', 'Overhead', 'overhead']
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c003
 import json
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import confine
+from ..core.files import parse_json
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c006
 @dataclass(frozen=True)
@@ -186,14 +187,6 @@ def _finite(text):
     if not math.isfinite(number := float(text)): raise ValueError(f"{text} is no finite number")
     return number
 
-# %% ../../nbs/evals/51_sandbox.ipynb #c032
-def strict_json(
-    text: str | bytes,  # from the box
-) -> Any:
-    "JSON without NaN, infinity or repeated keys; raises ValueError for everything else."
-    try: return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
-    except RecursionError: raise ValueError("nested too deeply") from None
-
 # %% ../../nbs/evals/51_sandbox.ipynb #c035
 def read_verdict(
     data: bytes,  # all that came through the pipe: a line that the box is closed, and the verdict
@@ -202,12 +195,12 @@ def read_verdict(
     "The verdict of a box; raises ValueError, saying what is wrong with it."
     lines = data.split(b"\n")
     if len(lines) != 3 or lines[2]: raise ValueError(f"{len(lines) - 2} verdicts, expected 1")
-    verdict, keys = strict_json(lines[1]), {"nonce", "status", "error", "values"}
+    verdict, keys = parse_json(lines[1]), {"nonce", "status", "error", "values"}
     if not isinstance(verdict, dict) or set(verdict) != keys: raise ValueError("not a verdict")
     if verdict.pop("nonce") != nonce: raise ValueError("a verdict with the wrong nonce")
     if verdict["status"] not in ("passed", "failed", "error"): raise ValueError("a verdict with an unknown status")
     if not isinstance(verdict["error"], str): raise ValueError("a verdict whose error is no text")
-    return verdict | {"values": tuple(map(strict_json, verdict["values"]))}
+    return verdict | {"values": tuple(map(parse_json, verdict["values"]))}
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c038
 def compare(

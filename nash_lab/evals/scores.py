@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Rows', 'model_rows', 'bootstrap', 'Score', 'score', 'unigram', 'discounts', 'Bigram', 'fit_bigram',
-           'bigram_logprobs', 'table_rows', 'Probe', 'read_rows', 'load_probes', 'wilson', 'Measured', 'measure',
-           'ProbeResult', 'ProbeReport', 'run_probes', 'weights_hash', 'EvalReport', 'evaluate']
+           'bigram_logprobs', 'table_rows', 'Probe', 'load_probes', 'wilson', 'Measured', 'measure', 'ProbeResult',
+           'ProbeReport', 'run_probes', 'weights_hash', 'EvalReport', 'evaluate']
 
 # %% ../../nbs/evals/52_scores.ipynb #c003
 import gzip
@@ -26,9 +26,10 @@ from jaxtyping import Float, Int
 
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
-from .sandbox import strict_json
-from ..model.layers import from_json
+from ..core.files import parse_json
+from ..core.configs import from_json
 from ..model.transformer import LM
+from ..core.files import read_rows
 
 # %% ../../nbs/evals/52_scores.ipynb #c006
 class Rows(NamedTuple):
@@ -194,24 +195,6 @@ class Probe:
 # %% ../../nbs/evals/52_scores.ipynb #c041
 LARGEST = 1 << 30  # bytes that a file of rows may unpack to: a short .gz can be a terabyte
 
-def read_rows(
-    path: str | Path,  # .jsonl or .jsonl.gz
-    make: Callable[[Any], Any] = dict,  # JSON value -> row; ValueError or TypeError when it is none
-    what: str = "rows",  # they are, for the messages
-) -> list:
-    "The rows of a file, blank lines skipped. FileNotFoundError names the file, ValueError file and line."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file of {what}")
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file: data = file.read(LARGEST + 1)
-    except (OSError, EOFError, zlib.error) as error: raise ValueError(f"{path}: {error}") from None
-    if len(data) > LARGEST: raise ValueError(f"{path}: more than {LARGEST} bytes, unpacked")
-    rows = []
-    for n, line in enumerate(data.splitlines(), 1):
-        try: rows += [make(strict_json(line.decode("utf-8")))] if line.strip() else []
-        except (ValueError, TypeError) as error: raise ValueError(f"{path}:{n}: {error}") from None
-    if not rows: raise ValueError(f"{path}: no {what} in this file")
-    return rows
 
 
 def load_probes(path: str | Path) -> list[Probe]:

@@ -24,10 +24,10 @@ from flax import nnx
 from ..studies.ablation import AblationConfig, ablate, variants
 from .run import load
 from ..model.generate import SampleConfig, generate, rollout
-from ..model.layers import to_json
+from ..core.configs import to_json
 from ..model.speculative import speculate
 from ..model.transformer import LM, ModelConfig
-from ..run.checkpoint import write_json_atomic
+from ..core.files import write_json
 from ..train.optim import OptimConfig, optimizer
 from ..train.step import fresh_state, make_train_step
 
@@ -161,7 +161,7 @@ def write_rows(
 ):
     "Write the rows to cfg.out with the configuration and the device; nothing when it is empty."
     where = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "jax": jax.__version__}
-    if cfg.out: write_json_atomic(Path(cfg.out), {"config": to_json(cfg), "where": where, "rows": rows})
+    if cfg.out: write_json(Path(cfg.out), {"config": to_json(cfg), "where": where, "rows": rows})
 
 def scored_before(cfg: BenchConfig) -> dict[str, list[float]]:  # cfg.out and cfg.ablation count
     "Scores by variant in the file, empty when it is not there or of another ablation."

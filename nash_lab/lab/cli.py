@@ -38,11 +38,11 @@ from .jobs import (
     run_export, run_export_hf, run_import, run_merge, run_sdft)
 from .report import write_report
 from .run import load
-from ..model.layers import from_json, to_json
+from ..core.configs import from_json, to_json
 from ..model.transformer import ModelConfig
-from ..run.checkpoint import write_json_atomic
+from ..core.files import write_json
 from ..train.settings import TrainConfig
-from ..train.parallel import initialize, is_lead
+from ..core.processes import initialize, is_main_process
 from ..train.preflight import PreflightConfig, report
 from ..train.pretrain import pretrain
 
@@ -165,14 +165,14 @@ def run_eval(job: EvalJob) -> None:  # one of its three kinds
         if len(job.compare) != 2: raise ValueError(f"eval --compare: {len(job.compare)} reports, expected two")
         return print(describe_comparison(compare(*job.compare)))
     report = eval_tasks(job) if job.tasks else eval_packed(job)
-    if job.out: write_json_atomic(Path(job.out), report)
+    if job.out: write_json(Path(job.out), report)
 
 # %% ../../nbs/lab/86_cli.ipynb #c017
 def run_pretrain(job: TrainConfig) -> None:  # the whole run
     "Join the other processes if there are any, train, and print what was reached."
     initialize(job.processes)
     r = pretrain(job)
-    if not is_lead(): return
+    if not is_main_process(): return
     val = "" if r.val_loss is None else f", validation {r.val_loss:.4f} nats per token, {r.val_bpb:.4f} bits per byte"
     print(f"{r.run}: step {r.step}{val}, {r.time_s:.0f} s of training, {r.tokens_per_s:,.0f} tokens/s")
 

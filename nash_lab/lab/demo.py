@@ -19,19 +19,21 @@ from tqdm import tqdm
 
 from ..data.corpus import CorpusConfig, CorpusReport, PackedTokens, documents, pack
 from ..data.loader import LoaderConfig
-from ..data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer, write_atomic
+from ..data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from ..core.files import write_atomic
 from ..discover import archive
 from ..discover.consolidate import Consolidation, ExampleNight, consolidate, example_night
 from ..evals.scores import Probe, evaluate, model_rows, score
 from .report import Inputs, Section, paragraph, shown, table, write_report
 from .run import load
 from .viz import archive_tree, discovery_plot
-from ..model.layers import from_json, to_json
+from ..core.configs import from_json, to_json
 from ..model.transformer import LM, ModelConfig
-from ..run.checkpoint import write_json_atomic
+from ..core.files import write_json
 from ..train.optim import OptimConfig
 from ..train.pretrain import TrainConfig, pretrain
-from ..run.rundir import config_changes, read_metrics
+from ..core.configs import config_changes
+from ..run.rundir import read_metrics
 
 # %% ../../nbs/lab/84_demo.ipynb #c005
 @dataclass(frozen=True)
@@ -138,9 +140,9 @@ def stage_evaluate(cfg: DemoConfig) -> str:  # of all stages
     report = to_json(evaluate(model.lm, packed, train=train, seq_len=cfg.loader.seq_len, batches=cfg.eval_batches,
                               probes=PROBES, generate_text=answer))
     report["tables"]["untrained"] = score_of(LM(cfg.model, nnx.Rngs(cfg.training().seed)), cfg, packed)
-    write_json_atomic(cfg.folder / "eval.json", report)
+    write_json(cfg.folder / "eval.json", report)
     twin = {"model": score_of(load(cfg.folder / "twin").lm, cfg, packed), "tables": {}, "probes": None}
-    write_json_atomic(cfg.folder / "twin" / "eval.json", twin)
+    write_json(cfg.folder / "twin" / "eval.json", twin)
     figures = {"mHC": report["model"], "plain": twin["model"], **report["tables"]}
     return ", ".join(f"{name} {figure['bits_per_byte']:.3f}" for name, figure in figures.items()) + " bits per byte"
 
@@ -197,7 +199,7 @@ def claim_demo(cfg: DemoConfig) -> None:  # settings of this call
     "Write demo.json, or raise ValueError when the directory was made with other settings."
     path, new = cfg.folder / "demo.json", to_json(cfg)
     new.pop("run")  # a folder may be moved or named in another way
-    if not path.exists(): return write_json_atomic(path, new)
+    if not path.exists(): return write_json(path, new)
     if changes := config_changes(json.loads(path.read_text(encoding="utf-8")), new):
         raise ValueError(f"{path}: made with other settings ({'; '.join(changes[:4])}); choose another --run")
 

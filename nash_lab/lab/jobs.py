@@ -18,10 +18,10 @@ from ..adapt.lora import (
 from ..studies.arms import ArmsConfig, compare_arms, markdown
 from ..discover.consolidate import ConsolidateConfig, consolidate
 from ..discover.ttt import DiscoverConfig, discover_run
-from ..data.tokenizer import write_atomic
+from ..core.files import write_atomic
 from .run import load
 from .viz import arms_plot
-from ..model.layers import to_json
+from ..core.configs import to_json
 from ..train.pretrain import load_run
 
 # %% ../../nbs/lab/85_jobs.ipynb #c006

@@ -23,10 +23,11 @@ import numpy as np
 from .. import __version__
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
-from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, write_atomic
+from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
+from ..core.files import write_atomic
 from .viz import (Picture, composite_heatmaps, drift_plot, gain_plot, loss_plot, routing_heatmaps,
                               stream_usage)
-from ..model.layers import to_json
+from ..core.configs import to_json
 from ..model.mhc import Routing
 from ..model.transformer import parameter_count
 from ..train.settings import own_tokenizer, saved_config

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from ..data.tokenizer import PAD, HFTokenizer, Tokenizer, load_tokenizer
 from .viz import Picture, routing_heatmaps
 from ..model.generate import generate
-from ..model.layers import named_key
+from ..core.keys import named_key
 from ..model.mhc import Routing
 from ..model.transformer import LM, parameter_count
 from ..train.settings import TrainConfig, own_tokenizer

@@ -160,7 +160,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .attention import GQA, KVCache
 from .diff import DIFF1, DIFF2
 from .layers import FFNS
-from .layers import RMSNorm, dropout, named_key
+from .layers import RMSNorm, dropout
+from ..core.keys import named_key
 from .maha import MAHA
 from .mhc import HyperConnection, connect
 from .mla import MLA

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .attention import KVCache
 from .block import REMATS, Block, add_aux
 from .block import ModelConfig
-from .layers import Linear, RMSNorm, named_key
+from .layers import Linear, RMSNorm
+from ..core.keys import named_key
 from .mhc import StreamEnds
 
 # %% ../../nbs/model/19_mtp.ipynb #c006

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .attention import KVCache
 from .block import Block, chunked_nats, run_stack, stacked, token_nats
 from .block import ModelConfig
-from .layers import RMSNorm, dropout, named_key, normal_init, set_casts
+from .layers import RMSNorm, dropout, normal_init, set_casts
+from ..core.keys import named_key
 from .mhc import Routing, StreamEnds, to_gate, to_public
 from .mtp import MTPHead, ahead_targets, head_at, look_ahead
 

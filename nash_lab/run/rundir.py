@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'PACKAGES', 'read_metrics', 'plain', 'insist', 'MetricsLog', 'answers', 'wandb_tracker',
-           'tensorboard_tracker', 'Tracker', 'Trackers', 'environment', 'config_changes']
+           'tensorboard_tracker', 'Tracker', 'Trackers', 'environment']
 
 # %% ../../nbs/run/30_rundir.ipynb #c003
 import http.client
@@ -27,7 +27,8 @@ from typing import Any
 import jax
 import numpy as np
 import nash_lab
-from ..data.tokenizer import write_atomic
+from ..core.files import write_atomic
+from ..core.configs import config_changes
 
 # %% ../../nbs/run/30_rundir.ipynb #c006
 def read_metrics(
@@ -222,17 +223,3 @@ def environment() -> dict:
             "device": device.device_kind, "devices": jax.device_count(), "git": _revision(),
             "command": shlex.join(arguments).replace(str(Path.home()), "~"),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-
-# %% ../../nbs/run/30_rundir.ipynb #c033
-def config_changes(
-    old: dict,  # a config as JSON
-    new: dict,  # another
-    at: str = "",  # path of the two within the whole
-) -> list[str]:  # such as "optim.learning_rate: 0.002 -> 0.003"
-    "The fields in which two configs differ."
-    changes = []
-    for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict): changes += config_changes(a, b, f"{at}{name}.")
-        elif a != b: changes.append(f"{at}{name}: {a} -> {b}")
-    return changes

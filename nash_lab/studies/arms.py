@@ -16,13 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ..adapt.lora import LoRAConfig
-from ..data.tokenizer import HFTokenizer, write_atomic
+from ..data.tokenizer import HFTokenizer
+from ..core.files import write_atomic
 from ..discover.prior import PriorConfig, shape_prior
 from ..discover.problems import StepFunction
 from ..discover.ttt import DiscoverConfig, discover
-from ..model.layers import to_json
+from ..core.configs import to_json
 from ..model.transformer import LM
-from ..run.checkpoint import write_json_atomic
+from ..core.files import write_json
 from ..train.optim import OptimConfig
 from ..run.rundir import plain
 
@@ -142,6 +143,6 @@ def compare_arms(
     for arm, seed in tqdm(todo, "arms", unit=" searches", disable=None):
         runs.append(run_arm(cfg, arm, seed, lm, words))
         rows = [plain(row) for row in arm_rows(cfg, runs)]
-        write_json_atomic(Path(cfg.out), {"config": to_json(cfg), "runs": runs, "rows": rows})
+        write_json(Path(cfg.out), {"config": to_json(cfg), "runs": runs, "rows": rows})
         write_atomic(Path(cfg.out).with_suffix(".md"), markdown(cfg, runs).encode())
     return [run for run in runs if (run["arm"], run["seed"]) in asked]

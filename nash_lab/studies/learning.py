@@ -32,9 +32,9 @@ from ..adapt.sdft import Example, SDFTConfig, answer_states, distil, joined, rev
 from ..evals.scores import Probe, weights_hash
 from ..model.block import ModelConfig
 from ..model.generate import SampleConfig, rollout, unpad
-from ..model.layers import to_json
+from ..core.configs import to_json
 from ..model.transformer import LM
-from ..run.checkpoint import write_json_atomic
+from ..core.files import write_json
 from ..train.optim import OptimConfig, optimizer
 from ..train.step import fresh_state, make_train_step
 
@@ -402,7 +402,7 @@ def study(
         seeds = found["seeds"]
     for seed in range(len(seeds), cfg.seeds):
         with tempfile.TemporaryDirectory() as folder: seeds.append(study_seed(cfg, seed, Path(folder)))
-        write_json_atomic(path, {"config": to_json(cfg), "seeds": seeds})
+        write_json(path, {"config": to_json(cfg), "seeds": seeds})
     return seeds
 
 # %% ../../nbs/studies/91_learning.ipynb #c049

@@ -7,8 +7,7 @@ __all__ = ['COLLECTIVES', 'AXES', 'LOGICAL', 'RULES', 'CACHED', 'SLURM', 'METADA
            'make_mesh', 'MeshSlice', 'logical_axes', 'stacked', 'path_name', 'AxisRules', 'spec_of', 'param_specs',
            'unsharded', 'dropped_axis', 'with_zero', 'state_shardings', 'placed', 'bytes_per_device', 'batch_sharding',
            'batch_shares', 'check_rows', 'data_shard', 'put_batch', 'Rows', 'place_rows', 'shard_step', 'init_sharded',
-           'replicate', 'cache_specs', 'ProcessConfig', 'surroundings', 'ask_metadata', 'pod_hosts', 'initialize',
-           'is_lead', 'every_process', 'anyone', 'wait_for_all', 'pack_position', 'own_position']
+           'replicate', 'cache_specs', 'pack_position', 'own_position']
 
 # %% ../../nbs/train/40_parallel.ipynb #c003
 import json
@@ -24,6 +23,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from ..core.processes import ProcessConfig, any_process, cluster_kind, gather_json, initialize, is_main_process, pod_hosts
 
 # %% ../../nbs/train/40_parallel.ipynb #c004
 import jax
@@ -380,100 +380,11 @@ def cache_specs(
         return NamedSharding(mesh, spec_of(axes, x.shape, rules, mesh))
     return jax.tree_util.tree_map_with_path(place, cache)
 
-# %% ../../nbs/train/40_parallel.ipynb #c071
-@dataclass(frozen=True)
-class ProcessConfig:
-    "How the processes of a run find each other; ValueError for flags that do not belong together."
-    coordinator: str = ""  # host:port of process 0; "" looks for a TPU pod, SLURM or Kubernetes
-    processes: int = 1  # of the run, where a coordinator is given
-    process: int = 0  # number of this one, from 0, where a coordinator is given
-    detect: bool = True  # False: alone, whatever the surroundings say
-    heartbeat_s: int = 100  # seconds without a sign of life after which a process is dead and the others end
-    patience_s: int = 300  # seconds to wait for the others at the start
-
-    def __post_init__(self):
-        if not self.coordinator and (self.processes, self.process) != (1, 0):
-            raise ValueError(f"ProcessConfig: processes={self.processes}, process={self.process} without a coordinator")
-        if not 0 <= self.process < self.processes:
-            raise ValueError(f"ProcessConfig.process={self.process}: expected 0 to {self.processes - 1}")
-        if self.coordinator and not re.fullmatch(r"\S+:\d+", self.coordinator):
-            raise ValueError(f"ProcessConfig.coordinator={self.coordinator!r}: expected host:port")
-
 # %% ../../nbs/train/40_parallel.ipynb #c072
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
-def surroundings(
-    env: Mapping[str, str],  # environment variables
-    hosts: Callable[[], int] = lambda: 1,  # of the TPU slice this machine belongs to, asked last
-) -> str:  # slurm | kubernetes | tpu, or "" for a process that is alone
-    "Who started this process together with others."
-    if all(name in env for name in SLURM) and int(env["SLURM_NTASKS"]) > 1: return "slurm"
-    if "," in env.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in env: return "tpu"
-    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env: return "kubernetes"
-    return "tpu" if hosts() > 1 else ""
-
 # %% ../../nbs/train/40_parallel.ipynb #c075
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-
-def ask_metadata() -> str:
-    "The hosts of this machine's TPU slice, with commas between; OSError where there is no such server."
-    request = urllib.request.Request(METADATA, headers={"Metadata-Flavor": "Google"})
-    with urllib.request.urlopen(request, timeout=2) as answer: return answer.read().decode()
-
-def pod_hosts(
-    chips: bool | None = None,  # None: look for TPU devices and libtpu
-    ask: Callable[[], str] = ask_metadata,  # their addresses, with commas between
-) -> int:
-    "Hosts of the TPU slice that this machine belongs to; 1 for every other machine."
-    if chips is None:
-        devices = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-        chips = bool(devices) and find_spec("libtpu") is not None
-    try: return ask().count(",") + 1 if chips else 1
-    except OSError: return 1
-
-# %% ../../nbs/train/40_parallel.ipynb #c077
-def initialize(
-    cfg: ProcessConfig = ProcessConfig(),  # flags
-    env: Mapping[str, str] = os.environ,  # where SLURM and Kubernetes say who is who
-) -> str:  # flags | slurm | kubernetes | tpu, or "" when this process is alone
-    "Joins the other processes, before the first array exists; ValueError when they are not found in time."
-    found = "flags" if cfg.processes > 1 else surroundings(env, pod_hosts) if cfg.detect and not cfg.coordinator else ""
-    if not found: return ""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # how CPUs sum; others have their own
-    flags = dict(coordinator_address=cfg.coordinator, num_processes=cfg.processes, process_id=cfg.process,
-                 cluster_detection_method="deactivate") if found == "flags" else {}
-    try: jax.distributed.initialize(**flags, heartbeat_timeout_seconds=cfg.heartbeat_s,
-                                    initialization_timeout=cfg.patience_s)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"processes ({found}) did not join: {str(error).splitlines()[0][:200]}") from error
-    return found
-
-# %% ../../nbs/train/40_parallel.ipynb #c080
-def is_lead() -> bool:
-    "Whether this is process 0, which writes for all."
-    return jax.process_index() == 0
-
-def every_process(
-    value: Any,  # JSON
-) -> list:  # one value for each process, in their order
-    "What each process has; all of them must call it."
-    if jax.process_count() == 1: return [value]
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(data))).ravel()
-    rows = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - len(data)))).reshape(len(sizes), -1)
-    return [json.loads(row[:n].astype(np.uint8).tobytes()) for row, n in zip(rows, sizes)]
-
-def anyone(
-    flag: bool,  # of this process
-) -> bool:
-    "Whether the flag of any process is set; all of them must call it."
-    return any(every_process(bool(flag)))
-
-def wait_for_all(
-    name: str,  # of the point in the program
-):
-    "Returns when every process has come here."
-    if jax.process_count() > 1: multihost_utils.sync_global_devices(name)
 
 # %% ../../nbs/train/40_parallel.ipynb #c082
 def pack_position(

@@ -262,7 +262,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
-from ..model.layers import from_json, to_json
+from ..core.configs import from_json, to_json
 from ..model.transformer import ModelConfig, flops_per_token, model_shapes, parameter_count
 from .optim import tree_bytes
 from .optim import OptimConfig, optimizer

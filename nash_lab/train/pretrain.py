@@ -28,18 +28,32 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 from tqdm import tqdm
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
-from ..model.layers import named_key, to_json
+from ..core.keys import named_key
+from ..core.configs import to_json
 from ..model.transformer import LM, flops_per_token, model_shapes
-from ..run.checkpoint import Checkpoints, write_json_atomic
+from ..run.checkpoint import Checkpoints
+from ..core.files import write_json
 from .settings import (
     TrainConfig, claim, copy_tokenizer, own_tokenizer, record_changes, saved_config, tokenizer_facts)
 from .settings import joined_position, open_data
 from ..run.guard import Guard, Ledger, NonFinite, Seen, Stopped, goodput, last_good, run_lock
 from .optim import ema_params
 from .optim import optimizer, schedule
-from .parallel import (
-    RULES, anyone, batch_sharding, every_process, init_sharded, is_lead, make_mesh, own_position, place_rows, placed,
-    put_batch, replicate, shard_step, state_shardings, unsharded, wait_for_all)
+from nash_lab.train.parallel import (
+    RULES,
+    batch_sharding,
+    init_sharded,
+    make_mesh,
+    own_position,
+    place_rows,
+    placed,
+    put_batch,
+    replicate,
+    shard_step,
+    state_shardings,
+    unsharded,
+)
+from ..core.processes import any_process, gather_json, is_main_process, barrier
 from ..run.rundir import MetricsLog, Trackers, insist, plain, read_metrics
 from nash_lab.train.step import (
     TrainState, batch_fields, batch_shapes, evaluate_loss, fresh_state, make_eval_step, make_train_step, peak_flops,
@@ -149,10 +163,10 @@ def save(
     counters = {"step": at.step, "skipped": at.skipped, "time_s": job.time_s, "due": due,
                 "seconds": dict(job.ledger.seconds)}
     items = {"model": job.state.params, "optimizer": job.state.opt_state, "rng": {"key": jax.random.key_data(job.key)},
-             "data": joined_position(every_process(at.position())), "counters": counters}
+             "data": joined_position(gather_json(at.position())), "counters": counters}
     record = job.record if job.record.get("step") == at.step else {}
     job.checkpoints.save(at.step, items, {k: record[k] for k in ("val_loss", "val_bpb") if k in record})
-    if is_lead(): write_json_atomic(run / "goodput.json", goodput(job.ledger.seconds, at.step, at.skipped))
+    if is_main_process(): write_json(run / "goodput.json", goodput(job.ledger.seconds, at.step, at.skipped))
 
 # %% ../../nbs/train/44_pretrain.ipynb #c021
 def save_now(
@@ -301,9 +315,9 @@ def run_steps(
     with ledger.during("compile"): step, validate = compile_step(job), validator(job)
     if job.due: settle(job, report, validate)
     ledger.enter("step")
-    job.mark, stop = time.monotonic(), anyone(bool(signals))
+    job.mark, stop = time.monotonic(), any_process(bool(signals))
     with tqdm(total=cfg.steps, initial=job.step, desc=Path(cfg.run).name, unit="step",
-              disable=None if is_lead() else True) as bar:
+              disable=None if is_main_process() else True) as bar:
         while job.step < cfg.steps and not stop:
             with ledger.during("data"): batch = _next_batch(job)
             job.state, metrics = step(job.state, batch, job.key)
@@ -313,7 +327,7 @@ def run_steps(
             made_up_for(job, job.checkpoints.poll)  # never waits
             check, keep = (job.step % n == 0 or job.step == cfg.steps for n in (cfg.eval_every, cfg.checkpoint_every))
             pause = check or keep or job.step % cfg.log_every == 0
-            stop = anyone(bool(signals)) if pause or jax.process_count() == 1 else False
+            stop = any_process(bool(signals)) if pause or jax.process_count() == 1 else False
             if not pause: continue
             record = train_record(job, metrics, rate)
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s", refresh=False)
@@ -377,7 +391,7 @@ def pretrain(
 ) -> Result:
     "Trains `cfg` in its run directory, or continues there; ValueError or OSError before step 1 for bad input."
     run = Path(cfg.run)
-    if is_lead() and (run / "lock").exists():
+    if is_main_process() and (run / "lock").exists():
         with run_lock(run): pass  # a second process is told so at once, before it reads the data
     with Guard(run, watchdog_s=cfg.watchdog_s) as guard:
         try: return _pretrain(cfg, run, tuple(hooks), guard)
@@ -401,16 +415,16 @@ def _pretrain(cfg, run, hooks, guard):
     "`pretrain` inside its guard."
     mesh = make_mesh(cfg.mesh)
     batches, val = open_data(cfg, mesh)
-    lock, facts = run_lock(run) if is_lead() else nullcontext(), tokenizer_facts(cfg.tokenizer)
+    lock, facts = run_lock(run) if is_main_process() else nullcontext(), tokenizer_facts(cfg.tokenizer)
     with lock, closing(Checkpoints(run / "checkpoints", keep=cfg.keep, facts=facts)) as points:
-        changes = every_process(claim(cfg, run) if is_lead() else [])[0]  # the others wait here for the lead
+        changes = gather_json(claim(cfg, run) if is_main_process() else [])[0]  # the others wait here for the lead
         if points.latest() == cfg.steps and not changes and result(run).step == cfg.steps: return result(run)
         job = start(cfg, batches, val, points, mesh)
-        if is_lead() and mesh.size > 1: say_unsharded(job)
-        if is_lead() and (changes or job.notes): record_changes(cfg, run, job.step, changes + job.notes)
+        if is_main_process() and mesh.size > 1: say_unsharded(job)
+        if is_main_process() and (changes or job.notes): record_changes(cfg, run, job.step, changes + job.notes)
         guard.ledger.add(job.ledger.seconds)
         job.ledger = guard.ledger
-        outputs = open_logs(job, run) if is_lead() else ()
+        outputs = open_logs(job, run) if is_main_process() else ()
         def report(record):
             job.record = plain(record)
             with job.ledger.during("log"):
@@ -420,8 +434,8 @@ def _pretrain(cfg, run, hooks, guard):
         with ExitStack() as stack:
             for output in outputs: stack.callback(output.close)
             run_guarded(job, report, guard)
-        if is_lead(): write_json_atomic(run / "goodput.json", goodput(job.ledger.seconds, job.step, job.skipped))
-        wait_for_all("the run is written")
+        if is_main_process(): write_json(run / "goodput.json", goodput(job.ledger.seconds, job.step, job.skipped))
+        barrier("the run is written")
     return result(run)
 
 # %% ../../nbs/train/44_pretrain.ipynb #c044
@@ -459,7 +473,7 @@ def write_run(
     with run_lock(run), closing(Checkpoints(run / "checkpoints", asynchronous=False, facts=facts)) as points:
         points.save(step, {"model": nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
         if tokenizer: copy_tokenizer(Path(tokenizer), run)
-        for name, note in (notes or {}).items(): write_json_atomic(run / name, note)
+        for name, note in (notes or {}).items(): write_json(run / name, note)
         cfg = replace(cfg, run=str(run), model=lm.cfg, optim=replace(cfg.optim, ema=0.0))
-        write_json_atomic(run / "config.json", to_json(cfg))  # last: without it there is no run
+        write_json(run / "config.json", to_json(cfg))  # last: without it there is no run
     return run

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Literal
 from ..data.loader import LoaderConfig
 from ..data.stream import StreamConfig
-from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer, write_atomic
-from ..model.layers import from_json, to_json
+from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
+from ..core.files import write_atomic
+from ..core.configs import from_json, to_json
 from ..model.transformer import ModelConfig
-from ..run.checkpoint import write_json_atomic
+from ..core.files import write_json
 from .optim import OptimConfig, schedule
-from .parallel import MeshConfig, ProcessConfig
-from ..run.rundir import TRACKERS, config_changes, environment
+from .parallel import MeshConfig
+from ..core.processes import ProcessConfig
+from ..run.rundir import TRACKERS, environment
+from ..core.configs import config_changes
 
 # %% ../../nbs/train/43_settings.ipynb #c007
 @dataclass(frozen=True)
@@ -115,9 +118,9 @@ def claim(
     if not path.exists():
         if left := [name for name in ("metrics.jsonl", "checkpoints") if (run / name).exists()]:
             raise ValueError(f"{run / left[0]}: exists without config.json, so this is not a run to resume")
-        write_json_atomic(run / "environment.json", environment())
+        write_json(run / "environment.json", environment())
         if cfg.tokenizer: copy_tokenizer(cfg.tokenizer, run)
-        write_json_atomic(path, to_json(cfg))
+        write_json(path, to_json(cfg))
         return []
     new, old = to_json(cfg), to_json(saved_config(run))
     changes = config_changes(*({k: v for k, v in c.items() if k not in FREE} for c in (old, new)))
@@ -138,7 +141,7 @@ def record_changes(
     with open(run / "changes.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "changes": changes}) + "\n")
     if cfg.tokenizer: copy_tokenizer(cfg.tokenizer, run)
-    write_json_atomic(run / "config.json", to_json(cfg))
+    write_json(run / "config.json", to_json(cfg))
 
 # %% ../../nbs/train/43_settings.ipynb #c016
 def saved_config(
@@ -163,7 +166,8 @@ from ..data.loader import Loader, batches_per_epoch, loader
 from ..data.sources import parse_source
 from ..data.stream import StreamConfig, StreamLoader, merge_states, stream_documents, stream_loader
 from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
-from .parallel import check_rows, data_shard, is_lead, pack_position, wait_for_all
+from .parallel import check_rows, data_shard, pack_position
+from ..core.processes import is_main_process, barrier
 
 # %% ../../nbs/train/43_settings.ipynb #c032
 SHARED = ("seq_len", "batch_size", "seed", "documents", "epochs", "prefetch")  # fields of loader that hold for streams
@@ -212,9 +216,9 @@ def open_stream(
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ValueError(f"{cfg.tokenizer}: {tokenizer.vocab_size} pieces, model.vocab_size={cfg.model.vocab_size}")
     stream = stream_of(cfg)
-    if cfg.val_bin and not Path(cfg.val_bin).exists() and is_lead():
+    if cfg.val_bin and not Path(cfg.val_bin).exists() and is_main_process():
         hold_out(stream, tokenizer, cfg.val_bin, cfg.val_documents)
-    wait_for_all("the held-out file is written")
+    barrier("the held-out file is written")
     return stream_loader(stream, tokenizer, shard=shard[0], shards=shard[1])
 
 # %% ../../nbs/train/43_settings.ipynb #c041
