@@ -10,6 +10,7 @@ from nash_lab.data.filters import clean, fault, near_keys, shingles, similarity
 from nash_lab.data.loader import LoaderConfig, as_batch, loader
 from nash_lab.data.sources import Source, SourceConfig, parse_source
 from nash_lab.data.stream import Documents, StreamConfig, merge_states, stream_documents, stream_loader
+from nash_lab.data.tokenizer import SentencePieceTokenizer
 from nash_lab.data.tokenizer import EOS, HFTokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
 def message(call, kind=ValueError) -> str:

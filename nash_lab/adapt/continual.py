@@ -111,7 +111,7 @@ from jaxtyping import Bool
 from .lora import save_merged
 from .sdft import Example, First, SDFTConfig, distil, encoder, read_examples
 from ..data.corpus import Document, PackedTokens, pack
-from ..data.tokenizer import HFTokenizer, Tokenizer
+from ..core.text import Tokenizer
 from nash_lab.evals.scores import (
     Probe,
     Rows,
@@ -282,7 +282,7 @@ class SuiteReport:
 # %% ../../nbs/adapt/63_continual.ipynb #c054
 def text_rows(
     lm: LM,  # examined
-    tokenizer: Tokenizer | HFTokenizer,  # its own
+    tokenizer: Tokenizer,  # its own
     text: str,  # one document
     seq_len: int = 128,    # tokens a row
     batch_size: int = 16,  # rows at once
@@ -295,7 +295,7 @@ def text_rows(
 # %% ../../nbs/adapt/63_continual.ipynb #c055
 def text_score(
     lm: LM,  # examined
-    tokenizer: Tokenizer | HFTokenizer,  # its own
+    tokenizer: Tokenizer,  # its own
     gate: TextGate,  # with its text
     suite: Suite,  # length of the rows
 ) -> TextScore:
@@ -309,7 +309,7 @@ def text_score(
 
 def skill_score(
     lm: LM,  # examined
-    tokenizer: Tokenizer | HFTokenizer,  # its own
+    tokenizer: Tokenizer,  # its own
     gate: SkillGate,  # with its probes
     suite: Suite,  # length of the answers
 ) -> SkillScore:
@@ -326,7 +326,7 @@ def skill_score(
 
 def evaluate_suite(
     lm: LM,  # examined
-    tokenizer: Tokenizer | HFTokenizer,  # its own
+    tokenizer: Tokenizer,  # its own
     suite: Suite,  # with the content of its files, from `load_suite`
 ) -> SuiteReport:
     "Examine a model. ValueError for a gate whose file was not read, or a text that is too short."
@@ -429,7 +429,7 @@ def decide(
 # %% ../../nbs/adapt/63_continual.ipynb #c062
 def gated_update(
     lm: LM,  # untouched
-    tokenizer: Tokenizer | HFTokenizer,  # its own
+    tokenizer: Tokenizer,  # its own
     examples: Sequence[Example],  # to learn from
     cfg: SDFTConfig,  # how
     suite: Suite,  # from `load_suite`, or made in place

@@ -126,7 +126,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from .lora import Adapter, LoRAConfig, attach, init_adapter, merge_adapter
-from ..data.tokenizer import HFTokenizer, Tokenizer
+from ..core.text import Tokenizer
 from ..core.files import read_rows
 from ..model.generate import Rollout, SampleConfig, rollout, unpad
 from ..core.configs import from_json
@@ -371,7 +371,7 @@ def make_batch(
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c091
 def encoder(
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: Tokenizer,
     first: First = "eos",  # token in front of every text
 ) -> Callable[[str], list[int]]:
     "How a prompt becomes ids. ValueError for a token that the tokenizer does not have."
@@ -488,7 +488,7 @@ def first_learner(
 # %% ../../nbs/adapt/62_sdft.ipynb #c100
 def distil(
     lm: LM,  # untouched
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     cfg: SDFTConfig,
     *,

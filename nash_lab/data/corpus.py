@@ -22,7 +22,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from jaxtyping import Integer
 
-from .tokenizer import EOS, HFTokenizer, Tokenizer
+from ..core.text import Tokenizer
+from .tokenizer import EOS
 from ..core.text import utf8
 from ..core.files import write_atomic
 from ..core.configs import from_json, to_json
@@ -311,7 +312,7 @@ def _groups(docs: Iterable[Document], size: int = 1 << 20) -> Iterator[list[Docu
     if group: yield group
 
 
-def _write_tokens(docs: Iterable[Document], tokenizer: Tokenizer | HFTokenizer, file: BinaryIO, dtype: str) -> dict:
+def _write_tokens(docs: Iterable[Document], tokenizer: Tokenizer, file: BinaryIO, dtype: str) -> dict:
     "Write the ids of all documents, each ended by EOS; gives the counts and hashes of `PackedMeta`."
     tokens, count, text_bytes, content, sources = 0, 0, 0, hashlib.sha256(), {}
     for group in _groups(docs):
@@ -329,7 +330,7 @@ def _write_tokens(docs: Iterable[Document], tokenizer: Tokenizer | HFTokenizer, 
 # %% ../../nbs/data/25_corpus.ipynb #c050
 def pack(
     docs: Iterable[Document],
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: Tokenizer,
     path: str | Path,                    # the .bin; its description goes to <path>.json
     *,
     split: str = "",                     # written into the description

@@ -68,7 +68,8 @@ from .corpus import BadRecord, CorpusReport, Document, split_of
 from .filters import Filter, Log, restored
 from .loader import as_batch, refuse_other
 from .sources import Source, SourceConfig, fingerprint, place_of
-from .tokenizer import PAD, HFTokenizer, Tokenizer
+from ..core.text import Tokenizer
+from .tokenizer import PAD
 from ..core.text import utf8
 
 # %% ../../nbs/data/29_stream.ipynb #c026
@@ -240,7 +241,7 @@ class Lane:
     def __init__(
         self,
         cfg: StreamConfig,
-        tokenizer: Tokenizer | HFTokenizer,
+        tokenizer: Tokenizer,
         lane: int,                            # of cfg.lanes
         state: dict[str, Any] | None = None,  # "at", "used" and "log": where to go on
     ):
@@ -308,7 +309,7 @@ class LaneRows(grain.IterDataset):  # Grain's interface for a stream of one's ow
     def __init__(
         self,
         cfg: StreamConfig,
-        tokenizer: Tokenizer | HFTokenizer,
+        tokenizer: Tokenizer,
         lanes: list[int],           # lane numbers
         states: list[dict | None],  # where each goes on
     ):
@@ -359,7 +360,7 @@ FREE = {"epochs", "workers", "prefetch", "on_error", "max_bad_share"}  # setting
 
 def identity(
     cfg: StreamConfig,
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: Tokenizer,
 ) -> dict[str, Any]:  # plain JSON
     "What a position depends on: every setting that changes the tokens, the tokenizer, names and sizes of local files."
     found = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in FREE and f.name != "sources"}
@@ -428,7 +429,7 @@ class StreamLoader:
     def __init__(
         self,
         cfg: StreamConfig,
-        tokenizer: Tokenizer | HFTokenizer,
+        tokenizer: Tokenizer,
         shard: int,   # this process
         shards: int,  # all of them
     ):
@@ -481,7 +482,7 @@ class StreamLoader:
 # %% ../../nbs/data/29_stream.ipynb #c067
 def stream_loader(
     cfg: StreamConfig,
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: Tokenizer,
     *,
     shard: int = 0,   # this process
     shards: int = 1,  # all of them

@@ -24,7 +24,7 @@ from ..adapt.continual import ContinualConfig, GateDecision, SkillGate, Suite, c
 from ..adapt.lora import LoRAConfig
 from ..adapt.continual import ReplayBuffer
 from ..adapt.sdft import Example, SDFTConfig, encoder
-from ..data.tokenizer import HFTokenizer, Tokenizer
+from ..core.text import Tokenizer
 from ..core.files import write_atomic
 from .policy import character_tokenizer, draw_answers
 from .prior import PriorConfig, prior_run, shape_pairs, train_prior
@@ -135,7 +135,7 @@ def worth_of(rewards: Float[np.ndarray, "n"]) -> Worth:  # 0 for a failure
 # %% ../../nbs/discover/75_consolidate.ipynb #c020
 def single_answers(
     lm: LM,  # whose answers
-    words: Tokenizer | HFTokenizer,  # its own
+    words: Tokenizer,  # its own
     task: Problem,  # that is asked
     cfg: DiscoverConfig,  # of a search of this kind: length of an answer, token in front
     draws: int = 128,     # answers

@@ -19,7 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..adapt.lora import LoRAConfig, make_adapter_step
-from ..data.tokenizer import HFTokenizer, Tokenizer
+from ..core.text import Tokenizer
+from ..data.tokenizer import HFTokenizer
 from ..model.generate import SampleConfig, bucket, rollout, sequence_logprobs
 from ..core.keys import named_key
 from ..model.transformer import LM
@@ -65,7 +66,7 @@ def pack_rows(
 # %% ../../nbs/discover/72_policy.ipynb #c011
 def draw_answers(
     lm: LM,                                # the policy
-    words: Tokenizer | HFTokenizer,        # of the policy
+    words: Tokenizer,        # of the policy
     prompts: Sequence[Sequence[int]],      # one a group
     count: int,                            # answers to each, in neighbouring rows
     key: Array,                            # of the draws

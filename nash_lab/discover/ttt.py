@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..adapt.lora import LoRAConfig, attach, init_adapter, write_peft
 from ..adapt.sdft import encoder
-from ..data.tokenizer import HFTokenizer, Tokenizer
+from ..core.text import Tokenizer
 from .archive import Archive, ArchiveConfig, Node, archive_of, as_json, save, solution_key
 from .policy import Answers, check_policy, draw_answers, update
 from .problems import Problem, State, StepFunction, problem, value_of
@@ -331,7 +331,7 @@ def learn(
 def play(
     problem: Problem,  # verifies
     base: LM,  # frozen
-    words: Tokenizer | HFTokenizer,  # of the base
+    words: Tokenizer,  # of the base
     search: Search,      # changed in place
     cfg: DiscoverConfig,  # settings
 ) -> tuple[dict, list[dict]]:  # the record, and a line for each answer
@@ -437,7 +437,7 @@ def summary(
 def run_rounds(
     problem: Problem,  # verifies
     lm: LM,          # the base
-    words: Tokenizer | HFTokenizer,  # of the base
+    words: Tokenizer,  # of the base
     search: Search,  # new, or resumed
     cfg: DiscoverConfig,  # settings
     write: Callable[[dict, list[dict]], None] = lambda record, rows: None,  # takes what a round leaves
@@ -457,7 +457,7 @@ def run_rounds(
 def discover(
     problem: Problem,                               # anything with its four functions
     lm: LM,                                         # the base; untouched
-    tokenizer: Tokenizer | HFTokenizer,  # of the base
+    tokenizer: Tokenizer,  # of the base
     cfg: DiscoverConfig,  # settings
     folder: str | Path | None = None,               # made, or resumed; None: nothing is written
     hooks: Sequence[Callable[[dict], None]] = (),   # called with the record of each round

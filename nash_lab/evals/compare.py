@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from ..data.tokenizer import HFTokenizer, Tokenizer
+from ..core.text import Tokenizer
 from .scores import bootstrap, measure
 from .lm_eval import Responder, front_of, lm_eval_model
 from .sandbox import Limits
@@ -144,7 +144,7 @@ FORMAT = "nash_lab eval 1"
 # %% ../../nbs/evals/55_compare.ipynb #c014
 def evaluate_tasks(
     lm: LM,
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: Tokenizer,
     cfg: EvalConfig,
     *,
     documents: Literal["cross", "mask"] = "mask",  # `loader.documents` of the run, see `front_of`

@@ -27,7 +27,8 @@ from flax import nnx
 from jaxtyping import Array
 from tqdm import tqdm
 
-from ..data.tokenizer import EOS, HFTokenizer, Tokenizer
+from ..core.text import Tokenizer
+from ..data.tokenizer import EOS, HFTokenizer
 from ..core.files import write_atomic
 from .scores import Score, bootstrap, weights_hash
 from ..model.generate import SampleConfig, bucket, rollout, unpad
@@ -38,7 +39,7 @@ from ..run.rundir import read_metrics
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c008
 def front_of(
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: Tokenizer,
     documents: Literal["cross", "mask"] = "mask",  # how the run was packed; only matters for our own tokenizers
 ) -> list[int]:  # ids
     "What stood before every text in training: the tokenizer's own rule, or EOS where documents were joined."
@@ -205,7 +206,7 @@ class Responder:
     def __init__(
         self,
         lm: LM,
-        tokenizer: Tokenizer | HFTokenizer,
+        tokenizer: Tokenizer,
         *,
         front: Sequence[int] | None = None, # ids before every text; None: `front_of` the tokenizer
         batch_size: int = 16,               # requests at once

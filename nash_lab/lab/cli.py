@@ -24,7 +24,8 @@ from tqdm import tqdm
 from ..adapt.continual import ContinualConfig
 from ..adapt.hf import load_hf
 from ..data.corpus import CorpusConfig, PackedTokens, documents
-from ..data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from ..core.text import Tokenizer
+from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from ..studies.arms import ArmsConfig
 from ..discover.consolidate import ConsolidateConfig
 from ..discover.ttt import DiscoverConfig

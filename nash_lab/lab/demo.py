@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ..data.corpus import CorpusConfig, CorpusReport, PackedTokens, documents, pack
 from ..data.loader import LoaderConfig
-from ..data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from ..core.text import Tokenizer
+from ..data.tokenizer import SentencePieceTokenizer, TokenizerConfig, train_tokenizer
 from ..core.files import write_atomic
 from ..discover import archive
 from ..discover.consolidate import Consolidation, ExampleNight, consolidate, example_night
@@ -79,7 +80,7 @@ def stage_tokenizer(
     if not path.exists():
         texts = (d.text for d in tqdm(documents(cfg.corpus), desc="tokenizer", unit=" files", disable=None))
         train_tokenizer(texts, path, cfg.tokenizer)
-    return f"{Tokenizer.load(path).vocab_size} pieces"
+    return f"{SentencePieceTokenizer.load(path).vocab_size} pieces"
 
 # %% ../../nbs/lab/84_demo.ipynb #c011
 def pack_split(
@@ -99,7 +100,7 @@ def pack_split(
 def stage_pack(cfg: DemoConfig) -> str:  # of all stages
     "Pack both splits; documents of one content are in one split."
     data = cfg.folder / "data"
-    tokenizer = Tokenizer.load(data / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer.load(data / "tokenizer.model")
     missing = [s for s in ("train", "validation") if not (data / f"{s}.bin.json").exists()]
     return "; ".join(pack_split(cfg.corpus, s, tokenizer, data) for s in missing) or "there already"
 

@@ -23,7 +23,8 @@ import numpy as np
 from .. import __version__
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
-from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
+from ..core.text import Tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..core.files import write_atomic
 from .viz import (Picture, composite_heatmaps, drift_plot, gain_plot, loss_plot, routing_heatmaps,
                               stream_usage)
@@ -115,7 +116,7 @@ class Inputs:
         return (self.folder / "eval.json").exists()
 
     @property
-    def tokenizer(self) -> Tokenizer | HFTokenizer:
+    def tokenizer(self) -> Tokenizer:
         "The run's own copy, else the file its config names; FileNotFoundError or ValueError."
         return load_tokenizer(own_tokenizer(self.folder) or self.config.tokenizer)
 

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from ..data.tokenizer import PAD, HFTokenizer, Tokenizer, load_tokenizer
+from ..core.text import Tokenizer
+from ..data.tokenizer import PAD, load_tokenizer
 from .viz import Picture, routing_heatmaps
 from ..model.generate import generate
 from ..core.keys import named_key
@@ -64,7 +65,7 @@ class Model:
     "A trained language model with its tokenizer and settings."
     lm: LM                # weights
     config: TrainConfig   # settings of the run
-    tokenizer: Tokenizer | HFTokenizer  # the one the run was trained with
+    tokenizer: Tokenizer  # the one the run was trained with
     run: Path             # run directory
 
     def __repr__(self): return f"Model({self.config.run!r}, {parameter_count(self.lm.cfg):,} parameters)"

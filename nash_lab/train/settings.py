@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 from ..data.loader import LoaderConfig
 from ..data.stream import StreamConfig
-from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
+from ..core.text import Tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..core.files import write_atomic
 from ..core.configs import from_json, to_json
 from ..model.transformer import ModelConfig
@@ -96,7 +97,7 @@ def own_tokenizer(
 
 def run_words(
     run: str | Path,  # run directory
-) -> Tokenizer | HFTokenizer:
+) -> Tokenizer:
     "The tokenizer that a run keeps; ValueError when it keeps none."
     if (path := own_tokenizer(run)) is None: raise ValueError(f"{run}: the run has no tokenizer of its own")
     return load_tokenizer(path)
@@ -165,7 +166,8 @@ from ..data.corpus import CorpusReport, PackedMeta, PackedTokens, pack
 from ..data.loader import Loader, batches_per_epoch, loader
 from ..data.sources import parse_source
 from ..data.stream import StreamConfig, StreamLoader, merge_states, stream_documents, stream_loader
-from ..data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
+from ..core.text import Tokenizer
+from ..data.tokenizer import load_tokenizer
 from .parallel import check_rows, data_shard, pack_position
 from ..core.processes import is_main_process, barrier
 
@@ -183,7 +185,7 @@ def stream_of(
 # %% ../../nbs/train/43_settings.ipynb #c036
 def hold_out(
     stream: StreamConfig,                  # with sources, and holdout above 0
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: Tokenizer,
     path: str | Path,                      # the .bin to write
     count: int = 256,                      # documents
 ) -> PackedMeta:
@@ -209,7 +211,7 @@ def open_packed(
 # %% ../../nbs/train/43_settings.ipynb #c040
 def open_stream(
     cfg: TrainConfig,                # with data or stream.sources
-    tokenizer: Tokenizer | HFTokenizer,
+    tokenizer: Tokenizer,
     shard: tuple[int, int] = (0, 1),  # this process's, of how many
 ) -> StreamLoader:
     "Batches of streams; ValueError or OSError when a source cannot be read or the vocabulary does not fit."
