@@ -1,5 +1,5 @@
-"Make the package and the notebooks agree: export, clean, drop modules whose notebook is gone. `--check` fails if anything changed."
-import os, sys
+"Make the package and the notebooks agree: format, export, clean, drop modules whose notebook is gone. `--check` fails if anything changed."
+import os, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +19,9 @@ def orphans(root=ROOT) -> list[Path]:
             if not (p.parent/nb).exists(): yield p
 
 def sync(root=ROOT):
-    "Export and clean `root` in this process"
+    "Format, export and clean `root` in this process"
     os.chdir(root)
+    subprocess.run([sys.executable, '-m', 'ruff', 'format', '--quiet', 'nbs'], check=True)
     from nbdev.clean import nbdev_clean
     from nbdev.doclinks import nbdev_export
     for p in list(orphans(root)): p.unlink()

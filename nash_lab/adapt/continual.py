@@ -26,6 +26,7 @@ from ..core.files import write_json
 @dataclass(frozen=True)
 class Kept:
     "An example in the buffer."
+
     example: Example
     arrival: int  # how many had come before it
 
@@ -36,6 +37,7 @@ Policy = Literal["reservoir", "recency"]
 @dataclass
 class ReplayBuffer:
     "Old examples in bounded memory; all chance in it is of `seed` and `seen`. ValueError for bad settings."
+
     capacity: int = 50_000  # examples kept: some 50 MB of text
     policy: Policy = "reservoir"  # what is kept when it is full, and how it is drawn: evenly, or newer ones more often
     half_life: int = 1000  # recency: an example that came so much earlier is drawn half as often
@@ -49,29 +51,41 @@ class ReplayBuffer:
             raise ValueError(f"ReplayBuffer.policy={self.policy!r}, expected reservoir or recency")
         for name in ("capacity", "half_life"):
             value = getattr(self, name)
-            if value < 1: raise ValueError(f"ReplayBuffer.{name}={value}, expected at least 1")
+            if value < 1:
+                raise ValueError(f"ReplayBuffer.{name}={value}, expected at least 1")
         if not len(self.kept) <= min(self.capacity, self.seen):
-            raise ValueError(f"ReplayBuffer: {len(self.kept)} kept of {self.seen}, with room for {self.capacity}")
+            raise ValueError(
+                f"ReplayBuffer: {len(self.kept)} kept of {self.seen}, with room for {self.capacity}"
+            )
 
-    def __len__(self) -> int: return len(self.kept)
+    def __len__(self) -> int:
+        return len(self.kept)
 
     def add(self, examples: Sequence[Example]) -> None:  # in the order they came
         "Take examples in; others go where there is no room (Vitter 1985, algorithm R; or a window)."
         for example in examples:
             item, self.seen = Kept(example, self.seen), self.seen + 1
-            if len(self) < self.capacity: self.kept.append(item)
-            elif self.policy == "recency": self.kept = [*self.kept[1:], item]
-            elif (at := int(np.random.default_rng((self.seed, self.seen)).integers(self.seen))) < self.capacity:
+            if len(self) < self.capacity:
+                self.kept.append(item)
+            elif self.policy == "recency":
+                self.kept = [*self.kept[1:], item]
+            elif (
+                at := int(np.random.default_rng((self.seed, self.seen)).integers(self.seen))
+            ) < self.capacity:
                 self.kept[at] = item
 
-    def sample(self,
-        n: int,                        # examples wanted
-        rng: np.random.Generator,      # of the draw
+    def sample(
+        self,
+        n: int,  # examples wanted
+        rng: np.random.Generator,  # of the draw
         policy: Policy | None = None,  # None: the buffer's own
     ) -> list[Example]:
         "Old examples, all different while there are enough. ValueError for an empty buffer."
-        if not self.kept: raise ValueError("the buffer is empty, there is nothing to sample")
-        picks = rng.choice(len(self), n, replace=n > len(self), p=weights(self, policy or self.policy))
+        if not self.kept:
+            raise ValueError("the buffer is empty, there is nothing to sample")
+        picks = rng.choice(
+            len(self), n, replace=n > len(self), p=weights(self, policy or self.policy)
+        )
         return [self.kept[i].example for i in picks]
 
     def save(self, path: str | Path) -> None:
@@ -81,18 +95,23 @@ class ReplayBuffer:
     @classmethod
     def load(cls, path: str | Path) -> "ReplayBuffer":
         "Read a buffer. FileNotFoundError or ValueError names the file and the field."
-        if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file, so there is no buffer")
-        try: return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error: raise ValueError(f"{path}: {error}") from None
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file, so there is no buffer")
+        try:
+            return from_json(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 # %% ../../nbs/adapt/63_continual.ipynb #c010
 def weights(
     buffer: ReplayBuffer,  # not empty
-    policy: Policy,        # how to draw
+    policy: Policy,  # how to draw
 ) -> Float[np.ndarray, "m"]:  # one for each that is kept, sum 1
     "Probability of each example in a draw: even, or halved with every half-life of age."
     age = buffer.seen - np.array([k.arrival for k in buffer.kept], float)
-    raw = np.exp2(-(age - age.min()) / buffer.half_life) if policy == "recency" else np.ones(len(age))
+    raw = (
+        np.exp2(-(age - age.min()) / buffer.half_life) if policy == "recency" else np.ones(len(age))
+    )
     return raw / raw.sum()
 
 # %% ../../nbs/adapt/63_continual.ipynb #c029
@@ -137,12 +156,13 @@ from ..run.rundir import MetricsLog
 # %% ../../nbs/adapt/63_continual.ipynb #c032
 def paired_change(
     before: Bool[np.ndarray, "n"],  # passed?
-    after: Bool[np.ndarray, "n"],   # the same probes
-    z: float = 1.96,                # 95 %
+    after: Bool[np.ndarray, "n"],  # the same probes
+    z: float = 1.96,  # 95 %
 ) -> tuple[float, float, float]:
     "Change of the share passed, and the ends of its interval (Newcombe 1998, method 10). ValueError without pairs."
     x, y, n = np.asarray(before, bool), np.asarray(after, bool), len(before)
-    if not n or len(y) != n: raise ValueError(f"{n} and {len(y)} outcomes, expected as many pairs, at least one")
+    if not n or len(y) != n:
+        raise ValueError(f"{n} and {len(y)} outcomes, expected as many pairs, at least one")
     p, q = x.mean(), y.mean()
     (pl, ph), (ql, qh) = wilson(int(x.sum()), n, z), wilson(int(y.sum()), n, z)
     spread = float(np.prod([x.sum(), n - x.sum(), y.sum(), n - y.sum()], dtype=float)) ** 0.5
@@ -153,7 +173,7 @@ def paired_change(
 
 # %% ../../nbs/adapt/63_continual.ipynb #c039
 def probes_needed(
-    margin: float,    # largest drop that is accepted, more than 0
+    margin: float,  # largest drop that is accepted, more than 0
     z: float = 1.96,  # 95 %
 ) -> int:
     "The least number of probes with which an update that changes nothing can pass."
@@ -163,12 +183,20 @@ def probes_needed(
 @dataclass(frozen=True)
 class CodeProbe:
     "A beginning of a program that the model has to complete. ValueError without tests."
+
     prompt: str  # code; the answer is put behind it
-    tests: str   # assertions that hold for a right answer
-    stop: tuple[str, ...] = ("\ndef ", "\nclass ", "\nprint(", "\nif ", "\n#")  # the answer ends before any
+    tests: str  # assertions that hold for a right answer
+    stop: tuple[str, ...] = (
+        "\ndef ",
+        "\nclass ",
+        "\nprint(",
+        "\nif ",
+        "\n#",
+    )  # the answer ends before any
 
     def __post_init__(self):
-        if not self.tests.strip(): raise ValueError("CodeProbe.tests is empty, every answer would be right")
+        if not self.tests.strip():
+            raise ValueError("CodeProbe.tests is empty, every answer would be right")
 
     def passes(self, answer: str) -> bool:
         "Do the tests hold, in the sandbox?"
@@ -178,37 +206,51 @@ class CodeProbe:
 @dataclass(frozen=True)
 class TextGate:
     "A text that must not become harder to predict. ValueError without a text or with a margin below 0."
+
     name: str
     path: str = ""  # UTF-8 file, from the folder of the suite
     text: str = ""  # or the text itself
     largest_rise: float = 0.02  # of its bits per byte, as a share of what they were
 
     def __post_init__(self):
-        if bool(self.path) == bool(self.text): raise ValueError(f"TextGate {self.name!r}: expected a path or a text")
-        if self.largest_rise < 0: raise ValueError(f"TextGate {self.name!r}: {self.largest_rise=}, expected 0 or more")
+        if bool(self.path) == bool(self.text):
+            raise ValueError(f"TextGate {self.name!r}: expected a path or a text")
+        if self.largest_rise < 0:
+            raise ValueError(f"TextGate {self.name!r}: {self.largest_rise=}, expected 0 or more")
 
 # %% ../../nbs/adapt/63_continual.ipynb #c046
 @dataclass(frozen=True)
 class SkillGate:
     "Probes whose share of right answers must not fall, or must rise. ValueError for a gate that nothing can pass."
+
     name: str
     path: str = ""  # JSON lines of probes, from the folder of the suite
     probes: tuple[Probe | CodeProbe, ...] = ()  # or the probes themselves
-    least_change: float = -0.05  # the low end of the change's interval; above 0 it demands that something was learned
+    least_change: float = (
+        -0.05
+    )  # the low end of the change's interval; above 0 it demands that something was learned
     least_share: float = 0.0  # the low end of the share's interval after the update
 
     def __post_init__(self):
-        if bool(self.path) == bool(self.probes): raise ValueError(f"SkillGate {self.name!r}: expected a path or probes")
-        few = self.probes and -1 < self.least_change < 0 and len(self.probes) < probes_needed(-self.least_change)
+        if bool(self.path) == bool(self.probes):
+            raise ValueError(f"SkillGate {self.name!r}: expected a path or probes")
+        few = (
+            self.probes
+            and -1 < self.least_change < 0
+            and len(self.probes) < probes_needed(-self.least_change)
+        )
         if self.least_change == 0 or few:
             need = probes_needed(-self.least_change) if self.least_change else "endlessly many"
-            raise ValueError(f"SkillGate {self.name!r}: {len(self.probes)} probes cannot show a change of at least "
-                             f"{self.least_change}, even if nothing changes; expected {need} probes or more")
+            raise ValueError(
+                f"SkillGate {self.name!r}: {len(self.probes)} probes cannot show a change of at least "
+                f"{self.least_change}, even if nothing changes; expected {need} probes or more"
+            )
 
 # %% ../../nbs/adapt/63_continual.ipynb #c048
 @dataclass(frozen=True)
 class Suite:
     "What decides about an update. ValueError when it holds no gate or two of one name."
+
     texts: tuple[TextGate, ...] = ()
     skills: tuple[SkillGate, ...] = ()
     seq_len: int = 128  # tokens a row of a text
@@ -238,21 +280,33 @@ def load_suite(
 ) -> Suite:
     "A suite with the content of its files. ValueError or FileNotFoundError names the file, and the line of a probe."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such suite")
-    try: suite = from_json(Suite, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error: raise ValueError(f"{path}: {error}") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such suite")
+    try:
+        suite = from_json(Suite, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     own = lambda gate: path.parent / gate.path
+
     def text(gate):
-        if not own(gate).is_file(): raise FileNotFoundError(f"{path}: text {gate.name!r}: no file {own(gate)}")
+        if not own(gate).is_file():
+            raise FileNotFoundError(f"{path}: text {gate.name!r}: no file {own(gate)}")
         return replace(gate, path="", text=own(gate).read_text(encoding="utf-8"))
-    probes = lambda gate: replace(gate, path="", probes=tuple(read_rows(own(gate), read_probe, "probes")))
-    return replace(suite, texts=tuple(text(g) if g.path else g for g in suite.texts),
-                   skills=tuple(probes(g) if g.path else g for g in suite.skills))
+
+    probes = lambda gate: replace(
+        gate, path="", probes=tuple(read_rows(own(gate), read_probe, "probes"))
+    )
+    return replace(
+        suite,
+        texts=tuple(text(g) if g.path else g for g in suite.texts),
+        skills=tuple(probes(g) if g.path else g for g in suite.skills),
+    )
 
 # %% ../../nbs/adapt/63_continual.ipynb #c053
 @dataclass(frozen=True)
 class TextScore:
     "How well a text was predicted."
+
     name: str
     bits_per_byte: float
     low: float  # 95 % interval
@@ -263,6 +317,7 @@ class TextScore:
 @dataclass(frozen=True)
 class SkillScore:
     "How many probes were passed."
+
     name: str
     share: float
     low: float  # 95 % interval
@@ -274,7 +329,8 @@ class SkillScore:
 @dataclass(frozen=True)
 class SuiteReport:
     "An examination of one model."
-    suite: str    # hash of the suite
+
+    suite: str  # hash of the suite
     weights: str  # hash of the model's weights
     texts: tuple[TextScore, ...]
     skills: tuple[SkillScore, ...]
@@ -284,13 +340,15 @@ def text_rows(
     lm: LM,  # examined
     tokenizer: Tokenizer,  # its own
     text: str,  # one document
-    seq_len: int = 128,    # tokens a row
+    seq_len: int = 128,  # tokens a row
     batch_size: int = 16,  # rows at once
 ) -> Rows:
     "Losses of a text, packed as training text is, by its own bytes."
     with tempfile.TemporaryDirectory() as folder:
         pack([Document(text, "text")], tokenizer, f"{folder}/text.bin")
-        return model_rows(lm, PackedTokens.open(f"{folder}/text.bin"), seq_len=seq_len, batch_size=batch_size)
+        return model_rows(
+            lm, PackedTokens.open(f"{folder}/text.bin"), seq_len=seq_len, batch_size=batch_size
+        )
 
 # %% ../../nbs/adapt/63_continual.ipynb #c055
 def text_score(
@@ -302,9 +360,13 @@ def text_score(
     "A text under a model. ValueError when it has too few rows for an interval."
     rows = text_rows(lm, tokenizer, gate.text, suite.seq_len, suite.batch_size)
     if len(rows.nats) < 10:
-        raise ValueError(f"text {gate.name!r}: {len(rows.nats)} rows of {suite.seq_len} tokens, expected at least 10")
+        raise ValueError(
+            f"text {gate.name!r}: {len(rows.nats)} rows of {suite.seq_len} tokens, expected at least 10"
+        )
     found = score(rows)
-    return TextScore(gate.name, found.bits_per_byte, found.low, found.high, tuple(rows.nats.tolist()))
+    return TextScore(
+        gate.name, found.bits_per_byte, found.low, found.high, tuple(rows.nats.tolist())
+    )
 
 
 def skill_score(
@@ -315,13 +377,24 @@ def skill_score(
 ) -> SkillScore:
     "Probes answered greedily by a model."
     encode = encoder(tokenizer, suite.before)
+
     def answer(prompts):
         how = dict(max_new_tokens=suite.max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id)
         tokens, lengths = generate(lm, [encode(p) for p in prompts], **how)
-        return [tokenizer.decode([i for i in row[:n] if i < tokenizer.vocab_size]) for row, n in zip(tokens, lengths)]
+        return [
+            tokenizer.decode([i for i in row[:n] if i < tokenizer.vocab_size])
+            for row, n in zip(tokens, lengths)
+        ]
+
     found = run_probes(answer, gate.probes, suite.batch_size)
-    return SkillScore(gate.name, found.share, found.low, found.high, tuple(i.passed for i in found.items),
-                      tuple(i.answer for i in found.items))
+    return SkillScore(
+        gate.name,
+        found.share,
+        found.low,
+        found.high,
+        tuple(i.passed for i in found.items),
+        tuple(i.answer for i in found.items),
+    )
 
 
 def evaluate_suite(
@@ -342,42 +415,50 @@ REJECTED = 3  # exit code: the update was made and measured, and the weights bef
 
 class Rejected(ValueError):
     "A gate has refused an update; the message names it."
+
     exit_code = REJECTED
 
 # %% ../../nbs/adapt/63_continual.ipynb #c058
 @dataclass(frozen=True)
 class Check:
     "One gate's verdict."
+
     name: str
     kind: Literal["text", "skill", "share"]
     before: float
     after: float
-    change: float   # of a skill: after - before; of a text: the rise as a share of before
-    low: float      # interval of the change; kind share: of `after` itself
+    change: float  # of a skill: after - before; of a text: the rise as a share of before
+    low: float  # interval of the change; kind share: of `after` itself
     high: float
-    limit: float    # text: what `high` may reach; skill, share: what `low` must reach
+    limit: float  # text: what `high` may reach; skill, share: what `low` must reach
     passed: bool
 
     def __str__(self) -> str:
         ends = f"{self.low:+.3f} to {self.high:+.3f}"
-        wanted = f"at most {self.limit:+.3f}" if self.kind == "text" else f"at least {self.limit:+.3f}"
+        wanted = (
+            f"at most {self.limit:+.3f}" if self.kind == "text" else f"at least {self.limit:+.3f}"
+        )
         what = "rise" if self.kind == "text" else "change" if self.kind == "skill" else "share"
-        return f"{self.name}: {self.before:.3f} -> {self.after:.3f}, {what} {ends}, expected {wanted}"
+        return (
+            f"{self.name}: {self.before:.3f} -> {self.after:.3f}, {what} {ends}, expected {wanted}"
+        )
 
 
 @dataclass(frozen=True)
 class GateDecision:
     "What became of an update, and why."
+
     accepted: bool
     checks: tuple[Check, ...]
-    suite: str           # hash of the suite
+    suite: str  # hash of the suite
     weights_before: str  # hash of the weights
-    weights_after: str   # of those that were examined
-    weights_kept: str    # of those that go on
+    weights_after: str  # of those that were examined
+    weights_kept: str  # of those that go on
 
     def enforce(self) -> "GateDecision":
         "Itself; raises Rejected, whose exit code is REJECTED, when the update was refused."
-        if self.accepted: return self
+        if self.accepted:
+            return self
         failed = "; ".join(str(c) for c in self.checks if not c.passed)
         raise Rejected(f"rejected, the weights before are kept: {failed}")
 
@@ -403,12 +484,33 @@ def skill_checks(
 ) -> list[Check]:
     "Has the skill been lost, or learned as demanded?"
     change, low, high = paired_change(before.passed, after.passed, z)
-    one = Check(gate.name, "skill", before.share, after.share, change, low, high, gate.least_change,
-                bool(low >= gate.least_change - 1e-9))
-    if not gate.least_share: return [one]
+    one = Check(
+        gate.name,
+        "skill",
+        before.share,
+        after.share,
+        change,
+        low,
+        high,
+        gate.least_change,
+        bool(low >= gate.least_change - 1e-9),
+    )
+    if not gate.least_share:
+        return [one]
     ends = wilson(sum(after.passed), len(after.passed), z)
-    return [one, Check(gate.name, "share", before.share, after.share, change, *ends, gate.least_share,
-                       bool(ends[0] >= gate.least_share))]
+    return [
+        one,
+        Check(
+            gate.name,
+            "share",
+            before.share,
+            after.share,
+            change,
+            *ends,
+            gate.least_share,
+            bool(ends[0] >= gate.least_share),
+        ),
+    ]
 
 # %% ../../nbs/adapt/63_continual.ipynb #c060
 def decide(
@@ -419,9 +521,12 @@ def decide(
     "All gates must pass. ValueError when the reports are of another suite."
     for name, report in (("before", before), ("after", after)):
         if report.suite != suite.hash:
-            raise ValueError(f"the report {name} is of suite {report.suite[:12]}, expected {suite.hash[:12]}")
+            raise ValueError(
+                f"the report {name} is of suite {report.suite[:12]}, expected {suite.hash[:12]}"
+            )
     checks = [text_check(*three) for three in zip(suite.texts, before.texts, after.texts)]
-    for three in zip(suite.skills, before.skills, after.skills): checks += skill_checks(*three, suite.z)
+    for three in zip(suite.skills, before.skills, after.skills):
+        checks += skill_checks(*three, suite.z)
     accepted = all(c.passed for c in checks)
     kept = after.weights if accepted else before.weights
     return GateDecision(accepted, tuple(checks), suite.hash, before.weights, after.weights, kept)
@@ -447,7 +552,9 @@ def gated_update(
     write_json(folder / "eval_before.json", to_json(before))
     with closing(MetricsLog(folder / "metrics.jsonl")) as log:
         keep = lambda record, _: log.write(record)
-        learned = update(lm, tokenizer, examples, cfg, buffer=buffer, hooks=(keep,), encode=encode).lm
+        learned = update(
+            lm, tokenizer, examples, cfg, buffer=buffer, hooks=(keep,), encode=encode
+        ).lm
     after = evaluate_suite(learned, tokenizer, suite)
     write_json(folder / "eval_after.json", to_json(after))
     decision = decide(before, after, suite)
@@ -455,13 +562,15 @@ def gated_update(
     if weights_hash(kept) != decision.weights_kept:
         raise ValueError(f"{folder}: the update has changed the weights it was given")
     write_json(folder / "gate_decision.json", to_json(decision))
-    if decision.accepted and buffer is not None: buffer.add(examples)
+    if decision.accepted and buffer is not None:
+        buffer.add(examples)
     return kept, decision
 
 # %% ../../nbs/adapt/63_continual.ipynb #c079
 @dataclass(frozen=True)
 class ContinualConfig:
     "One block of learning behind gates. ValueError when it would write over its own start."
+
     run: str = "runs/pretrain"  # run directory to start from; nothing is written there
     out: str = "runs/continual/block"  # run directory to make
     data: str = "data/demonstrations.jsonl"  # rows of prompt and demonstration
@@ -473,7 +582,9 @@ class ContinualConfig:
 
     def __post_init__(self):
         if Path(self.run).absolute() == Path(self.out).absolute():
-            raise ValueError(f"ContinualConfig: run and out are both {self.run!r}, expected another directory for out")
+            raise ValueError(
+                f"ContinualConfig: run and out are both {self.run!r}, expected another directory for out"
+            )
 
 # %% ../../nbs/adapt/63_continual.ipynb #c080
 def open_buffer(
@@ -481,7 +592,8 @@ def open_buffer(
 ) -> ReplayBuffer:
     "The old examples a block starts with. FileNotFoundError or ValueError names the file."
     own = Path(cfg.run) / "replay.json"
-    if cfg.buffer or own.is_file(): return ReplayBuffer.load(cfg.buffer or own)
+    if cfg.buffer or own.is_file():
+        return ReplayBuffer.load(cfg.buffer or own)
     return ReplayBuffer(cfg.capacity, cfg.policy, seed=cfg.sdft.seed)
 
 
@@ -490,20 +602,33 @@ def decided(
 ) -> GateDecision | None:
     "The verdict of a block that is finished, None for one that is not. ValueError when it had other settings."
     out = Path(cfg.out)
-    if not (out / "config.json").exists(): return None
-    try: settings = json.loads((out / "continual.json").read_text(encoding="utf-8"))
-    except OSError: raise ValueError(f"{out}: there is a run already, give another name") from None
+    if not (out / "config.json").exists():
+        return None
+    try:
+        settings = json.loads((out / "continual.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{out}: there is a run already, give another name") from None
     if settings != to_json(cfg):
-        raise ValueError(f"{out / 'continual.json'}: the block had other settings, give another name")
-    return from_json(GateDecision, json.loads((out / "gate_decision.json").read_text(encoding="utf-8")))
+        raise ValueError(
+            f"{out / 'continual.json'}: the block had other settings, give another name"
+        )
+    return from_json(
+        GateDecision, json.loads((out / "gate_decision.json").read_text(encoding="utf-8"))
+    )
 
 # %% ../../nbs/adapt/63_continual.ipynb #c082
 def continual(
     cfg: ContinualConfig,  # of the block
 ) -> GateDecision:
     "Learn one block and keep or reject it. ValueError or OSError before training for anything that does not fit."
-    if (done := decided(cfg)) is not None: return done
-    out, examples, suite, buffer = Path(cfg.out), read_examples(cfg.data), load_suite(cfg.suite), open_buffer(cfg)
+    if (done := decided(cfg)) is not None:
+        return done
+    out, examples, suite, buffer = (
+        Path(cfg.out),
+        read_examples(cfg.data),
+        load_suite(cfg.suite),
+        open_buffer(cfg),
+    )
     lm, words = load_run(cfg.run)[0], run_words(cfg.run)
     with run_lock(out):
         write_json(out / "continual.json", to_json(cfg))
@@ -511,5 +636,6 @@ def continual(
         kept, decision = gated_update(lm, words, examples, cfg.sdft, suite, buffer, out)
         buffer.save(out / "replay.json")
     save_merged(cfg.run, out, kept, {"continual": to_json(cfg), "accepted": decision.accepted})
-    if weights_hash(load_run(out)[0]) != decision.weights_kept: raise ValueError(f"{out}: other weights on the disk")
+    if weights_hash(load_run(out)[0]) != decision.weights_kept:
+        raise ValueError(f"{out}: other weights on the disk")
     return decision

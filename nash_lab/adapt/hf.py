@@ -33,22 +33,32 @@ from ..train.pretrain import fresh_run, write_run
 # %% ../../nbs/adapt/60_hf.ipynb #c006
 class Tensor(NamedTuple):
     "One weight in both spellings; the letters name axes, a group in parentheses is flattened there."
-    ours: str    # path in the tree of parameters
+
+    ours: str  # path in the tree of parameters
     theirs: str  # name in the file, {i} is the layer
-    axes: str    # of one layer: ours -> theirs
+    axes: str  # of one layer: ours -> theirs
+
 
 TENSORS = (
     Tensor("embedding", "model.embed_tokens.weight", "v d -> v d"),
     Tensor("blocks/attention_norm/gain", "model.layers.{i}.input_layernorm.weight", "d -> d"),
-    Tensor("blocks/attention/q/weight", "model.layers.{i}.self_attn.q_proj.weight", "d h k -> (h k) d"),
-    Tensor("blocks/attention/k/weight", "model.layers.{i}.self_attn.k_proj.weight", "d g k -> (g k) d"),
-    Tensor("blocks/attention/v/weight", "model.layers.{i}.self_attn.v_proj.weight", "d g k -> (g k) d"),
+    Tensor(
+        "blocks/attention/q/weight", "model.layers.{i}.self_attn.q_proj.weight", "d h k -> (h k) d"
+    ),
+    Tensor(
+        "blocks/attention/k/weight", "model.layers.{i}.self_attn.k_proj.weight", "d g k -> (g k) d"
+    ),
+    Tensor(
+        "blocks/attention/v/weight", "model.layers.{i}.self_attn.v_proj.weight", "d g k -> (g k) d"
+    ),
     Tensor("blocks/attention/q/bias", "model.layers.{i}.self_attn.q_proj.bias", "h k -> (h k)"),
     Tensor("blocks/attention/k/bias", "model.layers.{i}.self_attn.k_proj.bias", "g k -> (g k)"),
     Tensor("blocks/attention/v/bias", "model.layers.{i}.self_attn.v_proj.bias", "g k -> (g k)"),
     Tensor("blocks/attention/q_norm/gain", "model.layers.{i}.self_attn.q_norm.weight", "k -> k"),
     Tensor("blocks/attention/k_norm/gain", "model.layers.{i}.self_attn.k_norm.weight", "k -> k"),
-    Tensor("blocks/attention/o/weight", "model.layers.{i}.self_attn.o_proj.weight", "h k d -> d (h k)"),
+    Tensor(
+        "blocks/attention/o/weight", "model.layers.{i}.self_attn.o_proj.weight", "h k d -> d (h k)"
+    ),
     Tensor("blocks/ffn_norm/gain", "model.layers.{i}.post_attention_layernorm.weight", "d -> d"),
     Tensor("blocks/ffn/gate/weight", "model.layers.{i}.mlp.gate_proj.weight", "d f -> f d"),
     Tensor("blocks/ffn/up/weight", "model.layers.{i}.mlp.up_proj.weight", "d f -> f d"),
@@ -60,32 +70,42 @@ TENSORS = (
 # %% ../../nbs/adapt/60_hf.ipynb #c007
 def to_theirs(
     a: np.ndarray,  # one layer's weight, our axes
-    axes: str,      # as in Tensor
+    axes: str,  # as in Tensor
 ) -> np.ndarray:
     "The weight with the axes of the file."
     ours, theirs = axes.split(" -> ")
-    order = [ours.split().index(letter) for letter in theirs.replace("(", "").replace(")", "").split()]
+    order = [
+        ours.split().index(letter) for letter in theirs.replace("(", "").replace(")", "").split()
+    ]
     turned = np.transpose(a, order)
-    flat = next((i for i, group in enumerate(re.findall(r"\(.*?\)|\w", theirs)) if "(" in group), None)
-    if flat is None: return np.ascontiguousarray(turned)
+    flat = next(
+        (i for i, group in enumerate(re.findall(r"\(.*?\)|\w", theirs)) if "(" in group), None
+    )
+    if flat is None:
+        return np.ascontiguousarray(turned)
     n = turned.shape[flat] * turned.shape[flat + 1]  # heads and their size
-    return np.ascontiguousarray(turned.reshape(*turned.shape[:flat], n, *turned.shape[flat + 2:]))
+    return np.ascontiguousarray(turned.reshape(*turned.shape[:flat], n, *turned.shape[flat + 2 :]))
 
 # %% ../../nbs/adapt/60_hf.ipynb #c008
 def to_ours(
-    a: np.ndarray,            # as in the file
-    axes: str,                # as in Tensor
-    shape: tuple[int, ...],   # of one layer, our axes
+    a: np.ndarray,  # as in the file
+    axes: str,  # as in Tensor
+    shape: tuple[int, ...],  # of one layer, our axes
 ) -> np.ndarray:
     "The weight with our axes; the inverse of `to_theirs`."
     ours, theirs = axes.split(" -> ")
     letters = theirs.replace("(", "").replace(")", "").split()
     size = dict(zip(ours.split(), shape))
-    return np.transpose(a.reshape([size[x] for x in letters]), [letters.index(x) for x in ours.split()])
+    return np.transpose(
+        a.reshape([size[x] for x in letters]), [letters.index(x) for x in ours.split()]
+    )
 
 # %% ../../nbs/adapt/60_hf.ipynb #c012
 FAMILIES = {  # model_type: what its architecture adds to the plain model
-    "llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
 
 # %% ../../nbs/adapt/60_hf.ipynb #c013
 def rope_of(
@@ -96,32 +116,61 @@ def rope_of(
     scaling = config.get("rope_scaling") or new
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = dict(theta=float(config.get("rope_theta", new.get("rope_theta", 10_000.0))))
-    if kind == "default": return RopeConfig(**theta)
+    if kind == "default":
+        return RopeConfig(**theta)
     length = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
     common = theta | dict(scaling=kind, factor=float(scaling["factor"]), original_len=int(length))
-    known = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow", "attention_factor")}
-    if kind not in known: raise ValueError(f"rope_scaling: {kind!r}, expected default, {' or '.join(known)}")
-    return RopeConfig(**common, **{k: float(scaling[k]) for k in known[kind] if scaling.get(k) is not None})
+    known = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+    }
+    if kind not in known:
+        raise ValueError(f"rope_scaling: {kind!r}, expected default, {' or '.join(known)}")
+    return RopeConfig(
+        **common, **{k: float(scaling[k]) for k in known[kind] if scaling.get(k) is not None}
+    )
 
 # %% ../../nbs/adapt/60_hf.ipynb #c016
 def read_config(
-    config: dict,               # a folder's config.json
-    dtype: str = "float32",     # of activations here
+    config: dict,  # a folder's config.json
+    dtype: str = "float32",  # of activations here
 ) -> ModelConfig:
     "The model a config describes; ValueError names the key that this library cannot follow."
-    family, layers, heads = config.get("model_type"), config["num_hidden_layers"], config["num_attention_heads"]
-    windows = config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ())
+    family, layers, heads = (
+        config.get("model_type"),
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+    )
+    windows = config.get("use_sliding_window") or "sliding_attention" in (
+        config.get("layer_types") or ()
+    )
     for key, good, found in (
-            ("model_type", family in FAMILIES, family), ("use_sliding_window", not windows, True),
-            ("hidden_act", config.get("hidden_act", "silu") == "silu", config.get("hidden_act")),
-            ("attention_bias", not config.get("attention_bias"), True), ("mlp_bias", not config.get("mlp_bias"), True)):
-        if not good: raise ValueError(f"{key}={found!r}, this library reads {', '.join(FAMILIES)} without it")
+        ("model_type", family in FAMILIES, family),
+        ("use_sliding_window", not windows, True),
+        ("hidden_act", config.get("hidden_act", "silu") == "silu", config.get("hidden_act")),
+        ("attention_bias", not config.get("attention_bias"), True),
+        ("mlp_bias", not config.get("mlp_bias"), True),
+    ):
+        if not good:
+            raise ValueError(
+                f"{key}={found!r}, this library reads {', '.join(FAMILIES)} without it"
+            )
     return ModelConfig(
-        vocab_size=config["vocab_size"], width=config["hidden_size"], layers=layers, heads=heads,
-        kv_heads=config.get("num_key_value_heads", heads), ffn_width=config["intermediate_size"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads, max_len=config["max_position_embeddings"],
-        residual="plain", rope=rope_of(config), norm_eps=config.get("rms_norm_eps", 1e-6), compute_dtype=dtype,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)), **FAMILIES[family])
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=layers,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads", heads),
+        ffn_width=config["intermediate_size"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        max_len=config["max_position_embeddings"],
+        residual="plain",
+        rope=rope_of(config),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        compute_dtype=dtype,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        **FAMILIES[family],
+    )
 
 # %% ../../nbs/adapt/60_hf.ipynb #c018
 def rope_parameters(
@@ -129,11 +178,17 @@ def rope_parameters(
 ) -> dict:
     "Rotary positions in the words of a config."
     plain = {"rope_type": "default", "rope_theta": rope.theta}
-    if rope.scaling == "none": return plain
-    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow")}[rope.scaling]
+    if rope.scaling == "none":
+        return plain
+    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow")}[
+        rope.scaling
+    ]
     scaled = {"factor": rope.factor, "original_max_position_embeddings": rope.original_len}
-    if rope.attention_factor: scaled["attention_factor"] = rope.attention_factor
-    return plain | scaled | {"rope_type": rope.scaling} | {name: getattr(rope, name) for name in names}
+    if rope.attention_factor:
+        scaled["attention_factor"] = rope.attention_factor
+    return (
+        plain | scaled | {"rope_type": rope.scaling} | {name: getattr(rope, name) for name in names}
+    )
 
 # %% ../../nbs/adapt/60_hf.ipynb #c019
 def write_config(
@@ -141,34 +196,61 @@ def write_config(
 ) -> dict:
     "The config.json of a model; ValueError names the switch that no family has."
     own = dict(qkv_bias=cfg.qkv_bias, qk_norm=cfg.qk_norm)
-    family = next((name for name, adds in FAMILIES.items() if own == dict.fromkeys(own, False) | adds), None)
-    for key, wanted in dict(residual="plain", attention="gqa", ffn="swiglu", mtp="none", norm="uncentred").items():
+    family = next(
+        (name for name, adds in FAMILIES.items() if own == dict.fromkeys(own, False) | adds), None
+    )
+    for key, wanted in dict(
+        residual="plain", attention="gqa", ffn="swiglu", mtp="none", norm="uncentred"
+    ).items():
         found = getattr(cfg, key)
-        if found != wanted: raise ValueError(f"ModelConfig.{key}={found!r}, only {wanted!r} can be exported")
-    if family is None: raise ValueError(f"ModelConfig: {own}, no family has both")
-    if cfg.rope.rotary_fraction != 1: raise ValueError(f"rope.rotary_fraction={cfg.rope.rotary_fraction}, expected 1")
+        if found != wanted:
+            raise ValueError(f"ModelConfig.{key}={found!r}, only {wanted!r} can be exported")
+    if family is None:
+        raise ValueError(f"ModelConfig: {own}, no family has both")
+    if cfg.rope.rotary_fraction != 1:
+        raise ValueError(f"rope.rotary_fraction={cfg.rope.rotary_fraction}, expected 1")
     names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     return {
-        "architectures": [names[family]], "model_type": family, "vocab_size": cfg.vocab_size, "hidden_size": cfg.width,
-        "num_hidden_layers": cfg.layers, "num_attention_heads": cfg.heads, "num_key_value_heads": cfg.kv_heads,
-        "head_dim": cfg.head_dim, "intermediate_size": cfg.ffn_width, "max_position_embeddings": cfg.max_len,
-        "rms_norm_eps": cfg.norm_eps, "hidden_act": "silu", "tie_word_embeddings": cfg.tie_embeddings,
-        "attention_bias": False, "rope_theta": cfg.rope.theta, "rope_parameters": rope_parameters(cfg.rope)}
+        "architectures": [names[family]],
+        "model_type": family,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.ffn_width,
+        "max_position_embeddings": cfg.max_len,
+        "rms_norm_eps": cfg.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "attention_bias": False,
+        "rope_theta": cfg.rope.theta,
+        "rope_parameters": rope_parameters(cfg.rope),
+    }
 
 # %% ../../nbs/adapt/60_hf.ipynb #c022
 def open_tensors(
-    folder: Path,      # with model.safetensors, or shards and their index
+    folder: Path,  # with model.safetensors, or shards and their index
     stack: ExitStack,  # closes the files
-) -> dict[str, Any]:   # name -> the open file it is in
+) -> dict[str, Any]:  # name -> the open file it is in
     "Every tensor of a folder, none read yet; FileNotFoundError or ValueError names the file."
     index = folder / "model.safetensors.index.json"
-    listed = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    listed = (
+        json.loads(index.read_text())["weight_map"].values()
+        if index.exists()
+        else ["model.safetensors"]
+    )
     names, opened = sorted(set(listed)), {}
     for name in names:
-        if Path(name).name != name: raise ValueError(f"{index}: {name!r} is not a file of this folder")
-        if not (folder / name).is_file(): raise FileNotFoundError(f"{folder / name}: no such file")
-        try: file = stack.enter_context(safe_open(folder / name, framework="flax"))
-        except SafetensorError as error: raise ValueError(f"{folder / name}: {error}") from None
+        if Path(name).name != name:
+            raise ValueError(f"{index}: {name!r} is not a file of this folder")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: no such file")
+        try:
+            file = stack.enter_context(safe_open(folder / name, framework="flax"))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name}: {error}") from None
         opened |= dict.fromkeys(file.keys(), file)
     return opened
 
@@ -180,7 +262,8 @@ def used(
     name = lambda path: "/".join(str(key.key) for key in path)
     leaves = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     extra = leaves.keys() - {row.ours for row in TENSORS}
-    if extra: raise ValueError(f"{min(extra)}: has no place in a HuggingFace file")
+    if extra:
+        raise ValueError(f"{min(extra)}: has no place in a HuggingFace file")
     return [(row, leaves[row.ours]) for row in TENSORS if row.ours in leaves]
 
 # %% ../../nbs/adapt/60_hf.ipynb #c024
@@ -196,37 +279,47 @@ def read_weights(
         whole = np.empty(leaf.shape, np.float32)
         for i in layers:
             place = whole if i is None else whole[i]
-            place[...] = to_ours(take(opened, row.theirs.format(i=i), place.size), row.axes, place.shape)
+            place[...] = to_ours(
+                take(opened, row.theirs.format(i=i), place.size), row.axes, place.shape
+            )
             left.discard(row.theirs.format(i=i))
         *above, last = row.ours.split("/")
         at = params
-        for step in above: at = at[step]
+        for step in above:
+            at = at[step]
         at[last] = jnp.asarray(whole)
-    if cfg.tie_embeddings: left.discard("lm_head.weight")  # some files hold the tied matrix twice
-    if left: raise ValueError(f"{min(left)}: the model has no such weight")
+    if cfg.tie_embeddings:
+        left.discard("lm_head.weight")  # some files hold the tied matrix twice
+    if left:
+        raise ValueError(f"{min(left)}: the model has no such weight")
     return nnx.merge(graph, params)
 
 # %% ../../nbs/adapt/60_hf.ipynb #c025
 def take(
     opened: dict[str, Any],  # from open_tensors
-    name: str,               # of a tensor
-    size: int,               # numbers it must have
+    name: str,  # of a tensor
+    size: int,  # numbers it must have
 ) -> np.ndarray:
     "One tensor as float32."
-    if name not in opened: raise ValueError(f"{name}: missing from the files")
+    if name not in opened:
+        raise ValueError(f"{name}: missing from the files")
     a = opened[name].get_tensor(name)
-    if a.size != size: raise ValueError(f"{name}: shape {list(a.shape)}, expected {size} numbers")
+    if a.size != size:
+        raise ValueError(f"{name}: shape {list(a.shape)}, expected {size} numbers")
     return np.asarray(a, np.float32)
 
 # %% ../../nbs/adapt/60_hf.ipynb #c027
 def tensors(
-    lm: LM,                 # of a family
-    dtype: str = "float32", # in the file
+    lm: LM,  # of a family
+    dtype: str = "float32",  # in the file
 ) -> Iterator[tuple[str, np.ndarray]]:
     "Name and value of every tensor of the file, sorted by name, made as it is asked for."
     rows = used(nnx.to_pure_dict(nnx.state(lm, nnx.Param)))
-    where = {row.theirs.format(i=i): (row, leaf, i) for row, leaf in rows
-             for i in (range(lm.cfg.layers) if "{i}" in row.theirs else [None])}
+    where = {
+        row.theirs.format(i=i): (row, leaf, i)
+        for row, leaf in rows
+        for i in (range(lm.cfg.layers) if "{i}" in row.theirs else [None])
+    }
     for name in sorted(where):
         row, leaf, i = where[name]
         yield name, to_theirs(np.asarray((leaf if i is None else leaf[i]).astype(dtype)), row.axes)
@@ -234,7 +327,7 @@ def tensors(
 # %% ../../nbs/adapt/60_hf.ipynb #c028
 def shards(
     parts: Iterator[tuple[str, np.ndarray]],  # from tensors
-    shard_bytes: int,                         # a file is not larger, unless one tensor is
+    shard_bytes: int,  # a file is not larger, unless one tensor is
 ) -> Iterator[dict[str, np.ndarray]]:
     "The tensors in groups, one for each file."
     group, size = {}, 0
@@ -246,86 +339,132 @@ def shards(
     yield group
 
 # %% ../../nbs/adapt/60_hf.ipynb #c029
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 # %% ../../nbs/adapt/60_hf.ipynb #c030
 def save_hf(
-    lm: LM,                          # of a family
-    folder: str | Path,              # made if missing; must not hold weights yet
+    lm: LM,  # of a family
+    folder: str | Path,  # made if missing; must not hold weights yet
     *,
-    dtype: str = "float32",          # of the tensors: float32, bfloat16 or float16
-    shard_bytes: int = 5 * 10**9,    # largest file
-    tokenizer_from: str | Path = "", # folder whose tokenizer files go along
+    dtype: str = "float32",  # of the tensors: float32, bfloat16 or float16
+    shard_bytes: int = 5 * 10**9,  # largest file
+    tokenizer_from: str | Path = "",  # folder whose tokenizer files go along
 ) -> Path:
     "A folder that `transformers` loads. ValueError for a model no family describes, or a folder with weights."
     folder, config = Path(folder), write_config(lm.cfg)
-    if list(folder.glob("*.safetensors*")): raise ValueError(f"{folder}: there are weights already, give another name")
+    if list(folder.glob("*.safetensors*")):
+        raise ValueError(f"{folder}: there are weights already, give another name")
     folder.mkdir(parents=True, exist_ok=True)
     index, total = {}, 0
     for n, group in enumerate(shards(tensors(lm, dtype), shard_bytes), 1):
         part = folder / f"part-{n:05d}"
         save_file(group, part, metadata={"format": "pt"})
         index[part], total = list(group), total + sum(a.nbytes for a in group.values())
-    names = {part: f"model-{n:05d}-of-{len(index):05d}.safetensors" if len(index) > 1 else "model.safetensors"
-             for n, part in enumerate(index, 1)}
-    for part, name in names.items(): part.rename(folder / name)
+    names = {
+        part: f"model-{n:05d}-of-{len(index):05d}.safetensors"
+        if len(index) > 1
+        else "model.safetensors"
+        for n, part in enumerate(index, 1)
+    }
+    for part, name in names.items():
+        part.rename(folder / name)
     if len(index) > 1:
         where = {"weight_map": {key: names[part] for part, keys in index.items() for key in keys}}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}} | where)
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}} | where
+        )
     for name in TOKENIZER_FILES if tokenizer_from else ():
         source = Path(tokenizer_from) / name
-        if source.is_file(): shutil.copyfile(source, folder / name)
-    write_json(folder / "config.json", config | {"dtype": dtype})  # last: a folder without it is not whole
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+    write_json(
+        folder / "config.json", config | {"dtype": dtype}
+    )  # last: a folder without it is not whole
     return folder
 
 # %% ../../nbs/adapt/60_hf.ipynb #c031
 def load_hf(
-    folder: str | Path,      # as `transformers` or save_hf wrote it
+    folder: str | Path,  # as `transformers` or save_hf wrote it
     dtype: str = "float32",  # of activations; weights are kept in float32
 ) -> LM:
     "The model of a folder; FileNotFoundError or ValueError names the file, key or tensor."
     path = Path(folder) / "config.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, so this is no model folder")
-    try: cfg = read_config(json.loads(path.read_text(encoding="utf-8")), dtype)
-    except KeyError as error: raise ValueError(f"{path}: key {error} is missing") from None
-    except ValueError as error: raise ValueError(f"{path}: {error}") from None
-    with ExitStack() as stack: return read_weights(cfg, open_tensors(Path(folder), stack))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, so this is no model folder")
+    try:
+        cfg = read_config(json.loads(path.read_text(encoding="utf-8")), dtype)
+    except KeyError as error:
+        raise ValueError(f"{path}: key {error} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    with ExitStack() as stack:
+        return read_weights(cfg, open_tensors(Path(folder), stack))
 
 # %% ../../nbs/adapt/60_hf.ipynb #c033
 def import_run(
-    folder: str | Path,      # as load_hf
-    run: str | Path,         # run directory to make
+    folder: str | Path,  # as load_hf
+    run: str | Path,  # run directory to make
     dtype: str = "float32",  # of activations
 ) -> Path:
     "A run with the weights and the tokenizer of a folder; ValueError when there is a run already."
     run, tokenizer = fresh_run(run), Path(folder) / "tokenizer.json"
     lm = load_hf(folder, dtype)
     own = str(tokenizer) if tokenizer.exists() else ""
-    cfg = TrainConfig(run=str(run), model=lm.cfg, train_bin="", val_bin="", tokenizer=own,
-                      loader=LoaderConfig(seq_len=min(1024, lm.cfg.max_len), documents="mask"))
-    return write_run(lm, cfg, run, tokenizer=own or None, notes={"imported.json": {"folder": str(folder)}})
+    cfg = TrainConfig(
+        run=str(run),
+        model=lm.cfg,
+        train_bin="",
+        val_bin="",
+        tokenizer=own,
+        loader=LoaderConfig(seq_len=min(1024, lm.cfg.max_len), documents="mask"),
+    )
+    return write_run(
+        lm, cfg, run, tokenizer=own or None, notes={"imported.json": {"folder": str(folder)}}
+    )
 
 # %% ../../nbs/adapt/60_hf.ipynb #c035
 def chat_text(
-    folder: str | Path,           # with a chat template
-    messages: list[dict],         # role and content of each turn
+    folder: str | Path,  # with a chat template
+    messages: list[dict],  # role and content of each turn
     *,
-    answer: bool = True,          # end with the opening of the assistant's turn
+    answer: bool = True,  # end with the opening of the assistant's turn
 ) -> str:
     "The turns as one text in the model's own form; FileNotFoundError without a template, ValueError when it refuses."
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     folder, settings = Path(folder), Path(folder) / "tokenizer_config.json"
     own = folder / "chat_template.jinja"
     said = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     template = own.read_text(encoding="utf-8") if own.is_file() else said.get("chat_template")
-    if not template: raise FileNotFoundError(f"{own}: no such file, and no chat_template in tokenizer_config.json")
+    if not template:
+        raise FileNotFoundError(
+            f"{own}: no such file, and no chat_template in tokenizer_config.json"
+        )
     piece = lambda value: value["content"] if isinstance(value, dict) else value
-    words = {name: piece(said[name]) for name in ("bos_token", "eos_token", "pad_token", "unk_token") if said.get(name)}
-    def refuse(message): raise TemplateError(message)
-    world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    words = {
+        name: piece(said[name])
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if said.get(name)
+    }
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    world = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     world.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
     world.globals["raise_exception"] = refuse
-    try: return world.from_string(template).render(messages=messages, add_generation_prompt=answer, **words)
-    except TemplateError as error: raise ValueError(f"{folder}: chat template: {error}") from None
+    try:
+        return world.from_string(template).render(
+            messages=messages, add_generation_prompt=answer, **words
+        )
+    except TemplateError as error:
+        raise ValueError(f"{folder}: chat template: {error}") from None

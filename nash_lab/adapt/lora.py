@@ -42,6 +42,7 @@ from ..train.step import PLAIN, apply_gradient
 # %% ../../nbs/adapt/61_lora.ipynb #c006
 class Factors(NamedTuple):
     "The two factors of the change of one linear map, in every layer at once."
+
     a: Float[Array, "*li r"]  # leading axes (layers, experts), input axes, rank
     b: Float[Array, "*lo r"]  # leading axes, output axes, rank
 
@@ -49,28 +50,37 @@ class Factors(NamedTuple):
 def delta(
     a: Float[Array, "*li r"],  # first factor
     b: Float[Array, "*lo r"],  # second factor, scale included
-    lead: int = 0,             # axes that count maps: 1 for layers, 2 for layers of experts
-) -> Float[Array, "*lio"]:     # of the shape of the weight
+    lead: int = 0,  # axes that count maps: 1 for layers, 2 for layers of experts
+) -> Float[Array, "*lio"]:  # of the shape of the weight
     "The change as a matrix (2106.09685, Eq. 3), in full precision also where products are rounded by default."
-    if lead: return jax.vmap(lambda a, b: delta(a, b, lead - 1))(a, b)
+    if lead:
+        return jax.vmap(lambda a, b: delta(a, b, lead - 1))(a, b)
     return jnp.tensordot(a, b, (-1, -1), precision=jax.lax.Precision.HIGHEST)
 
 # %% ../../nbs/adapt/61_lora.ipynb #c015
 @dataclass(frozen=True)
 class LoRAConfig:
     "Size and place of an adapter. ValueError for values out of range."
+
     rank: int = 8  # r, of every factor
     alpha: float = 16.0  # the change is multiplied by alpha / rank
     dropout: float = 0.0  # share of each map's input that its adapter does not see while training
     rslora: bool = False  # multiply by alpha / sqrt(rank) instead
-    targets: tuple[str, ...] = ("blocks/attention/*", "blocks/ffn/*")  # paths of linear maps; * matches slashes too
+    targets: tuple[str, ...] = (
+        "blocks/attention/*",
+        "blocks/ffn/*",
+    )  # paths of linear maps; * matches slashes too
     skip: tuple[str, ...] = ("*/router",)  # paths among them that are left alone
 
     def __post_init__(self):
-        if self.rank < 1: raise ValueError(f"LoRAConfig.rank={self.rank}, expected at least 1")
-        if not 0 <= self.dropout < 1: raise ValueError(f"LoRAConfig.dropout={self.dropout}, expected 0 <= dropout < 1")
-        if not self.alpha > 0: raise ValueError(f"LoRAConfig.alpha={self.alpha}, expected a positive number")
-        if not self.targets: raise ValueError("LoRAConfig.targets is empty, expected at least one pattern")
+        if self.rank < 1:
+            raise ValueError(f"LoRAConfig.rank={self.rank}, expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRAConfig.dropout={self.dropout}, expected 0 <= dropout < 1")
+        if not self.alpha > 0:
+            raise ValueError(f"LoRAConfig.alpha={self.alpha}, expected a positive number")
+        if not self.targets:
+            raise ValueError("LoRAConfig.targets is empty, expected at least one pattern")
 
     @property
     def scale(self) -> float:
@@ -80,8 +90,9 @@ class LoRAConfig:
 # %% ../../nbs/adapt/61_lora.ipynb #c018
 class Shape(NamedTuple):
     "Axes of a stacked linear map."
-    lead: tuple[int, ...]     # layers, or layers and experts
-    inputs: tuple[int, ...]   # of one map
+
+    lead: tuple[int, ...]  # layers, or layers and experts
+    inputs: tuple[int, ...]  # of one map
     outputs: tuple[int, ...]  # of one map
 
 
@@ -89,7 +100,11 @@ def linear_maps(
     lm: LM,  # not yet adapted
 ) -> dict[str, nnx.Module]:
     "The linear maps of a model by their paths."
-    return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(lm) if isinstance(m, (Linear, ExpertLinear))}
+    return {
+        "/".join(map(str, path)): m
+        for path, m in nnx.iter_modules(lm)
+        if isinstance(m, (Linear, ExpertLinear))
+    }
 
 # %% ../../nbs/adapt/61_lora.ipynb #c019
 def lead_axes(m: nnx.Module) -> int:  # a stacked linear map
@@ -110,41 +125,51 @@ Adapter = dict[str, Factors]  # path of a linear map -> its factors
 
 
 def target_shapes(
-    lm: LM,           # the base
+    lm: LM,  # the base
     cfg: LoRAConfig,  # patterns
 ) -> dict[str, Shape]:
     "The maps that `cfg` adapts. ValueError for a pattern that fits none."
     shapes = {path: shape_of(m) for path, m in linear_maps(lm).items()}
     for pattern in cfg.targets:
         if not any(fnmatchcase(path, pattern) for path in shapes):
-            raise ValueError(f"no linear map fits target {pattern!r}, there are {', '.join(shapes)}")
+            raise ValueError(
+                f"no linear map fits target {pattern!r}, there are {', '.join(shapes)}"
+            )
     fits = lambda path, patterns: any(fnmatchcase(path, p) for p in patterns)
-    chosen = {path: shape for path, shape in shapes.items() if fits(path, cfg.targets) and not fits(path, cfg.skip)}
-    if not chosen: raise ValueError(f"LoRAConfig.skip={cfg.skip} leaves no target")
+    chosen = {
+        path: shape
+        for path, shape in shapes.items()
+        if fits(path, cfg.targets) and not fits(path, cfg.skip)
+    }
+    if not chosen:
+        raise ValueError(f"LoRAConfig.skip={cfg.skip} leaves no target")
     return chosen
 
 # %% ../../nbs/adapt/61_lora.ipynb #c023
 def init_adapter(
-    lm: LM,             # the base
-    cfg: LoRAConfig,    # rank and targets
+    lm: LM,  # the base
+    cfg: LoRAConfig,  # rank and targets
     key: PRNGKeyArray,  # folded with each path
 ) -> Adapter:
     "Factors of no change: A uniform within 1/sqrt(inputs) as in PEFT, B zero. ValueError as `target_shapes`."
+
     def factors(path, shape):
         size = (*shape.lead, *shape.inputs, cfg.rank)
         bound = float(np.prod(shape.inputs)) ** -0.5
         a = jax.random.uniform(named_key(key, path), size, jnp.float32, -bound, bound)
         return Factors(a, jnp.zeros((*shape.lead, *shape.outputs, cfg.rank), jnp.float32))
+
     return {path: factors(path, shape) for path, shape in target_shapes(lm, cfg).items()}
 
 # %% ../../nbs/adapt/61_lora.ipynb #c028
 class Adapted(nnx.Module):
     "A linear map with a change beside it; called and read like the map it wraps."
+
     def __init__(
         self,
-        base: nnx.Module,    # Linear or ExpertLinear
-        factors: Factors,    # of the change, scale included
-        rate: float = 0.0,   # dropout on the input of the change
+        base: nnx.Module,  # Linear or ExpertLinear
+        factors: Factors,  # of the change, scale included
+        rate: float = 0.0,  # dropout on the input of the change
         keys: PRNGKeyArray | None = None,  # turns it on; one a layer where maps are stacked
     ):
         self.base, self.rate = base, rate
@@ -155,8 +180,10 @@ class Adapted(nnx.Module):
         "xW + (xA)B in the dtype of `x`; `sizes` are the rows of each expert."
         a, b, key = self.a[...], self.b[...], None if self.key is None else self.key[...]
         seen = dropout(x, self.rate, key)
-        if sizes: change = grouped(grouped(seen, a, *sizes), b.swapaxes(1, 2), *sizes)
-        else: change = linear(linear(seen, a, self.base.axes), jnp.moveaxis(b, -1, 0))
+        if sizes:
+            change = grouped(grouped(seen, a, *sizes), b.swapaxes(1, 2), *sizes)
+        else:
+            change = linear(linear(seen, a, self.base.axes), jnp.moveaxis(b, -1, 0))
         return self.base(x, *sizes) + change
 
     @property
@@ -166,11 +193,11 @@ class Adapted(nnx.Module):
 
 # %% ../../nbs/adapt/61_lora.ipynb #c031
 def attach(
-    lm: LM,                   # the base; untouched
-    adapter: Adapter,         # from `init_adapter`, `combine` or a file
+    lm: LM,  # the base; untouched
+    adapter: Adapter,  # from `init_adapter`, `combine` or a file
     scale: float | Array = 1.0,  # s; traced, so another value does not recompile
     *,
-    rate: float = 0.0,        # dropout on what the adapter sees
+    rate: float = 0.0,  # dropout on what the adapter sees
     key: PRNGKeyArray | None = None,  # turns it on: an own key for each map and layer
 ) -> LM:
     "The same weights with an adapter beside them. ValueError when it does not fit the model."
@@ -180,28 +207,33 @@ def attach(
         keys = None if key is None or rate == 0 else jax.random.split(named_key(key, path), n)
         *above, last = path.split("/")
         parent = lm
-        for name in above: parent = getattr(parent, name)
+        for name in above:
+            parent = getattr(parent, name)
         setattr(parent, last, Adapted(m, Factors(f.a, scale * f.b), rate, keys))
     return lm
 
 # %% ../../nbs/adapt/61_lora.ipynb #c032
 def fitting(
-    lm: LM,            # the base
+    lm: LM,  # the base
     adapter: Adapter,  # to be used with it
 ) -> dict[str, nnx.Module]:
     "The map for each path of an adapter. ValueError names the path and the shapes where they differ."
     maps = linear_maps(lm)
     for path, f in adapter.items():
-        if path not in maps: raise ValueError(f"the adapter has {path}, the model's linear maps are {', '.join(maps)}")
+        if path not in maps:
+            raise ValueError(
+                f"the adapter has {path}, the model's linear maps are {', '.join(maps)}"
+            )
         lead, inputs, outputs = shape_of(maps[path])
         found, wanted = (f.a.shape[:-1], f.b.shape[:-1]), (lead + inputs, lead + outputs)
-        if found != wanted: raise ValueError(f"{path}: the adapter is for {found}, the model has {wanted}")
+        if found != wanted:
+            raise ValueError(f"{path}: the adapter is for {found}, the model has {wanted}")
     return {path: maps[path] for path in adapter}
 
 # %% ../../nbs/adapt/61_lora.ipynb #c038
 def merge_adapter(
-    lm: LM,                      # the base; untouched
-    adapter: Adapter,            # what is added to its weights
+    lm: LM,  # the base; untouched
+    adapter: Adapter,  # what is added to its weights
     scale: float | Array = 1.0,  # s; minus s takes it away again, up to rounding
 ) -> LM:
     "A plain model with the change in its weights. ValueError when the adapter does not fit."
@@ -213,8 +245,8 @@ def merge_adapter(
 
 # %% ../../nbs/adapt/61_lora.ipynb #c042
 def next_token(
-    lm: LM,             # base and adapter
-    batch: dict,        # tokens, targets, mask "b t", and positions and segments where documents are masked
+    lm: LM,  # base and adapter
+    batch: dict,  # tokens, targets, mask "b t", and positions and segments where documents are masked
     key: PRNGKeyArray,  # of the base's own dropout
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     "The sum that pretraining descends, and the number of counted targets."
@@ -226,61 +258,82 @@ def next_token(
 def make_adapter_step(
     graphdef: nnx.GraphDef,  # of the base
     tx: optax.GradientTransformation,  # sees the adapter only
-    cfg: LoRAConfig,         # scale and dropout
+    cfg: LoRAConfig,  # scale and dropout
     loss: Callable = next_token,  # (lm, batch, key) -> (sum, count)
 ) -> Callable:  # (state, params, batch, key) -> (state, metrics), jitted, state donated
     "A train step on `TrainState(params=adapter)`; a non-finite loss or gradient changes neither adapter nor moments."
+
     def step(state, params, batch, key):
         key = jax.random.fold_in(key, state.step)
+
         def mean(adapter):
             lm, own = nnx.merge(graphdef, params), named_key(key, "adapter")
             lm = attach(lm, adapter, cfg.scale, rate=cfg.dropout, key=own)
             total, count = loss(lm, batch, named_key(key, "base"))
             return total / jnp.maximum(count, 1)
+
         value, grads = jax.value_and_grad(mean)(state.params)
         state, norm = apply_gradient(tx, state, value, grads)
         return state, {"loss": value, "grad_norm": norm, "skipped": state.skipped}
+
     return jax.jit(step, donate_argnums=0)
 
 # %% ../../nbs/adapt/61_lora.ipynb #c056
 def combine(
-    parts: Sequence[tuple[Adapter, float | Array]],  # adapters, each with its scale times its weight
+    parts: Sequence[
+        tuple[Adapter, float | Array]
+    ],  # adapters, each with its scale times its weight
 ) -> Adapter:
     "One adapter, of scale 1, that makes the sum of the changes. ValueError for an empty list."
-    if not parts: raise ValueError("combine: no adapters, expected at least one")
+    if not parts:
+        raise ValueError("combine: no adapters, expected at least one")
     paths = dict.fromkeys(path for adapter, _ in parts for path in adapter)
+
     def join(path):
         own = [(adapter[path], scale) for adapter, scale in parts if path in adapter]
-        return Factors(jnp.concatenate([f.a for f, _ in own], -1), jnp.concatenate([s * f.b for f, s in own], -1))
+        return Factors(
+            jnp.concatenate([f.a for f, _ in own], -1),
+            jnp.concatenate([s * f.b for f, s in own], -1),
+        )
+
     return {path: join(path) for path in paths}
 
 # %% ../../nbs/adapt/61_lora.ipynb #c061
 def extract_adapter(
-    lm: LM,           # the base
-    tuned: LM,        # of the same shape, trained further
+    lm: LM,  # the base
+    tuned: LM,  # of the same shape, trained further
     cfg: LoRAConfig,  # rank and targets
 ) -> Adapter:
     "The change of rank `cfg.rank` nearest to the difference of the weights. ValueError as `target_shapes`."
     base, other = linear_maps(lm), linear_maps(tuned)
+
     def factors(path, shape):
         d = other[path].weight[...] - base[path].weight[...]
-        u, s, v = jnp.linalg.svd(d.reshape(*shape.lead, np.prod(shape.inputs), -1), full_matrices=False)
+        u, s, v = jnp.linalg.svd(
+            d.reshape(*shape.lead, np.prod(shape.inputs), -1), full_matrices=False
+        )
         pad = [(0, 0)] * (len(shape.lead) + 1) + [(0, max(0, cfg.rank - s.shape[-1]))]
         root = jnp.sqrt(s[..., None, :] / cfg.scale)
         a, b = (jnp.pad(x * root, pad)[..., : cfg.rank] for x in (u, v.swapaxes(-1, -2)))
-        return Factors(a.reshape(*shape.lead, *shape.inputs, -1), b.reshape(*shape.lead, *shape.outputs, -1))
+        return Factors(
+            a.reshape(*shape.lead, *shape.inputs, -1), b.reshape(*shape.lead, *shape.outputs, -1)
+        )
+
     return {path: factors(path, shape) for path, shape in target_shapes(lm, cfg).items()}
 
 # %% ../../nbs/adapt/61_lora.ipynb #c064
 def explained(
-    lm: LM,              # the base
-    tuned: LM,           # of the same shape
-    adapter: Adapter,    # stands for the difference
+    lm: LM,  # the base
+    tuned: LM,  # of the same shape
+    adapter: Adapter,  # stands for the difference
     scale: float = 1.0,  # s
 ) -> float:
     "Share of the squared difference of all weights that the adapter makes; 1 when there is no difference."
     leaves = lambda lm: jax.tree.leaves(nnx.state(lm, nnx.Param))
-    def between(a, b): return sum(float(jnp.vdot(x - y, x - y)) for x, y in zip(leaves(a), leaves(b)))
+
+    def between(a, b):
+        return sum(float(jnp.vdot(x - y, x - y)) for x, y in zip(leaves(a), leaves(b)))
+
     whole = between(tuned, lm)
     return 1 - between(tuned, merge_adapter(lm, adapter, scale)) / whole if whole else 1.0
 
@@ -288,12 +341,13 @@ def explained(
 NAMES = {  # path within a block -> within a layer of LlamaForCausalLM and its relatives
     **{f"attention/{x}": f"self_attn.{x}_proj" for x in "qkvo"},
     **{f"ffn/{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-    **{f"ffn/shared/{x}": f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down")}}  # as DeepSeek-V3
+    **{f"ffn/shared/{x}": f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down")},
+}  # as DeepSeek-V3
 STACKS = {"blocks": "model.layers", "mtp": "model.mtp"}
 
 
 def peft_name(
-    path: str,               # of a stacked map, such as "blocks/attention/q"
+    path: str,  # of a stacked map, such as "blocks/attention/q"
     index: tuple[int, ...],  # layer, or layer and expert
 ) -> str:
     "Name of one map in a PEFT file; a map that LLaMA does not have keeps its own path."
@@ -310,7 +364,7 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def peft_tensors(
     adapter: Adapter,  # fits `lm`
-    lm: LM,            # the base, for the meaning of the axes
+    lm: LM,  # the base, for the meaning of the axes
 ) -> dict[str, Float[np.ndarray, "m n"]]:
     "Every factor of every layer by its PEFT name. ValueError when the adapter does not fit."
     out = {}
@@ -318,109 +372,186 @@ def peft_tensors(
         (a, b), r = map(np.asarray, adapter[path]), adapter[path].a.shape[-1]
         for index in np.ndindex(shape_of(m).lead):
             name = peft_name(path, index)
-            out[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[index].reshape(-1, r).T)  # views are saved unturned
+            out[f"{name}.lora_A.weight"] = np.ascontiguousarray(
+                a[index].reshape(-1, r).T
+            )  # views are saved unturned
             out[f"{name}.lora_B.weight"] = b[index].reshape(-1, r)
     return out
 
 # %% ../../nbs/adapt/61_lora.ipynb #c071
 def write_peft(
     folder: str | Path,  # made if missing; files of the same names are replaced
-    adapter: Adapter,    # of rank cfg.rank, scale not included
-    cfg: LoRAConfig,     # rank, alpha, dropout
-    lm: LM,              # the base
-    base: str = "",      # name or folder of the base model, for people; `peft` warns without one
+    adapter: Adapter,  # of rank cfg.rank, scale not included
+    cfg: LoRAConfig,  # rank, alpha, dropout
+    lm: LM,  # the base
+    base: str = "",  # name or folder of the base model, for people; `peft` warns without one
 ) -> Path:
     "An adapter as `peft` stores it. ValueError when rank or shapes do not fit."
     tensors = peft_tensors(adapter, lm)
     wrong = {path: f.a.shape[-1] for path, f in adapter.items() if f.a.shape[-1] != cfg.rank}
-    if wrong: raise ValueError(f"{next(iter(wrong))}: rank {next(iter(wrong.values()))}, the config says {cfg.rank}")
+    if wrong:
+        raise ValueError(
+            f"{next(iter(wrong))}: rank {next(iter(wrong.values()))}, the config says {cfg.rank}"
+        )
     last = {name.rsplit(".", 3)[1] for name in tensors}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base or None, "r": cfg.rank,
-              "lora_alpha": int(cfg.alpha) if cfg.alpha == int(cfg.alpha) else cfg.alpha, "lora_dropout": cfg.dropout,
-              "use_rslora": cfg.rslora, "target_modules": sorted(last), "bias": "none", "inference_mode": True}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "r": cfg.rank,
+        "lora_alpha": int(cfg.alpha) if cfg.alpha == int(cfg.alpha) else cfg.alpha,
+        "lora_dropout": cfg.dropout,
+        "use_rslora": cfg.rslora,
+        "target_modules": sorted(last),
+        "bias": "none",
+        "inference_mode": True,
+    }
     folder = Path(folder)
     write_atomic(folder / TENSORS, to_safetensors(tensors, {"format": "pt"}))
     write_json(folder / CONFIG, config)
     return folder
 
 # %% ../../nbs/adapt/61_lora.ipynb #c074
-BEYOND_LORA = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
-               "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
-               "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config")
+BEYOND_LORA = (
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
 
 # %% ../../nbs/adapt/61_lora.ipynb #c075
 def peft_config(
     path: Path,  # of adapter_config.json
 ) -> LoRAConfig:
     "The configuration of a PEFT folder. FileNotFoundError, or ValueError for anything but plain LoRA."
-    try: data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file, so this is no PEFT adapter") from None
-    except ValueError as error: raise ValueError(f"{path}: not JSON: {error}") from None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file, so this is no PEFT adapter") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
     found = data.get("peft_type") if isinstance(data, dict) else data
-    if found != "LORA": raise ValueError(f"{path}: peft_type {found!r}, expected 'LORA'")
+    if found != "LORA":
+        raise ValueError(f"{path}: peft_type {found!r}, expected 'LORA'")
     for name in BEYOND_LORA:
-        if data.get(name): raise ValueError(f"{path}: {name} is {data[name]!r}, only plain LoRA is read")
-    if data.get("bias", "none") != "none": raise ValueError(f"{path}: bias is {data['bias']!r}, expected 'none'")
+        if data.get(name):
+            raise ValueError(f"{path}: {name} is {data[name]!r}, only plain LoRA is read")
+    if data.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias is {data['bias']!r}, expected 'none'")
     if (start := data.get("init_lora_weights", True)) not in (True, False, "gaussian"):
-        raise ValueError(f"{path}: init_lora_weights is {start!r}, which may change the base; expected a plain start")
+        raise ValueError(
+            f"{path}: init_lora_weights is {start!r}, which may change the base; expected a plain start"
+        )
     theirs = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
-    try: return from_json(LoRAConfig, {"alpha": 8} | {own: data[name] for own, name in theirs.items() if name in data})
-    except ValueError as error: raise ValueError(f"{path}: {error}") from None
+    try:
+        return from_json(
+            LoRAConfig,
+            {"alpha": 8} | {own: data[name] for own, name in theirs.items() if name in data},
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 # %% ../../nbs/adapt/61_lora.ipynb #c077
 def read_peft(
     folder: str | Path,  # as `peft` or `write_peft` made it
-    lm: LM,              # the base
+    lm: LM,  # the base
 ) -> tuple[Adapter, LoRAConfig]:
     "Adapter, and its config with the maps it has as targets. ValueError or OSError names the file and what is wrong."
     cfg, file = peft_config(Path(folder) / CONFIG), Path(folder) / TENSORS
-    try: tensors = load_file(file)
-    except FileNotFoundError: raise FileNotFoundError(f"{file}: no such file") from None
-    except SafetensorError as error: raise ValueError(f"{file}: not a safetensors file: {error}") from None
+    try:
+        tensors = load_file(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file: {error}") from None
     shapes = {path: shape_of(m) for path, m in linear_maps(lm).items()}
-    known = {peft_name(path, index): path for path, shape in shapes.items() for index in np.ndindex(shape.lead)}
+    known = {
+        peft_name(path, index): path
+        for path, shape in shapes.items()
+        for index in np.ndindex(shape.lead)
+    }
     paths = {}
     for name in tensors:
-        path = known.get(name.rsplit(".", 2)[0]) if name.endswith((".lora_A.weight", ".lora_B.weight")) else None
-        if path is None: raise ValueError(f"{file}: {name} belongs to no linear map of the model")
+        path = (
+            known.get(name.rsplit(".", 2)[0])
+            if name.endswith((".lora_A.weight", ".lora_B.weight"))
+            else None
+        )
+        if path is None:
+            raise ValueError(f"{file}: {name} belongs to no linear map of the model")
         paths[path] = None
-    adapter = {path: _factors(file, tensors, path, shapes[path], cfg.rank) for path in shapes if path in paths}
+    adapter = {
+        path: _factors(file, tensors, path, shapes[path], cfg.rank)
+        for path in shapes
+        if path in paths
+    }
     return adapter, LoRAConfig(cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora, tuple(adapter), ())
 
 # %% ../../nbs/adapt/61_lora.ipynb #c078
 def _factors(file, tensors, path, shape, rank):
     "Stack the layers of one map; ValueError for a tensor that is missing or has another shape."
+
     def stack(letter, axes, turned):
         size, out = int(np.prod(axes)), []
         for index in np.ndindex(shape.lead):
-            name, wanted = f"{peft_name(path, index)}.lora_{letter}.weight", (rank, size) if turned else (size, rank)
-            if name not in tensors: raise ValueError(f"{file}: {name} is missing")
+            name, wanted = (
+                f"{peft_name(path, index)}.lora_{letter}.weight",
+                (rank, size) if turned else (size, rank),
+            )
+            if name not in tensors:
+                raise ValueError(f"{file}: {name} is missing")
             t = np.asarray(tensors[name])
-            if t.shape != wanted: raise ValueError(f"{file}: {name} has shape {t.shape}, expected {wanted}")
+            if t.shape != wanted:
+                raise ValueError(f"{file}: {name} has shape {t.shape}, expected {wanted}")
             out.append((t.T if turned else t).astype(np.float32))
         return jnp.asarray(np.stack(out)).reshape(*shape.lead, *axes, rank)
+
     return Factors(stack("A", shape.inputs, True), stack("B", shape.outputs, False))
 
 # %% ../../nbs/adapt/61_lora.ipynb #c083
 def read_adapters(
-    lm: LM,                      # the base
+    lm: LM,  # the base
     folders: Sequence[str | Path],  # PEFT adapters
     weights: Sequence[float] = (),  # of each in the sum; all 1 when empty
 ) -> Adapter:
     "The weighted sum of PEFT folders, of scale 1. ValueError or OSError as `read_peft`."
-    if not folders: raise ValueError("no adapters given, expected at least one PEFT folder")
-    if weights and len(weights) != len(folders): raise ValueError(f"{len(weights)} weights for {len(folders)} adapters")
+    if not folders:
+        raise ValueError("no adapters given, expected at least one PEFT folder")
+    if weights and len(weights) != len(folders):
+        raise ValueError(f"{len(weights)} weights for {len(folders)} adapters")
     read = [read_peft(folder, lm) for folder in folders]
-    return combine([(adapter, w * cfg.scale) for (adapter, cfg), w in zip(read, weights or [1.0] * len(read))])
+    return combine(
+        [(adapter, w * cfg.scale) for (adapter, cfg), w in zip(read, weights or [1.0] * len(read))]
+    )
 
 # %% ../../nbs/adapt/61_lora.ipynb #c084
 def save_merged(
     run: str | Path,  # run directory of the base
     out: str | Path,  # run directory to make
-    lm: LM,           # merged weights
-    notes: dict,      # what was merged, for merged.json
+    lm: LM,  # merged weights
+    notes: dict,  # what was merged, for merged.json
 ) -> Path:
     "A run with these weights. ValueError when there is one already; OSError when it cannot be written."
     run = Path(run)
-    with closing(Checkpoints(run / "checkpoints")) as base: step = base.latest()
-    return write_run(lm, saved_config(run), out, step=step, tokenizer=own_tokenizer(run), notes={"merged.json": notes})
+    with closing(Checkpoints(run / "checkpoints")) as base:
+        step = base.latest()
+    return write_run(
+        lm,
+        saved_config(run),
+        out,
+        step=step,
+        tokenizer=own_tokenizer(run),
+        notes={"merged.json": notes},
+    )

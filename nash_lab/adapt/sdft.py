@@ -25,15 +25,20 @@ Divergence = Literal["reverse", "forward", "js"]
 def divergence(
     student: Float[Array, "*m v"],  # log-probabilities
     teacher: Float[Array, "*m v"],  # log-probabilities; no gradient flows there
-    kind: Divergence = "reverse",   # direction
-    mix: float = 0.5,               # m, js only: near 0 it goes like forward, near 1 like reverse
+    kind: Divergence = "reverse",  # direction
+    mix: float = 0.5,  # m, js only: near 0 it goes like forward, near 1 like reverse
 ) -> Float[Array, "*m"]:
     "Nats between two distributions over the vocabulary, at every position; ValueError for an unknown kind."
     s, t = student, jax.lax.stop_gradient(teacher)
-    kl = lambda p, q: jnp.sum(jnp.exp(p) * (p - q) - (jnp.exp(p) - jnp.exp(q)), -1)  # the difference sums to 0
-    if kind == "reverse": return kl(s, t)
-    if kind == "forward": return kl(t, s)
-    if kind != "js": raise ValueError(f"divergence: expected reverse, forward or js, found {kind!r}")
+    kl = lambda p, q: jnp.sum(
+        jnp.exp(p) * (p - q) - (jnp.exp(p) - jnp.exp(q)), -1
+    )  # the difference sums to 0
+    if kind == "reverse":
+        return kl(s, t)
+    if kind == "forward":
+        return kl(t, s)
+    if kind != "js":
+        raise ValueError(f"divergence: expected reverse, forward or js, found {kind!r}")
     m = jnp.logaddexp(s + math.log1p(-mix), t + math.log(mix))
     return mix * kl(t, m) + (1 - mix) * kl(s, m)
 
@@ -41,23 +46,26 @@ def divergence(
 def top_tokens(
     student: Float[Array, "*m v"],  # log-probabilities
     teacher: Float[Array, "*m v"],  # log-probabilities; choose the tokens
-    k: int,                         # tokens kept; 0 or v keeps all
+    k: int,  # tokens kept; 0 or v keeps all
 ) -> tuple[Float[Array, "*m k1"], Float[Array, "*m k1"]]:
     "Both distributions on the teacher's k likeliest tokens and, last, on all others together."
-    if not 0 < k < teacher.shape[-1]: return student, teacher
+    if not 0 < k < teacher.shape[-1]:
+        return student, teacher
     top = jax.lax.top_k(jax.lax.stop_gradient(teacher), k)[1]
     inside = jnp.put_along_axis(jnp.zeros(teacher.shape, bool), top, True, -1, inplace=False)
+
     def summary(x):
         rest = jax.nn.logsumexp(jnp.where(inside, -jnp.inf, x), -1, keepdims=True)
         return jnp.concatenate([jnp.take_along_axis(x, top, -1), rest], -1)
+
     return summary(student), summary(teacher)
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c022
 def loss_mask(
     lengths: Int[np.ndarray, "b"],  # tokens of each answer, the EOS counted
-    width: int,                     # columns
-    skip: int = 3,                  # first tokens left out
-    share: float = 0.1,             # at most this share of an answer; 1 is the released code
+    width: int,  # columns
+    skip: int = 3,  # first tokens left out
+    share: float = 0.1,  # at most this share of an answer; 1 is the released code
 ) -> Bool[np.ndarray, "b a"]:
     "True where a token of the answer is scored."
     first = np.minimum(skip, np.floor(share * np.asarray(lengths) + 1e-9).astype(int))
@@ -67,7 +75,7 @@ def loss_mask(
 # %% ../../nbs/adapt/62_sdft.ipynb #c025
 def answer_means(
     values: Float[Array, "*b a"],  # of each token
-    mask: Bool[Array, "*b a"],     # tokens that count
+    mask: Bool[Array, "*b a"],  # tokens that count
 ) -> tuple[Float[Array, "*b"], Bool[Array, "*b"]]:
     "Mean over the counted tokens of each answer, 0 where there are none; and whether there are any."
     count = jnp.asarray(mask).sum(-1).astype(jnp.float32)
@@ -84,7 +92,7 @@ def _loss(student, teacher, mask, *how):
 def reverse_kl(
     student_logits: Float[Array, "*b a v"],
     teacher_logits: Float[Array, "*b a v"],  # no gradient flows there
-    mask: Bool[Array, "*b a"],               # tokens that count
+    mask: Bool[Array, "*b a"],  # tokens that count
 ) -> Float[Array, ""]:
     "KL(S || T): mean over the tokens of an answer, then over answers (2601.19897, Eq. 1, as the text has it)."
     return _loss(student_logits, teacher_logits, mask, "reverse")
@@ -93,7 +101,7 @@ def reverse_kl(
 def forward_kl(
     student_logits: Float[Array, "*b a v"],
     teacher_logits: Float[Array, "*b a v"],  # no gradient flows there
-    mask: Bool[Array, "*b a"],               # tokens that count
+    mask: Bool[Array, "*b a"],  # tokens that count
 ) -> Float[Array, ""]:
     "KL(T || S), averaged in the same way: what produced the paper's numbers."
     return _loss(student_logits, teacher_logits, mask, "forward")
@@ -102,8 +110,8 @@ def forward_kl(
 def js_divergence(
     student_logits: Float[Array, "*b a v"],
     teacher_logits: Float[Array, "*b a v"],  # no gradient flows there
-    mask: Bool[Array, "*b a"],               # tokens that count
-    mix: float = 0.5,                        # m, the teacher's weight in the mixture
+    mask: Bool[Array, "*b a"],  # tokens that count
+    mix: float = 0.5,  # m, the teacher's weight in the mixture
 ) -> Float[Array, ""]:
     "Generalised Jensen-Shannon divergence, averaged in the same way."
     return _loss(student_logits, teacher_logits, mask, "js", mix)
@@ -137,12 +145,14 @@ from ..run.rundir import plain
 from ..train.step import TrainState, apply_gradient, fresh_state
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c044
-TEMPLATE = ("{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
-            "Now answer with a response of your own, including the thinking process.")
+TEMPLATE = (
+    "{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
+    "Now answer with a response of your own, including the thinking process."
+)
 
 
 def teacher_prompt(
-    prompt: str,         # x, as the student sees it
+    prompt: str,  # x, as the student sees it
     demonstration: str,  # c, a good answer to this very prompt
     template: str = TEMPLATE,  # names both in braces
 ) -> str:
@@ -153,13 +163,15 @@ def teacher_prompt(
 @dataclass(frozen=True)
 class Example:
     "A prompt and a good answer to it. ValueError when one of them is empty."
-    prompt: str         # x
+
+    prompt: str  # x
     demonstration: str  # c
-    shown: str = ""     # the teacher's whole prompt where the template does not fit; empty: the template makes it
+    shown: str = ""  # the teacher's whole prompt where the template does not fit; empty: the template makes it
 
     def __post_init__(self):
         for name in ("prompt", "demonstration"):
-            if not getattr(self, name).strip(): raise ValueError(f"Example.{name} is empty")
+            if not getattr(self, name).strip():
+                raise ValueError(f"Example.{name} is empty")
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c048
 def read_examples(path: str | Path) -> list[Example]:
@@ -167,26 +179,35 @@ def read_examples(path: str | Path) -> list[Example]:
     return read_rows(path, lambda row: from_json(Example, row), "examples")
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c052
-_all_ = ["divergence", "top_tokens", "loss_mask", "answer_means", "reverse_kl", "forward_kl", "js_divergence"]
+_all_ = [
+    "divergence",
+    "top_tokens",
+    "loss_mask",
+    "answer_means",
+    "reverse_kl",
+    "forward_kl",
+    "js_divergence",
+]
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c055
 def joined(
     prompts: Sequence[Sequence[int]],  # token ids
     answers: Sequence[Sequence[int]],  # token ids
-    width: int,                        # columns, room for the longest
+    width: int,  # columns, room for the longest
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
     "Rows of prompt and answer, padded on the right, and the position of each prompt's last token."
     tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt, answer in zip(tokens, prompts, answers): row[: len(prompt) + len(answer)] = [*prompt, *answer]
+    for row, prompt, answer in zip(tokens, prompts, answers):
+        row[: len(prompt) + len(answer)] = [*prompt, *answer]
     return tokens, np.array([len(p) - 1 for p in prompts], np.int32)
 
 
 def answer_states(
     lm: LM,
     tokens: Int[Array, "b t"],  # from `joined`
-    last: Int[Array, "b"],      # position of the last prompt token
-    length: int,                # a, columns of the answer
-    **where,                    # positions and segments, as in `LM.hidden`
+    last: Int[Array, "b"],  # position of the last prompt token
+    length: int,  # a, columns of the answer
+    **where,  # positions and segments, as in `LM.hidden`
 ) -> Float[Array, "b a d"]:
     "The states that predict the tokens of the answer; behind its end they predict nothing that counts."
     at = jnp.minimum(last[:, None] + jnp.arange(length)[None], tokens.shape[1] - 1)
@@ -194,10 +215,12 @@ def answer_states(
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c060
 def importance(
-    learner: Float[Array, "b a"],  # log-probability of each token of the answer, by the model that is trained
+    learner: Float[
+        Array, "b a"
+    ],  # log-probability of each token of the answer, by the model that is trained
     sampler: Float[Array, "b a"],  # by the model that wrote it
-    mask: Bool[Array, "b a"],      # tokens that count
-    cap: float = 2.0,              # largest ratio of a token
+    mask: Bool[Array, "b a"],  # tokens that count
+    cap: float = 2.0,  # largest ratio of a token
 ) -> Float[Array, "b"]:
     "Mean ratio of probabilities of each answer, a constant: what its loss is multiplied by."
     ratio = jnp.minimum(jnp.exp(jax.lax.stop_gradient(learner) - sampler), cap)
@@ -210,30 +233,41 @@ First = Literal["eos", "bos", "none"]
 @dataclass(frozen=True)
 class SDFTConfig:
     "How a model learns from demonstrations. ValueError for a value out of range."
+
     steps: int = 100  # updates
     batch_size: int = 32  # prompts of an update, one answer each
-    accumulate: int = 1  # micro-batches of an update, divides batch_size; more of them need less memory
+    accumulate: int = (
+        1  # micro-batches of an update, divides batch_size; more of them need less memory
+    )
     max_new_tokens: int = 256  # longest answer; it counts although it did not end
     divergence: Divergence = "reverse"  # reverse is the paper's text, forward produced its numbers
     mix: float = 0.5  # js only: the teacher's weight in the mixture
     top_k: int = 0  # compare on so many of the teacher's likeliest tokens and the rest; 0 is the whole vocabulary
     temperature: float = 1.0  # of sampling, and of student and teacher in the loss
-    teacher: Literal["ema", "frozen", "live"] = "ema"  # its weights: a slow average, the first ones, the student's own
+    teacher: Literal["ema", "frozen", "live"] = (
+        "ema"  # its weights: a slow average, the first ones, the student's own
+    )
     ema_rate: float = 0.02  # alpha, share of the student's weights in the average after each update
-    author: Literal["student", "teacher"] = "student"  # who writes the answers; teacher: offline distillation
+    author: Literal["student", "teacher"] = (
+        "student"  # who writes the answers; teacher: offline distillation
+    )
     skip_tokens: int = 3  # first tokens of an answer that are not scored
     skip_share: float = 0.1  # but at most this share of it; 1 is the released code
     ratio_cap: float = 2.0  # largest ratio of learner to sampler; 0 leaves the correction out
     replay_ratio: float = 0.2  # share of each batch that comes from the buffer, once there is one
     tune: Literal["full", "lora"] = "full"  # all weights, or an adapter beside them
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # used when tune is lora
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(
-        learning_rate=1e-5, warmup_steps=10, weight_decay=0.0, beta2=0.999, final_scale=0.0))  # of the paper, for 7B
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            learning_rate=1e-5, warmup_steps=10, weight_decay=0.0, beta2=0.999, final_scale=0.0
+        )
+    )  # of the paper, for 7B
     template: str = TEMPLATE  # of the teacher's prompt
     before: First = "eos"  # token in front of each prompt, as documents began in pretraining
     seed: int = 0  # of order, sampling and adapter
 
-    def __post_init__(self): check_settings(self)
+    def __post_init__(self):
+        check_settings(self)
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c065
 def check_settings(
@@ -241,42 +275,55 @@ def check_settings(
 ) -> None:
     "ValueError for the first setting out of range."
     for name, good, expected in [
-        *((n, getattr(cfg, n) >= 1, "at least 1") for n in ("steps", "batch_size", "accumulate", "max_new_tokens")),
-        ("accumulate", cfg.batch_size % max(cfg.accumulate, 1) == 0, f"a divisor of batch_size={cfg.batch_size}"),
+        *(
+            (n, getattr(cfg, n) >= 1, "at least 1")
+            for n in ("steps", "batch_size", "accumulate", "max_new_tokens")
+        ),
+        (
+            "accumulate",
+            cfg.batch_size % max(cfg.accumulate, 1) == 0,
+            f"a divisor of batch_size={cfg.batch_size}",
+        ),
         *((n, getattr(cfg, n) >= 0, "0 or more") for n in ("top_k", "skip_tokens", "ratio_cap")),
-        ("mix", 0 < cfg.mix < 1, "0 < mix < 1"), ("temperature", 0 < cfg.temperature < math.inf, "more than 0"),
+        ("mix", 0 < cfg.mix < 1, "0 < mix < 1"),
+        ("temperature", 0 < cfg.temperature < math.inf, "more than 0"),
         *((n, 0 <= getattr(cfg, n) <= 1, "0 to 1") for n in ("ema_rate", "skip_share")),
         ("replay_ratio", 0 <= cfg.replay_ratio < 1, "0 <= replay_ratio < 1"),
         ("divergence", cfg.divergence in ("reverse", "forward", "js"), "reverse, forward or js"),
         ("teacher", cfg.teacher in ("ema", "frozen", "live"), "ema, frozen or live"),
         ("template", _fits(cfg.template), "{prompt} and {demonstration} and no other braces"),
     ]:
-        if not good: raise ValueError(f"SDFTConfig.{name}={getattr(cfg, name)!r}, expected {expected}")
+        if not good:
+            raise ValueError(f"SDFTConfig.{name}={getattr(cfg, name)!r}, expected {expected}")
     schedule(cfg.optim, cfg.steps)
 
 
 def _fits(template: str) -> bool:
     "Does the template name prompt and demonstration, and nothing else?"
-    try: text = template.format(prompt="\0", demonstration="\1")
-    except (KeyError, IndexError, ValueError): return False
+    try:
+        text = template.format(prompt="\0", demonstration="\1")
+    except (KeyError, IndexError, ValueError):
+        return False
     return "\0" in text and "\1" in text
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c073
 class Learner(NamedTuple):
     "What an update maps to its successor."
+
     train: TrainState  # weights or adapter, moments, counters
-    teacher: dict      # phi: the same tree in float32
+    teacher: dict  # phi: the same tree in float32
 
 
 def assemble(
     graphdef: nnx.GraphDef,  # of the base
-    base: dict,              # its weights
-    params: dict,            # trained: all weights, or an adapter
-    cfg: SDFTConfig,         # says which
+    base: dict,  # its weights
+    params: dict,  # trained: all weights, or an adapter
+    cfg: SDFTConfig,  # says which
     key: PRNGKeyArray | None = None,  # turns the adapter's dropout on
 ) -> LM:
     "The model with these trained parameters."
-    if cfg.tune == "full": return nnx.merge(graphdef, params)
+    if cfg.tune == "full":
+        return nnx.merge(graphdef, params)
     return attach(nnx.merge(graphdef, base), params, cfg.lora.scale, rate=cfg.lora.dropout, key=key)
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c075
@@ -284,16 +331,20 @@ def token_losses(
     student: LM,
     teacher: LM,
     batch: dict[str, Array],  # from `make_batch`
-    cfg: SDFTConfig,          # divergence, top_k, temperature
+    cfg: SDFTConfig,  # divergence, top_k, temperature
 ) -> tuple[Float[Array, "b a"], Float[Array, "b a"]]:
     "Divergence at each token of the answers, and the student's log-probability of the token."
     b, a = batch["answer"].shape
     chunk = min(student.cfg.loss_chunk, a)
-    states = [answer_states(lm, batch[who], batch[f"{who}_last"], a)
-              for lm, who in ((student, "student"), (teacher, "teacher"))]
+    states = [
+        answer_states(lm, batch[who], batch[f"{who}_last"], a)
+        for lm, who in ((student, "student"), (teacher, "teacher"))
+    ]
+
     def cut(x):
         x = jnp.pad(x, ((0, 0), (0, -a % chunk)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+
     @jax.checkpoint
     def one(_, parts):
         hs, ht, y = parts
@@ -301,7 +352,10 @@ def token_losses(
         logs = (jax.nn.log_softmax(z / cfg.temperature) for z in (zs, zt))
         own = jnp.take_along_axis(jax.nn.log_softmax(zs), y[..., None], -1)[..., 0]
         return None, (divergence(*top_tokens(*logs, cfg.top_k), cfg.divergence, cfg.mix), own)
-    _, out = jax.lax.scan(one, None, (cut(states[0]), cut(jax.lax.stop_gradient(states[1])), cut(batch["answer"])))
+
+    _, out = jax.lax.scan(
+        one, None, (cut(states[0]), cut(jax.lax.stop_gradient(states[1])), cut(batch["answer"]))
+    )
     return tuple(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :a] for x in out)
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c076
@@ -309,41 +363,63 @@ def batch_sums(
     student: LM,
     teacher: LM,
     batch: dict[str, Array],  # from `make_batch`
-    cfg: SDFTConfig,          # of the loss
+    cfg: SDFTConfig,  # of the loss
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
     "Sum over answers of what is descended; the same without the correction; and the number of answers that count."
     losses, own = token_losses(student, teacher, batch, cfg)
     means, counted = answer_means(losses, batch["mask"])
-    factor = importance(own, batch["logprobs"], batch["mask"], cfg.ratio_cap) if cfg.ratio_cap else jnp.ones_like(means)
+    factor = (
+        importance(own, batch["logprobs"], batch["mask"], cfg.ratio_cap)
+        if cfg.ratio_cap
+        else jnp.ones_like(means)
+    )
     return (factor * means).sum(), (means.sum(), counted.sum().astype(jnp.float32))
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c077
 def make_update(
     graphdef: nnx.GraphDef,  # of the base
-    cfg: SDFTConfig,         # loss, teacher, optimizer
+    cfg: SDFTConfig,  # loss, teacher, optimizer
 ) -> Callable:  # (learner, base weights, batch, key) -> (learner, metrics), jitted, learner donated
     "One update: gradient over the micro-batches, optimizer, then the teacher."
     tx = optimizer(cfg.optim, cfg.steps)
+
     def gradient(params, guide, base, micro, key):
         def descend(params):
             teacher = assemble(graphdef, base, guide, cfg)
             return batch_sums(assemble(graphdef, base, params, cfg, key), teacher, micro, cfg)
+
         (_, sums), grads = jax.value_and_grad(descend, has_aux=True)(params)
         return sums, grads
+
     def update(learner, base, batch, key):
         train, teacher = learner
-        guide, key = train.params if cfg.teacher == "live" else teacher, jax.random.fold_in(key, train.step)
-        one = lambda index, micro: gradient(train.params, guide, base, micro, jax.random.fold_in(key, index))
-        if cfg.accumulate == 1: (total, count), grads = one(0, batch)
+        guide, key = (
+            train.params if cfg.teacher == "live" else teacher,
+            jax.random.fold_in(key, train.step),
+        )
+        one = lambda index, micro: gradient(
+            train.params, guide, base, micro, jax.random.fold_in(key, index)
+        )
+        if cfg.accumulate == 1:
+            (total, count), grads = one(0, batch)
         else:
             micros = jax.tree.map(lambda x: x.reshape(cfg.accumulate, -1, *x.shape[1:]), batch)
             zero = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), train.params))
             add = lambda sums, item: (jax.tree.map(jnp.add, sums, one(*item)), None)
-            ((total, count), grads), _ = jax.lax.scan(add, zero, (jnp.arange(cfg.accumulate), micros))
+            ((total, count), grads), _ = jax.lax.scan(
+                add, zero, (jnp.arange(cfg.accumulate), micros)
+            )
         loss, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1), (total, grads))
         train, norm = apply_gradient(tx, train, loss, grads)
-        if cfg.teacher == "ema": teacher = optax.incremental_update(train.params, teacher, cfg.ema_rate)
-        return Learner(train, teacher), {"loss": loss, "grad_norm": norm, "answers": count, "skipped": train.skipped}
+        if cfg.teacher == "ema":
+            teacher = optax.incremental_update(train.params, teacher, cfg.ema_rate)
+        return Learner(train, teacher), {
+            "loss": loss,
+            "grad_norm": norm,
+            "answers": count,
+            "skipped": train.skipped,
+        }
+
     return jax.jit(update, donate_argnums=0)
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c078
@@ -352,15 +428,16 @@ _cached_update = lru_cache(maxsize=16)(make_update)
 # %% ../../nbs/adapt/62_sdft.ipynb #c080
 class Prompts(NamedTuple):
     "One example as token ids."
+
     student: list[int]  # prompt alone
     teacher: list[int]  # prompt with demonstration
 
 
 def make_batch(
     chosen: Sequence[Prompts],
-    drawn: Rollout,           # their answers
+    drawn: Rollout,  # their answers
     widths: tuple[int, int],  # of the student's and the teacher's rows, answers included
-    cfg: SDFTConfig,          # which tokens are scored
+    cfg: SDFTConfig,  # which tokens are scored
 ) -> dict[str, np.ndarray]:
     "Both rows of each example, the answer, its mask, and the sampler's log-probabilities."
     answers, batch = unpad(drawn.tokens, drawn.lengths), {}
@@ -375,9 +452,11 @@ def encoder(
     first: First = "eos",  # token in front of every text
 ) -> Callable[[str], list[int]]:
     "How a prompt becomes ids. ValueError for a token that the tokenizer does not have."
-    if first == "none": return tokenizer.encode
+    if first == "none":
+        return tokenizer.encode
     start = tokenizer.bos_id if first == "bos" else tokenizer.eos_id
-    if start is None: raise ValueError(f"the tokenizer has no {first.upper()} token to begin a prompt with")
+    if start is None:
+        raise ValueError(f"the tokenizer has no {first.upper()} token to begin a prompt with")
     return lambda text: [start, *tokenizer.encode(text)]
 
 
@@ -388,26 +467,33 @@ def encode_examples(
     encode: Callable[[str], list[int]],  # from `encoder`, or a chat's turn
 ) -> list[Prompts]:
     "Both prompts of each example. ValueError for none, or for one that does not fit into the model."
-    if not examples: raise ValueError("no examples to learn from")
+    if not examples:
+        raise ValueError("no examples to learn from")
     out, most = [], lm.cfg.max_len - cfg.max_new_tokens
     for n, e in enumerate(examples, 1):
-        both = Prompts(encode(e.prompt), encode(e.shown or teacher_prompt(e.prompt, e.demonstration, cfg.template)))
+        both = Prompts(
+            encode(e.prompt),
+            encode(e.shown or teacher_prompt(e.prompt, e.demonstration, cfg.template)),
+        )
         if not 0 < len(both.student) <= most or len(both.teacher) > most:
-            raise ValueError(f"example {n}: {len(both.student)} and {len(both.teacher)} tokens in the prompts and "
-                             f"max_new_tokens={cfg.max_new_tokens}, expected at most max_len={lm.cfg.max_len} together")
+            raise ValueError(
+                f"example {n}: {len(both.student)} and {len(both.teacher)} tokens in the prompts and "
+                f"max_new_tokens={cfg.max_new_tokens}, expected at most max_len={lm.cfg.max_len} together"
+            )
         out.append(both)
     return out
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c093
 def batches(
-    count: int,          # new examples
-    size: int,           # places in a batch
+    count: int,  # new examples
+    size: int,  # places in a batch
     rng: np.random.Generator,  # of the order
 ) -> Iterator[list[int]]:
     "Indices of examples without end: every example once in each round, rounds joined."
     waiting = []
     while True:
-        while len(waiting) < size: waiting += rng.permutation(count).tolist()
+        while len(waiting) < size:
+            waiting += rng.permutation(count).tolist()
         yield waiting[:size]
         waiting = waiting[size:]
 
@@ -415,8 +501,8 @@ def batches(
 def plan(
     encode: Callable[[Sequence[Example]], list[Prompts]],  # `encode_examples` but for the examples
     examples: Sequence[Example],
-    buffer: Any,        # of old examples: sample(n, rng) and a length; None: there is none
-    cfg: SDFTConfig,    # batches and the share of old examples
+    buffer: Any,  # of old examples: sample(n, rng) and a length; None: there is none
+    cfg: SDFTConfig,  # batches and the share of old examples
     rng: np.random.Generator,  # of the order and the old examples
 ) -> tuple[list[list[Prompts]], int]:
     "The prompts of every update, and how many of them are old."
@@ -428,18 +514,21 @@ def plan(
 
 def widths_of(
     batches: Sequence[Sequence[Prompts]],  # of all updates
-    cfg: SDFTConfig,   # room for the answer
-    most: int,         # columns that the model can read
+    cfg: SDFTConfig,  # room for the answer
+    most: int,  # columns that the model can read
 ) -> tuple[int, int]:
     "Columns of the student's and the teacher's rows, the same in every update."
-    longest = (max(len(getattr(p, who)) for batch in batches for p in batch) for who in Prompts._fields)
+    longest = (
+        max(len(getattr(p, who)) for batch in batches for p in batch) for who in Prompts._fields
+    )
     return tuple(min(-(-n // 8) * 8 + cfg.max_new_tokens, most) for n in longest)
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c096
 class SDFTResult(NamedTuple):
     "A trained model and how it came about."
-    lm: LM                   # plain: an adapter is merged into its weights
-    metrics: list[dict]      # one record an update
+
+    lm: LM  # plain: an adapter is merged into its weights
+    metrics: list[dict]  # one record an update
     adapter: Adapter | None  # with tune="lora"
 
 
@@ -452,31 +541,39 @@ def sampling_of(
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c097
 def step_record(
-    step: int,           # updates made
-    metrics: dict,       # of the last one, on the device
-    drawn: Rollout,      # its answers
+    step: int,  # updates made
+    metrics: dict,  # of the last one, on the device
+    drawn: Rollout,  # its answers
     eos_id: int | None,  # ends an answer
-    replayed: int,       # answers to old prompts
+    replayed: int,  # answers to old prompts
 ) -> dict:
     "What is worth keeping of an update, as JSON."
     ended = [eos_id in row[:n] for row, n in zip(drawn.tokens, drawn.lengths)]
-    return plain({"step": step, **jax.device_get(metrics), "answer_tokens": float(drawn.lengths.mean()),
-                  "ended": float(np.mean(ended)), "replayed": replayed})
+    return plain(
+        {
+            "step": step,
+            **jax.device_get(metrics),
+            "answer_tokens": float(drawn.lengths.mean()),
+            "ended": float(np.mean(ended)),
+            "replayed": replayed,
+        }
+    )
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c099
 def finish(
-    lm: LM,           # the base
-    params: dict,     # trained
+    lm: LM,  # the base
+    params: dict,  # trained
     cfg: SDFTConfig,  # says what was trained
 ) -> LM:
     "A plain model of its own with the trained parameters."
-    if cfg.tune == "lora": return merge_adapter(lm, params, cfg.lora.scale)
+    if cfg.tune == "lora":
+        return merge_adapter(lm, params, cfg.lora.scale)
     return nnx.merge(nnx.graphdef(lm), jax.tree.map(jnp.copy, params))
 
 
 def first_learner(
-    lm: LM,             # the base
-    cfg: SDFTConfig,    # what is trained
+    lm: LM,  # the base
+    cfg: SDFTConfig,  # what is trained
     key: PRNGKeyArray,  # of an adapter
 ) -> tuple[Learner, dict]:
     "The learner before its first update, and the weights that stay as they are."
@@ -493,25 +590,42 @@ def distil(
     cfg: SDFTConfig,
     *,
     key: PRNGKeyArray | None = None,  # of order, answers and adapter; None: from cfg.seed
-    buffer: Any = None,               # of old examples, as in `plan`
-    hooks: Sequence[Callable] = (),   # each called after an update with its record and a function that gives the model
-    encode: Callable[[str], list[int]] | None = None,  # prompt -> ids; None: `encoder` with cfg.before
+    buffer: Any = None,  # of old examples, as in `plan`
+    hooks: Sequence[
+        Callable
+    ] = (),  # each called after an update with its record and a function that gives the model
+    encode: Callable[[str], list[int]]
+    | None = None,  # prompt -> ids; None: `encoder` with cfg.before
 ) -> SDFTResult:
     "Self-distillation (2601.19897, Alg. 1). ValueError for examples that do not fit."
-    if cfg.teacher == "live": warnings.warn("teacher='live' chases its own changes; the paper's fails", stacklevel=2)
+    if cfg.teacher == "live":
+        warnings.warn("teacher='live' chases its own changes; the paper's fails", stacklevel=2)
     key = jax.random.key(cfg.seed) if key is None else key
     rng = np.random.default_rng(np.asarray(jax.random.key_data(named_key(key, "order"))))
     encode = encode or encoder(tokenizer, cfg.before)
-    todo, old = plan(lambda some: encode_examples(lm, some, cfg, encode), examples, buffer, cfg, rng)
+    todo, old = plan(
+        lambda some: encode_examples(lm, some, cfg, encode), examples, buffer, cfg, rng
+    )
     widths, sampling = widths_of(todo, cfg, lm.cfg.max_len), sampling_of(cfg, tokenizer.eos_id)
     graphdef, (learner, base) = nnx.graphdef(lm), first_learner(lm, cfg, named_key(key, "adapter"))
     update, records = _cached_update(graphdef, replace(cfg, seed=0)), []
     now = lambda: finish(lm, learner.train.params, cfg)
     for step, chosen in enumerate(tqdm(todo, desc="sdft", unit="step", disable=None), 1):
-        writer = assemble(graphdef, base, learner.teacher if cfg.author == "teacher" else learner.train.params, cfg)
-        prompts, draw = [getattr(p, cfg.author) for p in chosen], named_key(jax.random.fold_in(key, step), "answers")
+        writer = assemble(
+            graphdef,
+            base,
+            learner.teacher if cfg.author == "teacher" else learner.train.params,
+            cfg,
+        )
+        prompts, draw = (
+            [getattr(p, cfg.author) for p in chosen],
+            named_key(jax.random.fold_in(key, step), "answers"),
+        )
         drawn = rollout(writer, prompts, sampling, draw)
-        learner, metrics = update(learner, base, make_batch(chosen, drawn, widths, cfg), named_key(key, "dropout"))
+        learner, metrics = update(
+            learner, base, make_batch(chosen, drawn, widths, cfg), named_key(key, "dropout")
+        )
         records.append(step_record(step, metrics, drawn, tokenizer.eos_id, old))
-        for hook in hooks: hook(records[-1], now)
+        for hook in hooks:
+            hook(records[-1], now)
     return SDFTResult(now(), records, learner.train.params if cfg.tune == "lora" else None)

@@ -31,7 +31,9 @@ def check_range(
 ) -> None:
     "ValueError unless each of the fields is a finite number in the range."
     bounds = {"at least": at_least, "more than": above, "at most": at_most, "less than": below}
-    expected = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+    expected = " and ".join(
+        f"{word} {bound}" for word, bound in bounds.items() if bound is not None
+    )
     for name in names:
         value = getattr(cfg, name)
         good = value == value and abs(value) != float("inf")
@@ -45,7 +47,9 @@ def check_choices(cfg: Any) -> None:
     for name, hint in get_type_hints(type(cfg)).items():
         if get_origin(hint) is Literal:
             options = get_args(hint)
-            check_that(cfg, name, getattr(cfg, name) in options, f"one of {', '.join(map(str, options))}")
+            check_that(
+                cfg, name, getattr(cfg, name) in options, f"one of {', '.join(map(str, options))}"
+            )
 
 # %% ../../nbs/core/01_configs.ipynb #c009
 def to_json(cfg: Any) -> Any:
@@ -77,7 +81,9 @@ def from_json(cls: type, data: Any) -> Any:
         elif key not in retired:
             raise ValueError(f"{cls.__name__}: unknown key {key!r}, expected {', '.join(known)}")
         elif value != retired[key]:
-            raise ValueError(f"{cls.__name__}: {key}={value!r} is no longer supported, only {retired[key]!r} is")
+            raise ValueError(
+                f"{cls.__name__}: {key}={value!r} is no longer supported, only {retired[key]!r} is"
+            )
     for key, f in known.items():
         if key not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{cls.__name__}: missing key {key!r}")
@@ -94,14 +100,18 @@ def _restore(hint: Any, value: Any, name: str) -> Any:
         return from_json(hint, value)
     if origin in (Union, types.UnionType):
         return _restore_union(args, value, name)
-    if origin is Literal and any(type(option) is type(value) and option == value for option in args):
+    if origin is Literal and any(
+        type(option) is type(value) and option == value for option in args
+    ):
         return value
     if (hint is tuple or origin is tuple) and isinstance(value, (list, tuple)):
         hints = args or (Any, ...)
         if hints[-1] is Ellipsis:
             hints = [hints[0]] * len(value)
         if len(hints) == len(value):
-            return tuple(_restore(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(hints, value)))
+            return tuple(
+                _restore(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(hints, value))
+            )
     if (hint is dict or origin is dict) and isinstance(value, dict):
         inner = args[1] if args else Any
         return {key: _restore(inner, v, f"{name}[{key!r}]") for key, v in value.items()}
@@ -111,7 +121,9 @@ def _restore(hint: Any, value: Any, name: str) -> Any:
         return Path(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    expected = " | ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    expected = (
+        " | ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    )
     raise ValueError(f"{name}: expected {expected}, found {value!r}")
 
 
@@ -168,5 +180,7 @@ def claim(
     changes = config_changes(old, new)
     if changes and not allow_changes:
         more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
-        raise ValueError(f"{path}: made with other settings: {'; '.join(changes[:8])}{more}; {advice}")
+        raise ValueError(
+            f"{path}: made with other settings: {'; '.join(changes[:8])}{more}; {advice}"
+        )
     return changes

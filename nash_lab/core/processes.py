@@ -28,11 +28,14 @@ from .files import first_line
 @dataclass(frozen=True)
 class ProcessConfig:
     "How the processes of a run find each other."
+
     coordinator: str = ""  # host:port of process 0; "" looks for a TPU pod, SLURM or Kubernetes
     processes: int = 1  # of the run, where a coordinator is given
     process: int = 0  # number of this one, from 0, where a coordinator is given
     detect: bool = True  # False: alone, whatever the environment says
-    heartbeat_s: int = 100  # seconds without a sign of life after which a process is dead and the others end
+    heartbeat_s: int = (
+        100  # seconds without a sign of life after which a process is dead and the others end
+    )
     patience_s: int = 300  # seconds to wait for the others at the start
 
     def __post_init__(self):
@@ -97,10 +100,14 @@ def initialize(cfg: ProcessConfig = ProcessConfig(), env: Mapping[str, str] = os
         kind = ""
     if not kind:
         return ""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # how CPUs sum; other devices have their own
+    jax.config.update(
+        "jax_cpu_collectives_implementation", "gloo"
+    )  # how CPUs sum; other devices have their own
     try:
         jax.distributed.initialize(
-            **flags, heartbeat_timeout_seconds=cfg.heartbeat_s, initialization_timeout=cfg.patience_s
+            **flags,
+            heartbeat_timeout_seconds=cfg.heartbeat_s,
+            initialization_timeout=cfg.patience_s,
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"processes ({kind}) did not join: {first_line(error)[:200]}") from error

@@ -13,6 +13,7 @@ from typing import Protocol
 # %% ../../nbs/core/03_text.ipynb #c006
 class Tokenizer(Protocol):
     "Text to ids and back, exactly."
+
     vocab_size: int
     eos_id: int  # ends a document
     pad_id: int  # fills a batch; always masked
@@ -40,4 +41,6 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         bad = ord(text[error.start])
-        raise ValueError(f"text holds the unpaired surrogate U+{bad:04X} at character {error.start}") from None
+        raise ValueError(
+            f"text holds the unpaired surrogate U+{bad:04X} at character {error.start}"
+        ) from None

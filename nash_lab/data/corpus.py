@@ -32,6 +32,7 @@ from ..core.configs import from_json, to_json
 @dataclass(frozen=True)
 class Document:
     "One text and where it came from."
+
     text: str
     source: str  # file name, as it appears in reports and in the packed file's description
 
@@ -39,37 +40,72 @@ class Document:
 @dataclass(frozen=True)
 class CorpusConfig:
     "Where documents come from; ValueError for values that cannot be meant."
-    source: Literal["stdlib", "text", "jsonl"] = "stdlib"  # the interpreter's own library, text files, or JSON lines
-    paths: tuple[str, ...] = ()    # files, folders (their .txt or .jsonl files) or globs; not used by stdlib
-    field: str = "text"            # jsonl: the key that holds the text
-    separator: str = ""            # text: what stands between documents of one file; "" = a file is one document
-    holdout: float = 0.05          # share of documents, by SHA-256, that is validation; 0 = all of it is train
-    max_bytes: int = 0             # stop before a split has more UTF-8 bytes than this; 0 = no limit
-    on_error: Literal["error", "skip"] = "error"  # unreadable record: stop and name it, or count it and go on
-    max_bad_share: float = 0.01    # skip: more unreadable records than this share stop the reading after all
-    max_record_bytes: int = 16 << 20  # longer files, parts and lines are unreadable: one is encoded as a whole
+
+    source: Literal["stdlib", "text", "jsonl"] = (
+        "stdlib"  # the interpreter's own library, text files, or JSON lines
+    )
+    paths: tuple[
+        str, ...
+    ] = ()  # files, folders (their .txt or .jsonl files) or globs; not used by stdlib
+    field: str = "text"  # jsonl: the key that holds the text
+    separator: str = (
+        ""  # text: what stands between documents of one file; "" = a file is one document
+    )
+    holdout: float = (
+        0.05  # share of documents, by SHA-256, that is validation; 0 = all of it is train
+    )
+    max_bytes: int = 0  # stop before a split has more UTF-8 bytes than this; 0 = no limit
+    on_error: Literal["error", "skip"] = (
+        "error"  # unreadable record: stop and name it, or count it and go on
+    )
+    max_bad_share: float = (
+        0.01  # skip: more unreadable records than this share stop the reading after all
+    )
+    max_record_bytes: int = (
+        16 << 20
+    )  # longer files, parts and lines are unreadable: one is encoded as a whole
 
     def __post_init__(self):
         if self.source not in ("stdlib", "text", "jsonl"):
-            raise ValueError(f"CorpusConfig.source={self.source!r} must be 'stdlib', 'text' or 'jsonl'")
+            raise ValueError(
+                f"CorpusConfig.source={self.source!r} must be 'stdlib', 'text' or 'jsonl'"
+            )
         if self.source == "stdlib" and self.paths:
             raise ValueError(f"CorpusConfig.paths={self.paths!r} is not used by source='stdlib'")
         if self.source != "stdlib" and not self.paths:
-            raise ValueError(f"CorpusConfig.paths is empty, expected files for source={self.source!r}")
-        if not 0 <= self.holdout < 1: raise ValueError(f"CorpusConfig.holdout={self.holdout} must be in [0, 1)")
-        if self.max_bytes < 0: raise ValueError(f"CorpusConfig.max_bytes={self.max_bytes} must not be negative")
+            raise ValueError(
+                f"CorpusConfig.paths is empty, expected files for source={self.source!r}"
+            )
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"CorpusConfig.holdout={self.holdout} must be in [0, 1)")
+        if self.max_bytes < 0:
+            raise ValueError(f"CorpusConfig.max_bytes={self.max_bytes} must not be negative")
         if self.on_error not in ("error", "skip"):
             raise ValueError(f"CorpusConfig.on_error={self.on_error!r} must be 'error' or 'skip'")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"CorpusConfig.max_bad_share={self.max_bad_share} must be in [0, 1]")
         if self.max_record_bytes < 1:
-            raise ValueError(f"CorpusConfig.max_record_bytes={self.max_record_bytes} must be positive")
+            raise ValueError(
+                f"CorpusConfig.max_record_bytes={self.max_record_bytes} must be positive"
+            )
 
 # %% ../../nbs/data/25_corpus.ipynb #c010
 STDLIB_SKIP = {  # folders and files: generated tables, parts that many installs leave out, and what is not UTF-8
-    "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip",
-    "encoded_modules", "tokenizedata", "test_source_encoding.py", "badsyntax_pep3120.py",
-    "site-packages", "dist-packages", "__pycache__", "__phello__"}
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "encodings",
+    "pydoc_data",
+    "ensurepip",
+    "encoded_modules",
+    "tokenizedata",
+    "test_source_encoding.py",
+    "badsyntax_pep3120.py",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "__phello__",
+}
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
@@ -82,33 +118,39 @@ def stdlib_files() -> list[tuple[str, Path]]:
 
 # %% ../../nbs/data/25_corpus.ipynb #c014
 def matching_files(
-    name: str,                     # a file, a folder or a glob
+    name: str,  # a file, a folder or a glob
     counts: Callable[[str], Any],  # which names of a folder's files do
-    kind: str,                     # of these files, for the message
-) -> list[Path]:                   # sorted
+    kind: str,  # of these files, for the message
+) -> list[Path]:  # sorted
     "Regular files that a name means; FileNotFoundError when there is none."
     path = Path(name).expanduser()
-    if path.is_dir(): found = sorted(p for p in path.rglob("*") if counts(p.name))
-    else: found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if counts(p.name))
+    else:
+        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     files = [p for p in found if p.is_file()]  # a pipe or a device would be waited for without end
-    if files: return files
+    if files:
+        return files
     what = f"no {kind} file in this folder" if path.is_dir() else "no such regular file"
     raise FileNotFoundError(f"{name}: {what}")
 
 
 def _files(cfg: CorpusConfig) -> list[tuple[str, Path]]:
     "Name and path of every file of the corpus, each once."
-    if cfg.source == "stdlib": return stdlib_files()
+    if cfg.source == "stdlib":
+        return stdlib_files()
     suffix = ".txt" if cfg.source == "text" else ".jsonl"
-    found = (p for name in cfg.paths for p in matching_files(name, lambda n: n.endswith(suffix), suffix))
+    found = (
+        p for name in cfg.paths for p in matching_files(name, lambda n: n.endswith(suffix), suffix)
+    )
     return list(dict.fromkeys((p.as_posix(), p) for p in found))
 
 # %% ../../nbs/data/25_corpus.ipynb #c017
 def _split_stream(
     file: BinaryIO,
-    separator: bytes,      # what stands between two parts; empty: the file is one part
+    separator: bytes,  # what stands between two parts; empty: the file is one part
     limit: int = 1 << 62,  # bytes of a part
-    size: int = 1 << 20,   # bytes read at a time
+    size: int = 1 << 20,  # bytes read at a time
 ) -> Iterator[tuple[int, bytes]]:
     "First line number and bytes of each part; of a part beyond `limit` no more than `limit` + `size` are kept."
     line, rest, passed = 1, b"", 0  # passed: lines of the present part that were not kept
@@ -118,12 +160,18 @@ def _split_stream(
             yield line, raw
             line, passed = line + passed + raw.count(b"\n") + separator.count(b"\n"), 0
         if len(rest) > limit + len(separator) + size:
-            middle = rest[limit + 1:len(rest) - len(separator)]  # the end may be half a separator
-            passed, rest = passed + middle.count(b"\n"), rest[:limit + 1] + rest[len(rest) - len(separator):]
-    if rest or separator != b"\n": yield line, rest  # a last newline ends a line and begins none
+            middle = rest[limit + 1 : len(rest) - len(separator)]  # the end may be half a separator
+            passed, rest = (
+                passed + middle.count(b"\n"),
+                rest[: limit + 1] + rest[len(rest) - len(separator) :],
+            )
+    if rest or separator != b"\n":
+        yield line, rest  # a last newline ends a line and begins none
 
 # %% ../../nbs/data/25_corpus.ipynb #c019
-def stamps(files: Iterable[Path]) -> dict[str, tuple[int, int, int]]:  # path -> bytes, time of change, inode
+def stamps(
+    files: Iterable[Path],
+) -> dict[str, tuple[int, int, int]]:  # path -> bytes, time of change, inode
     "What tells that a file has changed; FileNotFoundError when one is gone."
     return {str(p): ((s := os.stat(p)).st_size, s.st_mtime_ns, s.st_ino) for p in files}
 
@@ -133,9 +181,12 @@ def check_stamps(
 ) -> None:
     "ValueError names the first file that changed, or is gone, since `stamps` was called."
     for path, (size, *rest) in before.items():
-        try: now = os.stat(path)
-        except FileNotFoundError: raise ValueError(f"{path}: is gone, it was being read") from None
-        if now.st_size != size: raise ValueError(f"{path}: changed while read: {now.st_size} bytes, expected {size}")
+        try:
+            now = os.stat(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: is gone, it was being read") from None
+        if now.st_size != size:
+            raise ValueError(f"{path}: changed while read: {now.st_size} bytes, expected {size}")
         if [now.st_mtime_ns, now.st_ino] != rest:
             raise ValueError(f"{path}: changed while read: same size, but another file or time")
 
@@ -144,17 +195,19 @@ def _records(cfg: CorpusConfig, path: Path) -> Iterator[tuple[int, bytes]]:
     "First line number and bytes of each record; ValueError when the file changes while it is read."
     separator = b"\n" if cfg.source == "jsonl" else utf8(cfg.separator)
     before = stamps([path])
-    with open(path, "rb") as file: yield from _split_stream(file, separator, cfg.max_record_bytes)
+    with open(path, "rb") as file:
+        yield from _split_stream(file, separator, cfg.max_record_bytes)
     check_stamps(before)
 
 # %% ../../nbs/data/25_corpus.ipynb #c025
 class BadRecord(ValueError):
     "A record that gives no document: the cause under which it is counted, and the detail."
+
     def __init__(
         self,
-        cause: str,        # short, and the same for all records of a kind
+        cause: str,  # short, and the same for all records of a kind
         detail: str = "",  # what was found
-        line: int = 0,     # lines below the record's first
+        line: int = 0,  # lines below the record's first
     ):
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause, self.line = cause, line
@@ -163,11 +216,13 @@ class BadRecord(ValueError):
 def _unique(pairs: list[tuple]) -> dict:
     "A JSON object whose keys are all different; BadRecord names one that is given twice."
     twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
-    if twice: raise BadRecord("key given twice", repr(twice[0]))
+    if twice:
+        raise BadRecord("key given twice", repr(twice[0]))
     return dict(pairs)
 
 
-def _no_constant(name: str): raise BadRecord("not JSON", f"{name} is not a JSON number")
+def _no_constant(name: str):
+    raise BadRecord("not JSON", f"{name} is not a JSON number")
 
 
 def json_value(
@@ -175,38 +230,49 @@ def json_value(
     key: str,
 ) -> Any:
     "What one JSON line holds under `key`; BadRecord for anything but an object that has the key, once."
-    try: row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except BadRecord: raise
-    except (ValueError, RecursionError) as error: raise BadRecord("not JSON", str(error)) from None
-    if not isinstance(row, dict): raise BadRecord("not an object", type(row).__name__)
-    if key not in row: raise BadRecord("key missing", f"no {key!r} among {', '.join(map(repr, row)) or 'no keys'}")
+    try:
+        row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except BadRecord:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("not JSON", str(error)) from None
+    if not isinstance(row, dict):
+        raise BadRecord("not an object", type(row).__name__)
+    if key not in row:
+        raise BadRecord("key missing", f"no {key!r} among {', '.join(map(repr, row)) or 'no keys'}")
     return row[key]
 
 
 def _json_text(line: str, key: str) -> str:
     "The text of one JSON line; BadRecord for anything but a string."
     value = json_value(line, key)
-    if not isinstance(value, str): raise BadRecord("wrong type", f"{key!r} is {type(value).__name__}, not str")
+    if not isinstance(value, str):
+        raise BadRecord("wrong type", f"{key!r} is {type(value).__name__}, not str")
     return value
 
 # %% ../../nbs/data/25_corpus.ipynb #c027
 def _text(cfg: CorpusConfig, raw: bytes) -> str:
     "The text of one record; BadRecord says why there is none."
-    if len(raw) > cfg.max_record_bytes: raise BadRecord("too long", f"more than {cfg.max_record_bytes} bytes")
-    try: text = raw.decode("utf-8-sig")
+    if len(raw) > cfg.max_record_bytes:
+        raise BadRecord("too long", f"more than {cfg.max_record_bytes} bytes")
+    try:
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start)
         raise BadRecord("invalid UTF-8", f"byte 0x{raw[error.start]:02X}", line) from None
-    if cfg.source == "jsonl" and text.strip(): text = _json_text(text, cfg.field)
-    try: utf8(text)
-    except ValueError as error: raise BadRecord("unpaired surrogate", str(error)) from None
+    if cfg.source == "jsonl" and text.strip():
+        text = _json_text(text, cfg.field)
+    try:
+        utf8(text)
+    except ValueError as error:
+        raise BadRecord("unpaired surrogate", str(error)) from None
     return text
 
 # %% ../../nbs/data/25_corpus.ipynb #c030
 def split_of(
-    digest: bytes,   # SHA-256 of the document's UTF-8 bytes
+    digest: bytes,  # SHA-256 of the document's UTF-8 bytes
     holdout: float,  # epsilon
-) -> str:            # "train" or "validation"
+) -> str:  # "train" or "validation"
     "The half a document belongs to."
     return "validation" if int.from_bytes(digest[:8], "big") < holdout * 2**64 else "train"
 
@@ -214,24 +280,30 @@ def split_of(
 @dataclass
 class CorpusReport:
     "What became of the records that were read."
-    records: int = 0                                   # read
-    bad: int = 0                                       # that could not be read
-    documents: int = 0                                 # yielded
-    bytes: int = 0                                     # of their UTF-8
+
+    records: int = 0  # read
+    bad: int = 0  # that could not be read
+    documents: int = 0  # yielded
+    bytes: int = 0  # of their UTF-8
     skipped: Counter = field(default_factory=Counter)  # cause -> records that gave no document
     examples: list[str] = field(default_factory=list)  # "file:line: cause", the first 20
 
     def skip(self, cause: str, message: str) -> None:
         "Count one record that gave no document."
         self.skipped[cause] += 1
-        if len(self.examples) < 20: self.examples.append(message)
+        if len(self.examples) < 20:
+            self.examples.append(message)
 
     def check(self, share: float) -> None:  # CorpusConfig.max_bad_share
         "ValueError when more than `share` of the records so far could not be read."
         if self.bad > share * self.records:
-            first = next((m for m in self.examples if not m.endswith((": blank", ": duplicate"))), "")
-            raise ValueError(f"{self.bad} of {self.records} records cannot be read, more than "
-                             f"max_bad_share={share:g}; the first: {first}")
+            first = next(
+                (m for m in self.examples if not m.endswith((": blank", ": duplicate"))), ""
+            )
+            raise ValueError(
+                f"{self.bad} of {self.records} records cannot be read, more than "
+                f"max_bad_share={share:g}; the first: {first}"
+            )
 
 # %% ../../nbs/data/25_corpus.ipynb #c035
 def documents(
@@ -240,25 +312,33 @@ def documents(
     report: CorpusReport | None = None,  # filled while the documents are read
 ) -> Iterator[Document]:
     "The documents of one split, each content once; ValueError names file and line of a bad record."
-    if split not in ("train", "validation"): raise ValueError(f"{split=} must be 'train' or 'validation'")
+    if split not in ("train", "validation"):
+        raise ValueError(f"{split=} must be 'train' or 'validation'")
     report, seen = CorpusReport() if report is None else report, set()
     for name, path in _files(cfg):
         for line, raw in _records(cfg, path):
             report.records += 1
-            if report.records % 1000 == 0: report.check(cfg.max_bad_share)
-            try: text = _text(cfg, raw)
+            if report.records % 1000 == 0:
+                report.check(cfg.max_bad_share)
+            try:
+                text = _text(cfg, raw)
             except BadRecord as error:
                 message = f"{name}:{line + error.line}: {error}"
-                if cfg.on_error == "error": raise ValueError(message) from None
+                if cfg.on_error == "error":
+                    raise ValueError(message) from None
                 report.skip(error.cause, message)
                 report.bad += 1
                 continue
             data = utf8(text)
             digest = hashlib.sha256(data).digest()
-            if not text.strip(): report.skip("blank", f"{name}:{line}: blank")
-            elif split_of(digest, cfg.holdout) != split: continue
-            elif digest in seen: report.skip("duplicate", f"{name}:{line}: duplicate")
-            elif cfg.max_bytes and report.bytes + len(data) > cfg.max_bytes: return
+            if not text.strip():
+                report.skip("blank", f"{name}:{line}: blank")
+            elif split_of(digest, cfg.holdout) != split:
+                continue
+            elif digest in seen:
+                report.skip("duplicate", f"{name}:{line}: duplicate")
+            elif cfg.max_bytes and report.bytes + len(data) > cfg.max_bytes:
+                return
             else:
                 seen.add(digest)
                 report.documents, report.bytes = report.documents + 1, report.bytes + len(data)
@@ -274,27 +354,34 @@ def id_dtype(vocab_size: int) -> str:  # v
 @dataclass(frozen=True)
 class PackedMeta:
     "What `<file>.bin.json` says about `<file>.bin`; ValueError for values no packed file can have."
-    dtype: str                     # `id_dtype` of the vocabulary, little-endian in the file
-    vocab_size: int                # every id is below it
-    tokens: int                    # ids in the file, one EOS for each document included
+
+    dtype: str  # `id_dtype` of the vocabulary, little-endian in the file
+    vocab_size: int  # every id is below it
+    tokens: int  # ids in the file, one EOS for each document included
     documents: int
-    text_bytes: int                # UTF-8 bytes of the packed texts: bits per byte divides by these
-    tokenizer_hash: str            # SHA-256 of the tokenizer's model file
-    sha256: str                    # of the .bin itself
+    text_bytes: int  # UTF-8 bytes of the packed texts: bits per byte divides by these
+    tokenizer_hash: str  # SHA-256 of the tokenizer's model file
+    sha256: str  # of the .bin itself
     source_hashes: dict[str, str]  # file name -> SHA-256 of the texts packed from it
-    split: str = ""                # "train", "validation" or "" when it is neither
-    eos_id: int = EOS              # the id that ends each document; files written before this field have 2
-    skipped: dict[str, int] = field(default_factory=dict)  # cause -> records of the sources that were left out
-    version: int = 1               # of this format
+    split: str = ""  # "train", "validation" or "" when it is neither
+    eos_id: int = EOS  # the id that ends each document; files written before this field have 2
+    skipped: dict[str, int] = field(
+        default_factory=dict
+    )  # cause -> records of the sources that were left out
+    version: int = 1  # of this format
 
     def __post_init__(self):
         if self.dtype != (fits := id_dtype(self.vocab_size)):
-            raise ValueError(f"PackedMeta.dtype={self.dtype!r}, expected {fits!r} for vocab_size={self.vocab_size}")
+            raise ValueError(
+                f"PackedMeta.dtype={self.dtype!r}, expected {fits!r} for vocab_size={self.vocab_size}"
+            )
         for name in ("tokens", "documents"):
-            if getattr(self, name) < 1: raise ValueError(f"PackedMeta.{name}={getattr(self, name)} must be positive")
+            if getattr(self, name) < 1:
+                raise ValueError(f"PackedMeta.{name}={getattr(self, name)} must be positive")
         if not 0 <= self.eos_id < self.vocab_size:
             raise ValueError(f"PackedMeta.eos_id={self.eos_id} must be in [0, {self.vocab_size})")
-        if self.version != 1: raise ValueError(f"PackedMeta.version={self.version} must be 1")
+        if self.version != 1:
+            raise ValueError(f"PackedMeta.version={self.version} must be 1")
 
 # %% ../../nbs/data/25_corpus.ipynb #c048
 MAX_SOURCES = 1000  # files with a hash of their own; all after them share one under "..."
@@ -309,32 +396,44 @@ def _groups(docs: Iterable[Document], size: int = 1 << 20) -> Iterator[list[Docu
         if total >= size:
             yield group
             group, total = [], 0
-    if group: yield group
+    if group:
+        yield group
 
 
-def _write_tokens(docs: Iterable[Document], tokenizer: Tokenizer, file: BinaryIO, dtype: str) -> dict:
+def _write_tokens(
+    docs: Iterable[Document], tokenizer: Tokenizer, file: BinaryIO, dtype: str
+) -> dict:
     "Write the ids of all documents, each ended by EOS; gives the counts and hashes of `PackedMeta`."
     tokens, count, text_bytes, content, sources = 0, 0, 0, hashlib.sha256(), {}
     for group in _groups(docs):
         for doc, ids in zip(group, tokenizer.encode_batch([d.text for d in group])):
             data, name = utf8(doc.text), doc.source
-            if name not in sources and len(sources) >= MAX_SOURCES: name = "..."
+            if name not in sources and len(sources) >= MAX_SOURCES:
+                name = "..."
             sources.setdefault(name, hashlib.sha256()).update(data)
-            block = np.asarray([*ids, tokenizer.eos_id], np.dtype(dtype).newbyteorder("<")).tobytes()
+            block = np.asarray(
+                [*ids, tokenizer.eos_id], np.dtype(dtype).newbyteorder("<")
+            ).tobytes()
             file.write(block)
             content.update(block)
             tokens, count, text_bytes = tokens + len(ids) + 1, count + 1, text_bytes + len(data)
-    return dict(tokens=tokens, documents=count, text_bytes=text_bytes, sha256=content.hexdigest(),
-                source_hashes={name: h.hexdigest() for name, h in sources.items()})
+    return dict(
+        tokens=tokens,
+        documents=count,
+        text_bytes=text_bytes,
+        sha256=content.hexdigest(),
+        source_hashes={name: h.hexdigest() for name, h in sources.items()},
+    )
 
 # %% ../../nbs/data/25_corpus.ipynb #c050
 def pack(
     docs: Iterable[Document],
     tokenizer: Tokenizer,
-    path: str | Path,                    # the .bin; its description goes to <path>.json
+    path: str | Path,  # the .bin; its description goes to <path>.json
     *,
-    split: str = "",                     # written into the description
-    report: CorpusReport | None = None,  # the one `documents` fills: its counts go into the description
+    split: str = "",  # written into the description
+    report: CorpusReport
+    | None = None,  # the one `documents` fills: its counts go into the description
 ) -> PackedMeta:
     "Stream documents into a packed file; ValueError when there is none, and then no file is left."
     path, dtype = Path(path), id_dtype(tokenizer.vocab_size)
@@ -346,53 +445,74 @@ def pack(
             file.flush()
             os.fsync(file.fileno())
         skipped = dict(report.skipped) if report else {}
-        if not counts["documents"]: raise ValueError(f"{path}: nothing to pack: no documents ({split=}, {skipped=})")
-        meta = PackedMeta(dtype=dtype, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash,
-                          eos_id=tokenizer.eos_id, split=split, skipped=skipped, **counts)
-        description.unlink(missing_ok=True)  # from here until the next but one line nothing describes the .bin
+        if not counts["documents"]:
+            raise ValueError(f"{path}: nothing to pack: no documents ({split=}, {skipped=})")
+        meta = PackedMeta(
+            dtype=dtype,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_hash=tokenizer.hash,
+            eos_id=tokenizer.eos_id,
+            split=split,
+            skipped=skipped,
+            **counts,
+        )
+        description.unlink(
+            missing_ok=True
+        )  # from here until the next but one line nothing describes the .bin
         os.replace(part, path)
         write_atomic(description, json.dumps(to_json(meta), indent=1).encode())
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
     return meta
 
 # %% ../../nbs/data/25_corpus.ipynb #c054
 @dataclass(frozen=True, eq=False)
 class PackedTokens:
     "A packed file, checked and mapped into memory."
+
     tokens: Integer[np.ndarray, "n"]  # uint16 or uint32, read from disk as it is used
     meta: PackedMeta
     path: Path
-    stamp: tuple = ()                 # size, time of change and number of the file at open; () = not from a file
+    stamp: tuple = ()  # size, time of change and number of the file at open; () = not from a file
 
     @property
-    def bytes_per_token(self) -> float: return self.meta.text_bytes / self.meta.tokens
+    def bytes_per_token(self) -> float:
+        return self.meta.text_bytes / self.meta.tokens
 
-    def __len__(self) -> int: return len(self.tokens)
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     def check(self) -> None:
         "ValueError when the file changed since it was opened: reading past a cut end would end the process."
         now = _stamp(self.path) if self.stamp else ()
         if now != self.stamp:
-            raise ValueError(f"{self.path}: changed while it was in use: {now[0] if now else 'no'} bytes, "
-                             f"expected {self.stamp[0]}{' unchanged' if now and now[0] == self.stamp[0] else ''}")
+            raise ValueError(
+                f"{self.path}: changed while it was in use: {now[0] if now else 'no'} bytes, "
+                f"expected {self.stamp[0]}{' unchanged' if now and now[0] == self.stamp[0] else ''}"
+            )
 
     @classmethod
     def open(
         cls,
-        path: str | Path,                   # the .bin
+        path: str | Path,  # the .bin
         *,
         tokenizer_hash: str | None = None,  # refuse a file packed with another tokenizer
-        vocab_size: int | None = None,      # refuse a file for another vocabulary
+        vocab_size: int | None = None,  # refuse a file for another vocabulary
     ) -> "PackedTokens":
         "Map a packed file after checking it; ValueError or FileNotFoundError names the file and what is wrong."
         path, meta = Path(path), _read_meta(Path(path))
-        for name, found, wanted in [("tokenizer_hash", meta.tokenizer_hash, tokenizer_hash),
-                                    ("vocab_size", meta.vocab_size, vocab_size)]:
-            if wanted not in (None, found): raise ValueError(f"{path}: packed with {name} {found}, expected {wanted}")
+        for name, found, wanted in [
+            ("tokenizer_hash", meta.tokenizer_hash, tokenizer_hash),
+            ("vocab_size", meta.vocab_size, vocab_size),
+        ]:
+            if wanted not in (None, found):
+                raise ValueError(f"{path}: packed with {name} {found}, expected {wanted}")
         dtype = np.dtype(meta.dtype).newbyteorder("<")
         size, expected = path.stat().st_size, meta.tokens * dtype.itemsize
         if size != expected:
-            raise ValueError(f"{path}: {size} bytes, expected {expected} ({meta.tokens} ids of {meta.dtype})")
+            raise ValueError(
+                f"{path}: {size} bytes, expected {expected} ({meta.tokens} ids of {meta.dtype})"
+            )
         packed = cls(np.memmap(path, dtype, mode="r"), meta, path, _stamp(path))
         _check_ids(packed)
         return packed
@@ -400,28 +520,38 @@ class PackedTokens:
 # %% ../../nbs/data/25_corpus.ipynb #c055
 def _stamp(path: Path) -> tuple:
     "Size, time of change and number of a file; () when there is none."
-    try: found = os.stat(path)
-    except FileNotFoundError: return ()
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return ()
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _read_meta(path: Path) -> PackedMeta:
     "The description of a packed file; ValueError or FileNotFoundError names the file and the key."
     description = path.with_name(path.name + ".json")
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no packed tokens here")
-    if not description.is_file(): raise FileNotFoundError(f"{description}: missing, so {path.name} is not whole")
-    try: return from_json(PackedMeta, json.loads(description.read_bytes()))
-    except ValueError as error: raise ValueError(f"{description}: {error}") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no packed tokens here")
+    if not description.is_file():
+        raise FileNotFoundError(f"{description}: missing, so {path.name} is not whole")
+    try:
+        return from_json(PackedMeta, json.loads(description.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{description}: {error}") from None
 
 
 def _check_ids(packed: PackedTokens, block: int = 1 << 22) -> None:
     "Read the file once; ValueError for an id outside the vocabulary or for content that is not what was packed."
     content, meta, path = hashlib.sha256(), packed.meta, packed.path
     for start in range(0, len(packed), block):
-        ids = np.asarray(packed.tokens[start:start + block])
+        ids = np.asarray(packed.tokens[start : start + block])
         content.update(ids.data)
         if ids.max() >= meta.vocab_size:
             at = int(np.argmax(ids >= meta.vocab_size))
-            raise ValueError(f"{path}: id {ids[at]} at token {start + at}, expected ids below {meta.vocab_size}")
+            raise ValueError(
+                f"{path}: id {ids[at]} at token {start + at}, expected ids below {meta.vocab_size}"
+            )
     if (found := content.hexdigest()) != meta.sha256:
-        raise ValueError(f"{path}: SHA-256 {found[:12]}, expected {meta.sha256[:12]}: not the file that was packed")
+        raise ValueError(
+            f"{path}: SHA-256 {found[:12]}, expected {meta.sha256[:12]}: not the file that was packed"
+        )

@@ -23,29 +23,38 @@ from jaxtyping import UInt64
 from ..core.text import utf8
 
 # %% ../../nbs/data/27_filters.ipynb #c006
-CONTROL = {c: None for c in (*range(32), *range(127, 160)) if c not in (9, 10)}        # tab and newline stay
-INVISIBLE = dict.fromkeys((0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF))
+CONTROL = {
+    c: None for c in (*range(32), *range(127, 160)) if c not in (9, 10)
+}  # tab and newline stay
+INVISIBLE = dict.fromkeys(
+    (0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF)
+)
 
 
 def clean(text: str) -> str:  # in any script
     "The text with its marks composed, plain newlines, and without what cannot be seen."
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(CONTROL | INVISIBLE)
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(
+        CONTROL | INVISIBLE
+    )
     text = re.sub(r"(?<![^\S\n])[^\S\n]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
 # %% ../../nbs/data/27_filters.ipynb #c010
-REPETITIVE = 0.08   # bytes after zlib / bytes before: below this a text repeats itself
-WORDLESS = 0.2      # letters and digits / characters that are no space
-BROKEN = 0.005      # U+FFFD / characters
-SHORT = 200         # characters: the measures need some text, shorter ones pass
+REPETITIVE = 0.08  # bytes after zlib / bytes before: below this a text repeats itself
+WORDLESS = 0.2  # letters and digits / characters that are no space
+BROKEN = 0.005  # U+FFFD / characters
+SHORT = 200  # characters: the measures need some text, shorter ones pass
 
 
 def fault(text: str) -> str:  # cleaned
     "Why a text is no text, in a few words; empty when it is one."
-    if len(text) < SHORT: return ""
+    if len(text) < SHORT:
+        return ""
     head = text[:50_000]  # a measure of the first 50,000 characters is one of all
-    if head.count("\ufffd") > BROKEN * len(head): return "broken encoding"
-    if len(re.sub(r"[\W_]+", "", head)) < WORDLESS * len(re.sub(r"\s+", "", head)): return "few letters"
+    if head.count("\ufffd") > BROKEN * len(head):
+        return "broken encoding"
+    if len(re.sub(r"[\W_]+", "", head)) < WORDLESS * len(re.sub(r"\s+", "", head)):
+        return "few letters"
     data = utf8(head)
     return "repetitive" if len(zlib.compress(data, 1)) < REPETITIVE * len(data) else ""
 
@@ -60,10 +69,13 @@ SHINGLE = 8  # characters of a sequence: short ones are shared by unrelated text
 
 def shingles(text: str) -> UInt64[np.ndarray, "s"]:  # any text
     "Hashes of the different character sequences of a text; of a shorter text, of the whole."
-    codes = np.frombuffer(" ".join(text.casefold().split()).encode("utf-32-le"), "<u4").astype(np.uint64)
+    codes = np.frombuffer(" ".join(text.casefold().split()).encode("utf-32-le"), "<u4").astype(
+        np.uint64
+    )
     length = max(1, min(SHINGLE, len(codes)))
     places, hashes = len(codes) - length + 1, np.zeros(max(0, len(codes) - length + 1), np.uint64)
-    for i in range(length): hashes = (hashes + codes[i:i + places]) * np.uint64(0x9E3779B97F4A7C15)
+    for i in range(length):
+        hashes = (hashes + codes[i : i + places]) * np.uint64(0x9E3779B97F4A7C15)
     return np.unique(hashes ^ hashes >> np.uint64(29))
 
 
@@ -82,6 +94,7 @@ SIGNATURE = 128  # m: numbers of a signature, an error of about 1 / sqrt(m) in a
 def bands(threshold: float) -> tuple[int, int]:  # similarity from which on two texts count as one
     "Number of bands and numbers in each, beta and rho, as `datasketch` chooses them."
     from datasketch import MinHashLSH  # imports scipy: only when near duplicates are asked for
+
     lsh = MinHashLSH(threshold=threshold, num_perm=SIGNATURE)
     return lsh.b, lsh.r
 
@@ -89,51 +102,62 @@ def bands(threshold: float) -> tuple[int, int]:  # similarity from which on two 
 def signature(text: str) -> UInt64[np.ndarray, "m"]:  # any text
     "The MinHash of the character sequences of a text."
     from datasketch import MinHash
+
     sketch = MinHash(num_perm=SIGNATURE, seed=1, scheme="affine64", hashfunc=int)
     sketch.update_batch(shingles(text))
     return sketch.hashvalues
 
 
 def near_keys(
-    text: str,         # any text
+    text: str,  # any text
     threshold: float,  # similarity from which on two texts count as one
-) -> bytes:            # beta keys of eight bytes
+) -> bytes:  # beta keys of eight bytes
     "The keys of the bands of a text: a near duplicate has one of them too."
     count, size = bands(threshold)
-    rows = signature(text)[:count * size].reshape(count, size)
-    return b"".join(hashlib.blake2b(bytes([i]) + row.tobytes(), digest_size=8).digest() for i, row in enumerate(rows))
+    rows = signature(text)[: count * size].reshape(count, size)
+    return b"".join(
+        hashlib.blake2b(bytes([i]) + row.tobytes(), digest_size=8).digest()
+        for i, row in enumerate(rows)
+    )
 
 # %% ../../nbs/data/27_filters.ipynb #c024
 class Memory:
     "Keys of the texts that were kept, the newest `window` of them, as a log from which it can be rebuilt."
+
     def __init__(
         self,
-        keys: int,    # eight-byte keys of each text
+        keys: int,  # eight-byte keys of each text
         window: int,  # texts that are remembered
     ):
         self.keys, self.window, self.entry = keys, window, 6 + 8 * keys
-        self.log, self.count, self.last = deque(), 0, {}  # entries; entries ever; key -> its newest entry
+        self.log, self.count, self.last = (
+            deque(),
+            0,
+            {},
+        )  # entries; entries ever; key -> its newest entry
 
     def seen(
         self,
         keys: bytes,  # of a text, eight bytes each
         source: int,  # the text's, below 2**16
-        epoch: int,   # the pass over the source
+        epoch: int,  # the pass over the source
     ) -> bool:
         "Whether a text with one of these keys was kept from another source, or in this epoch of this one."
         here = source.to_bytes(2, "little") + epoch.to_bytes(4, "little")
         for i in range(0, len(keys), 8):
-            at = self.last.get(keys[i:i + 8])
-            if at is None: continue
+            at = self.last.get(keys[i : i + 8])
+            if at is None:
+                continue
             owner = self.log[at - self.count + len(self.log)][:6]
-            if owner == here or owner[:2] != here[:2]: return True
+            if owner == here or owner[:2] != here[:2]:
+                return True
         return False
 
     def add(
         self,
         keys: bytes,  # as in `seen`
         source: int,  # the text's
-        epoch: int,   # the pass over the source
+        epoch: int,  # the pass over the source
     ) -> bytes:
         "Remember a text and give its entry; the oldest is forgotten when there are more than `window`."
         return self.append(source.to_bytes(2, "little") + epoch.to_bytes(4, "little") + keys)
@@ -141,22 +165,25 @@ class Memory:
     def append(self, entry: bytes) -> bytes:  # source, epoch, keys
         "Add one entry of a log."
         self.log.append(entry)
-        for i in range(6, self.entry, 8): self.last[entry[i:i + 8]] = self.count
+        for i in range(6, self.entry, 8):
+            self.last[entry[i : i + 8]] = self.count
         self.count += 1
         if len(self.log) > self.window:
             old, at = self.log.popleft(), self.count - 1 - self.window
             for i in range(6, self.entry, 8):
-                if self.last.get(old[i:i + 8]) == at: del self.last[old[i:i + 8]]
+                if self.last.get(old[i : i + 8]) == at:
+                    del self.last[old[i : i + 8]]
         return entry
 
 # %% ../../nbs/data/27_filters.ipynb #c027
 class Log:
     "The entries behind a memory as they are saved: bytes, the newest `window` of them."
+
     def __init__(
         self,
-        entry: int,          # bytes of one
-        window: int,         # entries that are kept
-        data: bytes = b"",   # entries there are already
+        entry: int,  # bytes of one
+        window: int,  # entries that are kept
+        data: bytes = b"",  # entries there are already
     ):
         self.entry, self.window, self.data, self.total = entry, window, bytearray(data), len(data)
 
@@ -165,70 +192,89 @@ class Log:
         self.data += entries
         self.total += len(entries)
         spare = max(1000, self.window // 10)
-        if len(self.data) > (self.window + 2 * spare) * self.entry: del self.data[:-(self.window + spare) * self.entry]
+        if len(self.data) > (self.window + 2 * spare) * self.entry:
+            del self.data[: -(self.window + spare) * self.entry]
 
     @classmethod
     def from_text(
         cls,
-        entry: int,   # bytes of one
+        entry: int,  # bytes of one
         window: int,  # entries that are kept
-        text: str,    # from `to_text`
+        text: str,  # from `to_text`
     ) -> "Log":
         "A log that goes on."
         return cls(entry, window, base64.b64decode(text))
 
     def to_text(
         self,
-        total: int | None = None,  # an earlier value of `total`: the log as it was then; None for now
+        total: int
+        | None = None,  # an earlier value of `total`: the log as it was then; None for now
     ) -> str:
         "The last `window` entries in base64."
         data = self.data[: len(self.data) - (self.total - (self.total if total is None else total))]
-        return base64.b64encode(data[-self.window * self.entry:]).decode()
+        return base64.b64encode(data[-self.window * self.entry :]).decode()
 
 # %% ../../nbs/data/27_filters.ipynb #c028
 def restored(
     memory: Memory,  # a new one
-    text: str,       # from `Log.to_text`
-    count: int,      # entries there had ever been
+    text: str,  # from `Log.to_text`
+    count: int,  # entries there had ever been
 ) -> Memory:
     "Fill a memory from a saved log; ValueError when the text is no log of such a memory."
     data = base64.b64decode(text)
     if len(data) % memory.entry or len(data) // memory.entry != min(count, memory.window):
-        raise ValueError(f"log of duplicates: {len(data)} bytes, expected {min(count, memory.window)} x {memory.entry}")
+        raise ValueError(
+            f"log of duplicates: {len(data)} bytes, expected {min(count, memory.window)} x {memory.entry}"
+        )
     memory.count = count - len(data) // memory.entry
-    for i in range(0, len(data), memory.entry): memory.append(data[i:i + memory.entry])
+    for i in range(0, len(data), memory.entry):
+        memory.append(data[i : i + memory.entry])
     return memory
 
 # %% ../../nbs/data/27_filters.ipynb #c036
 class Filter:
     "What becomes of each text of a stream: kept, perhaps changed, or left out under a cause."
+
     def __init__(
         self,
         *,
-        clean: bool = True,       # False: texts stay as they are, and only length and duplicates count
-        min_chars: int = 1,       # shorter texts are left out
-        max_chars: int = 0,       # longer ones are cut; 0 = no limit
+        clean: bool = True,  # False: texts stay as they are, and only length and duplicates count
+        min_chars: int = 1,  # shorter texts are left out
+        max_chars: int = 0,  # longer ones are cut; 0 = no limit
         dedup: Literal["none", "exact", "minhash"] = "exact",
         similarity: float = 0.8,  # minhash: from here on two texts count as one
         window: int = 1_000_000,  # kept texts that are remembered: about 0.3 kB of memory each, minhash 1.5 kB
     ):
-        self.clean, self.min_chars, self.max_chars, self.similarity = clean, min_chars, max_chars, similarity
-        self.keys = dict(none=0, exact=1, minhash=bands(similarity)[0] if dedup == "minhash" else 0)[dedup]
+        self.clean, self.min_chars, self.max_chars, self.similarity = (
+            clean,
+            min_chars,
+            max_chars,
+            similarity,
+        )
+        self.keys = dict(
+            none=0, exact=1, minhash=bands(similarity)[0] if dedup == "minhash" else 0
+        )[dedup]
         self.dedup, self.memory = dedup, Memory(self.keys, window)
 
     def __call__(
         self,
         text: str,
         source: int = 0,  # number of the source it is from
-        epoch: int = 0,   # pass over that source
+        epoch: int = 0,  # pass over that source
     ) -> tuple[str, str, bytes]:
         "The text, the cause (empty: kept; 'cut': kept in part), and the entry for the log."
-        if self.clean: text = clean(text)
-        if len(text) < self.min_chars or not text.strip(): return "", "too short", b""
+        if self.clean:
+            text = clean(text)
+        if len(text) < self.min_chars or not text.strip():
+            return "", "too short", b""
         cut = bool(self.max_chars) and len(text) > self.max_chars
-        if cut: text = text[:self.max_chars]
-        if self.clean and (cause := fault(text)): return "", cause, b""
-        if self.dedup == "none": return text, "cut" * cut, b""
+        if cut:
+            text = text[: self.max_chars]
+        if self.clean and (cause := fault(text)):
+            return "", cause, b""
+        if self.dedup == "none":
+            return text, "cut" * cut, b""
         keys = exact_key(text) if self.dedup == "exact" else near_keys(text, self.similarity)
-        if self.memory.seen(keys, source, epoch): return "", f"{self.dedup} duplicate", b""
+        if self.memory.seen(keys, source, epoch):
+            return "", f"{self.dedup} duplicate", b""
         return text, "cut" * cut, self.memory.add(keys, source, epoch)

@@ -22,35 +22,40 @@ from .tokenizer import EOS, PAD
 @dataclass(frozen=True)
 class LoaderConfig:
     "How packed tokens become batches; ValueError for values that cannot be meant."
-    seq_len: int = 128     # t: positions of a row
-    batch_size: int = 16   # b: rows of one step, over all processes together
-    seed: int = 0          # of the order of the rows, below 2**32
-    shuffle: bool = True   # a new order each epoch; False: the order of the file
-    epochs: int = 0        # passes over the file; 0 = without end
-    documents: Literal["cross", "mask"] = "cross"  # mask: a token neither sees nor is predicted from another document
-    prefetch: int = 2      # batches made ahead in threads; 0 = none
+
+    seq_len: int = 128  # t: positions of a row
+    batch_size: int = 16  # b: rows of one step, over all processes together
+    seed: int = 0  # of the order of the rows, below 2**32
+    shuffle: bool = True  # a new order each epoch; False: the order of the file
+    epochs: int = 0  # passes over the file; 0 = without end
+    documents: Literal["cross", "mask"] = (
+        "cross"  # mask: a token neither sees nor is predicted from another document
+    )
+    prefetch: int = 2  # batches made ahead in threads; 0 = none
 
     def __post_init__(self):
         for name, least in dict(seq_len=1, batch_size=1, epochs=0, prefetch=0).items():
             value = getattr(self, name)
-            if value < least: raise ValueError(f"LoaderConfig.{name}={value} must be at least {least}")
-        if not 0 <= self.seed < 2**32: raise ValueError(f"LoaderConfig.seed={self.seed} must be in [0, 2**32)")
+            if value < least:
+                raise ValueError(f"LoaderConfig.{name}={value} must be at least {least}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"LoaderConfig.seed={self.seed} must be in [0, 2**32)")
         if self.documents not in ("cross", "mask"):
             raise ValueError(f"LoaderConfig.documents={self.documents!r} must be 'cross' or 'mask'")
 
 # %% ../../nbs/data/28_loader.ipynb #c009
 def row_count(
-    n: int,        # tokens of the file
+    n: int,  # tokens of the file
     seq_len: int,  # t
-) -> int:          # R
+) -> int:  # R
     "Rows that cover the file."
     return -(-(n - 1) // seq_len)
 
 
 def take_rows(
     tokens: Integer[np.ndarray, "n"],  # packed ids, usually a memory map
-    rows: Integer[np.ndarray, "b"],    # row numbers; -1 stands for a row of padding
-    seq_len: int,                      # t
+    rows: Integer[np.ndarray, "b"],  # row numbers; -1 stands for a row of padding
+    seq_len: int,  # t
 ) -> tuple[Int[np.ndarray, "b u"], Bool[np.ndarray, "b u"]]:  # u = t + 1
     "Ids of rows, with one more for the last target, and which are real: one gather for the whole batch."
     at = rows[:, None].astype(np.int64) * seq_len + np.arange(seq_len + 1)
@@ -61,7 +66,7 @@ def take_rows(
 # %% ../../nbs/data/28_loader.ipynb #c013
 def segments_and_positions(
     ids: Int[np.ndarray, "b t"],  # inputs
-    eos: int = EOS,               # the id that ends a document
+    eos: int = EOS,  # the id that ends a document
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]:
     "Number of the document within the row, from 1, and position within the document; the token after EOS starts one."
     starts = np.zeros(ids.shape, bool)
@@ -72,79 +77,109 @@ def segments_and_positions(
 
 # %% ../../nbs/data/28_loader.ipynb #c018
 def as_batch(
-    ids: Int[np.ndarray, "b u"],    # u = t + 1 ids of each row
+    ids: Int[np.ndarray, "b u"],  # u = t + 1 ids of each row
     real: Bool[np.ndarray, "b u"],  # False: padding
-    documents: str = "cross",       # or "mask", see LoaderConfig
-    eos: int = EOS,                 # the id that ends a document
-) -> dict[str, np.ndarray]:         # tokens, targets, positions, segments: int32 "b t"; mask: bool "b t"
+    documents: str = "cross",  # or "mask", see LoaderConfig
+    eos: int = EOS,  # the id that ends a document
+) -> dict[str, np.ndarray]:  # tokens, targets, positions, segments: int32 "b t"; mask: bool "b t"
     "Inputs, targets, where a target counts, and who sees whom."
     x, y, mask = ids[:, :-1], ids[:, 1:], real[:, 1:]
     if documents == "mask":
         segments, positions = segments_and_positions(x, eos)
         mask = mask & (x != eos)
-    else: segments, positions = np.ones_like(x), np.tile(np.arange(x.shape[1], dtype=np.int32), (len(x), 1))
-    return dict(tokens=x, targets=y, mask=mask, positions=positions, segments=np.where(real[:, :-1], segments, 0))
+    else:
+        segments, positions = (
+            np.ones_like(x),
+            np.tile(np.arange(x.shape[1], dtype=np.int32), (len(x), 1)),
+        )
+    return dict(
+        tokens=x,
+        targets=y,
+        mask=mask,
+        positions=positions,
+        segments=np.where(real[:, :-1], segments, 0),
+    )
 
 
 def make_batch(
     tokens: Integer[np.ndarray, "n"],  # packed ids
-    rows: Integer[np.ndarray, "b"],    # row numbers; -1 stands for a row of padding
-    seq_len: int,                      # t
-    documents: str = "cross",          # or "mask", see LoaderConfig
-    eos: int = EOS,                    # the id that ends a document
-) -> dict[str, np.ndarray]:            # as `as_batch`
+    rows: Integer[np.ndarray, "b"],  # row numbers; -1 stands for a row of padding
+    seq_len: int,  # t
+    documents: str = "cross",  # or "mask", see LoaderConfig
+    eos: int = EOS,  # the id that ends a document
+) -> dict[str, np.ndarray]:  # as `as_batch`
     "One batch of whole rows of a packed file."
     return as_batch(*take_rows(tokens, rows, seq_len), documents, eos)
 
 # %% ../../nbs/data/28_loader.ipynb #c022
 def batch_indices(
-    rows: int,          # R
+    rows: int,  # R
     cfg: LoaderConfig,
 ) -> grain.MapDataset:  # element j: the row numbers of batch j, over all processes
     "The order of the rows: shuffle, repeat with another order each epoch, batch."
     order = grain.MapDataset.range(rows)
-    seed = np.random.SeedSequence(cfg.seed).generate_state(1)[0]  # Grain adds the epoch: seeds 0 and 1 would overlap
-    if cfg.shuffle: order = order.shuffle(seed=int(seed))
+    seed = np.random.SeedSequence(cfg.seed).generate_state(1)[
+        0
+    ]  # Grain adds the epoch: seeds 0 and 1 would overlap
+    if cfg.shuffle:
+        order = order.shuffle(seed=int(seed))
     return order.repeat(cfg.epochs or None).batch(cfg.batch_size)
 
 # %% ../../nbs/data/28_loader.ipynb #c026
 def refuse_other(
     stream: dict[str, Any],  # what the tokens depend on
-    state: dict[str, Any],   # a position
+    state: dict[str, Any],  # a position
 ) -> None:
     "ValueError for a position of another stream."
     for key, value in stream.items():
         found = state.get("stream", {}).get(key)
         if found != value:
-            raise ValueError(f"data position is of another stream: {key} {found!r}, expected {value!r}")
+            raise ValueError(
+                f"data position is of another stream: {key} {found!r}, expected {value!r}"
+            )
 
 # %% ../../nbs/data/28_loader.ipynb #c027
 class Loader:
     "An iterator of batches with an exact position; made by `loader`."
+
     def __init__(
         self,
         packed: PackedTokens,
         cfg: LoaderConfig,
-        shard: int,   # this process
+        shard: int,  # this process
         shards: int,  # all of them
     ):
         self.rows, self.batch_size = row_count(len(packed), cfg.seq_len), cfg.batch_size
-        self.stream = dict(sha256=packed.meta.sha256, seq_len=cfg.seq_len, batch_size=cfg.batch_size, seed=cfg.seed,
-                           shuffle=cfg.shuffle, documents=cfg.documents)
+        self.stream = dict(
+            sha256=packed.meta.sha256,
+            seq_len=cfg.seq_len,
+            batch_size=cfg.batch_size,
+            seed=cfg.seed,
+            shuffle=cfg.shuffle,
+            documents=cfg.documents,
+        )
         share, indices = cfg.batch_size // shards, batch_indices(self.rows, cfg)
+
         def part(some):
             whole = np.full(cfg.batch_size, -1)
-            whole[:len(some)] = some  # the last batch of the last epoch may be short: padding, so that shapes stay
+            whole[: len(some)] = (
+                some  # the last batch of the last epoch may be short: padding, so that shapes stay
+            )
             packed.check()
-            mine = whole[shard * share:(shard + 1) * share]
+            mine = whole[shard * share : (shard + 1) * share]
             return make_batch(packed.tokens, mine, cfg.seq_len, cfg.documents, packed.meta.eos_id)
-        threads = grain.ReadOptions(num_threads=min(cfg.prefetch, 2), prefetch_buffer_size=cfg.prefetch)
+
+        threads = grain.ReadOptions(
+            num_threads=min(cfg.prefetch, 2), prefetch_buffer_size=cfg.prefetch
+        )
         self.batches = len(indices)  # in all; without end, more than anyone can read
         self._iterator = iter(indices.map(part).to_iter_dataset(threads))
 
-    def __iter__(self) -> "Loader": return self
+    def __iter__(self) -> "Loader":
+        return self
 
-    def __next__(self) -> dict[str, np.ndarray]: return next(self._iterator)
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
 
     def close(self) -> None:
         "End the threads; also what `contextlib.closing` calls."
@@ -153,21 +188,26 @@ class Loader:
     def get_state(self) -> dict[str, Any]:
         "The position as plain JSON: the batch that comes next, the epoch it begins in, and the stream it belongs to."
         batch = self._iterator.get_state()["next_index"]
-        return dict(batch=batch, epoch=batch * self.batch_size // self.rows, stream=dict(self.stream))
+        return dict(
+            batch=batch, epoch=batch * self.batch_size // self.rows, stream=dict(self.stream)
+        )
 
     def bookmark(self) -> Callable[[], dict[str, Any]]:
         "The position of now, to be written out later."
         state = self.get_state()
         return lambda: state
 
-    def counters(self) -> dict: return {}  # of what was left out: a packed file leaves nothing out
+    def counters(self) -> dict:
+        return {}  # of what was left out: a packed file leaves nothing out
 
     def set_state(self, state: dict[str, Any]) -> None:  # from get_state, perhaps through JSON
         "Go on with the batch that came next when `state` was taken; ValueError when it is of another stream."
         refuse_other(self.stream, state)
         batch = state.get("batch")
         if not isinstance(batch, int) or not 0 <= batch <= self.batches:
-            raise ValueError(f"data position: batch {batch!r}, expected a number from 0 to {self.batches}")
+            raise ValueError(
+                f"data position: batch {batch!r}, expected a number from 0 to {self.batches}"
+            )
         self._iterator.set_state({"next_index": batch})
 
 # %% ../../nbs/data/28_loader.ipynb #c028
@@ -175,14 +215,18 @@ def loader(
     packed: PackedTokens,
     cfg: LoaderConfig,
     *,
-    shard: int = 0,   # this process
+    shard: int = 0,  # this process
     shards: int = 1,  # all of them; each gets batch_size / shards rows of every batch
 ) -> Loader:
     "Batches of one process; ValueError when the file is shorter than a row or the batch cannot be shared."
     if len(packed) <= cfg.seq_len:
-        raise ValueError(f"{packed.path}: seq_len={cfg.seq_len} needs {cfg.seq_len + 1} tokens, found {len(packed)}")
-    if not 0 <= shard < shards: raise ValueError(f"{shard=} must be in [0, {shards})")
-    if cfg.batch_size % shards: raise ValueError(f"batch_size={cfg.batch_size} is not divisible by {shards=}")
+        raise ValueError(
+            f"{packed.path}: seq_len={cfg.seq_len} needs {cfg.seq_len + 1} tokens, found {len(packed)}"
+        )
+    if not 0 <= shard < shards:
+        raise ValueError(f"{shard=} must be in [0, {shards})")
+    if cfg.batch_size % shards:
+        raise ValueError(f"batch_size={cfg.batch_size} is not divisible by {shards=}")
     return Loader(packed, cfg, shard, shards)
 
 
@@ -193,12 +237,13 @@ def batches_per_epoch(packed: PackedTokens, cfg: LoaderConfig) -> int:
 # %% ../../nbs/data/28_loader.ipynb #c040
 def eval_batches(
     packed: PackedTokens,
-    seq_len: int,              # t
-    batch_size: int,           # b
+    seq_len: int,  # t
+    batch_size: int,  # b
     limit: int | None = None,  # batches; None: the whole file
 ) -> Iterator[dict[str, np.ndarray]]:
     "The file in order, every target once; ValueError below two tokens."
-    if len(packed) < 2: raise ValueError(f"{packed.path}: {len(packed)} tokens, expected at least 2")
+    if len(packed) < 2:
+        raise ValueError(f"{packed.path}: {len(packed)} tokens, expected at least 2")
     rows = row_count(len(packed), seq_len)
     for start in range(0, rows, batch_size)[:limit]:
         packed.check()

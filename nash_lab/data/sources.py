@@ -29,27 +29,38 @@ from .corpus import BadRecord, check_stamps, json_value, matching_files, stamps
 @dataclass(frozen=True)
 class SourceConfig:
     "One column of one data set; ValueError for values that cannot be meant."
-    name: str                    # hub name ("user/data"), or a file, folder or glob of .parquet .arrow .jsonl .txt
-    subset: str = ""             # the hub's configuration of it, as "sample-10BT"; "" = its default
-    split: str = "train"         # of a hub data set; local files are all of one split
-    revision: str = ""           # commit of a hub data set; "" = the newest, which may change between two runs
-    column: str = "text"         # the one that holds the text
-    weight: float = 1.0          # share in a mixture, relative to the weights of the others
-    streaming: bool = True       # False: into the library's cache on disk first, then rows by number
-    shuffle_buffer: int = 0      # rows of a block that is shuffled (streaming); > 0 otherwise: all of it; 0 = as it is
+
+    name: str  # hub name ("user/data"), or a file, folder or glob of .parquet .arrow .jsonl .txt
+    subset: str = ""  # the hub's configuration of it, as "sample-10BT"; "" = its default
+    split: str = "train"  # of a hub data set; local files are all of one split
+    revision: str = (
+        ""  # commit of a hub data set; "" = the newest, which may change between two runs
+    )
+    column: str = "text"  # the one that holds the text
+    weight: float = 1.0  # share in a mixture, relative to the weights of the others
+    streaming: bool = True  # False: into the library's cache on disk first, then rows by number
+    shuffle_buffer: int = (
+        0  # rows of a block that is shuffled (streaming); > 0 otherwise: all of it; 0 = as it is
+    )
     sample_by: Literal["document", "paragraph", "line"] = "document"  # what a row of a .txt file is
 
     def __post_init__(self):
-        if not self.name: raise ValueError("SourceConfig.name is empty, expected a hub name or local files")
-        if not self.weight > 0: raise ValueError(f"SourceConfig.weight={self.weight} must be positive ({self.name})")
+        if not self.name:
+            raise ValueError("SourceConfig.name is empty, expected a hub name or local files")
+        if not self.weight > 0:
+            raise ValueError(f"SourceConfig.weight={self.weight} must be positive ({self.name})")
         if self.shuffle_buffer < 0:
-            raise ValueError(f"SourceConfig.shuffle_buffer={self.shuffle_buffer} must not be negative ({self.name})")
+            raise ValueError(
+                f"SourceConfig.shuffle_buffer={self.shuffle_buffer} must not be negative ({self.name})"
+            )
         if self.sample_by not in ("document", "paragraph", "line"):
-            raise ValueError(f"SourceConfig.sample_by={self.sample_by!r} must be 'document', 'paragraph' or 'line'")
+            raise ValueError(
+                f"SourceConfig.sample_by={self.sample_by!r} must be 'document', 'paragraph' or 'line'"
+            )
 
 
 def parse_source(
-    text: str,        # name, name:subset, or a local path
+    text: str,  # name, name:subset, or a local path
     **settings: Any,  # further fields of SourceConfig
 ) -> SourceConfig:
     "A source written in one word; ValueError when it names nothing."
@@ -57,7 +68,12 @@ def parse_source(
     return SourceConfig(name, subset, **settings)
 
 # %% ../../nbs/data/26_sources.ipynb #c008
-KINDS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".txt": "text"}  # ending -> the library's reader
+KINDS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".txt": "text",
+}  # ending -> the library's reader
 
 
 def _kind(path: str | Path) -> str:
@@ -78,25 +94,33 @@ def _unit(cfg: SourceConfig, files: Iterable[str | Path]) -> str:
 
 def _is_local(name: str) -> bool:
     "Whether a name means files of this machine."
-    like_a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or bool(set("*?[\\") & set(name))
+    like_a_path = (
+        name.startswith(("/", ".", "~")) or name.count("/") > 1 or bool(set("*?[\\") & set(name))
+    )
     return like_a_path or bool(_kind(name)) or os.path.exists(name)
 
 # %% ../../nbs/data/26_sources.ipynb #c011
 def local_files(
-    name: str,         # a file, a folder or a glob
-) -> list[Path]:       # regular files of one kind, sorted
+    name: str,  # a file, a folder or a glob
+) -> list[Path]:  # regular files of one kind, sorted
     "Files a local name means; FileNotFoundError when none, ValueError for files of two kinds."
     files = matching_files(name, _kind, ", ".join(KINDS))
     kinds = {_kind(p): p for p in reversed(files)}
-    if "" in kinds: raise ValueError(f"{kinds['']}: expected one of the endings {', '.join(KINDS)}")
-    if len(kinds) > 1: raise ValueError(f"{name}: files of different kinds, {', '.join(sorted(kinds))}; name one kind")
+    if "" in kinds:
+        raise ValueError(f"{kinds['']}: expected one of the endings {', '.join(KINDS)}")
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{name}: files of different kinds, {', '.join(sorted(kinds))}; name one kind"
+        )
     return files
 
 # %% ../../nbs/data/26_sources.ipynb #c015
 def _library():
     "The `datasets` package, imported when a source is opened: it takes a second or two."
     import datasets
-    if not sys.stderr.isatty(): datasets.disable_progress_bars()
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     return datasets
 
 # %% ../../nbs/data/26_sources.ipynb #c017
@@ -107,22 +131,32 @@ HUB_S = 8.0  # seconds for a connection to the hub, and as many for its answer
 def _offline():
     "The hub's client as with HF_HUB_OFFLINE=1: it uses what is cached, and never waits."
     from huggingface_hub import constants
+
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try: yield
-    finally: constants.HF_HUB_OFFLINE = before
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def hub_fault(
     name: str,  # of a data set
-) -> str:       # empty when the hub has it, otherwise why it cannot be had now
+) -> str:  # empty when the hub has it, otherwise why it cannot be had now
     "Ask the hub once; FileNotFoundError when it answers that there is no such data set, or a private one."
     import huggingface_hub
-    if huggingface_hub.constants.HF_HUB_OFFLINE: return "HF_HUB_OFFLINE is set"
-    try: huggingface_hub.HfApi().dataset_info(name, timeout=HUB_S)
-    except Exception as error:  # the client's own errors, those of its HTTP library, those of the system
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_S)
+    except (
+        Exception
+    ) as error:  # the client's own errors, those of its HTTP library, those of the system
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status in (401, 403, 404):
-            raise FileNotFoundError(f"{name}: the hub has no such data set, or it needs HF_TOKEN ({status})") from None
+            raise FileNotFoundError(
+                f"{name}: the hub has no such data set, or it needs HF_TOKEN ({status})"
+            ) from None
         return f"{type(error).__name__}: {(str(error) or 'no answer').splitlines()[0]}"
     return ""
 
@@ -138,19 +172,27 @@ def _from_hub(cfg: SourceConfig):
     library = _library()
     what = f"{cfg.name}{':' * bool(cfg.subset)}{cfg.subset}"
     where = dict(name=cfg.subset or None, split=cfg.split, revision=cfg.revision or None)
-    def load(streaming): return library.load_dataset(cfg.name, streaming=streaming, **where)
+
+    def load(streaming):
+        return library.load_dataset(cfg.name, streaming=streaming, **where)
+
     if fault := hub_fault(cfg.name):
         try:
-            with _offline(): return load(False)
+            with _offline():
+                return load(False)
         except Exception:  # whatever it is, the reason is that the hub was not there
-            raise ConnectionError(f"{what}: the hub cannot be reached and nothing is cached ({fault})") from None
-    try: return load(cfg.streaming)
-    except Exception as error: raise ValueError(f"{what}, split {cfg.split!r}: {_first_line(error)}") from None
+            raise ConnectionError(
+                f"{what}: the hub cannot be reached and nothing is cached ({fault})"
+            ) from None
+    try:
+        return load(cfg.streaming)
+    except Exception as error:
+        raise ValueError(f"{what}, split {cfg.split!r}: {_first_line(error)}") from None
 
 # %% ../../nbs/data/26_sources.ipynb #c022
 MAX_LINE = 16 << 20  # bytes of a line of .jsonl and .txt files, as CorpusConfig.max_record_bytes
-BAD = "\ufdd0"       # stands for a byte that is not UTF-8
-LONG = "\ufdd1"      # stands for a line of more than MAX_LINE
+BAD = "\ufdd0"  # stands for a byte that is not UTF-8
+LONG = "\ufdd1"  # stands for a line of more than MAX_LINE
 
 
 def _short(data: bytes) -> bytes:
@@ -167,23 +209,36 @@ def _short(data: bytes) -> bytes:
 
 class _Marked(codecs.IncrementalDecoder):
     "UTF-8 without its byte order mark, line by line, and with marks in place of what is not handed on."
+
     def __init__(self, errors: str = "strict"):  # part of the interface, not used
         self.utf8 = codecs.getincrementaldecoder("utf-8-sig")("nash_lab.bad")
-        self.held, self.text = bytearray(), ""  # of a line, MAX_LINE + 1 bytes at most; not yet returned
+        self.held, self.text = (
+            bytearray(),
+            "",
+        )  # of a line, MAX_LINE + 1 bytes at most; not yet returned
 
     def decode(self, data: bytes, final: bool = False) -> str:
         end, lines = len(data) if final else data.rfind(b"\n") + 1, b""
-        if end or final: lines, self.held = _short(self.held + data[:end] if self.held else data[:end]), bytearray()
-        self.held += data[end:end + MAX_LINE + 1 - len(self.held)]
+        if end or final:
+            lines, self.held = (
+                _short(self.held + data[:end] if self.held else data[:end]),
+                bytearray(),
+            )
+        self.held += data[end : end + MAX_LINE + 1 - len(self.held)]
         self.text += self.utf8.decode(lines, final)
-        if 2 * len(self.text) < len(data) and not final: return ""  # the file object reads ahead by bytes per character
+        if 2 * len(self.text) < len(data) and not final:
+            return ""  # the file object reads ahead by bytes per character
         text, self.text = self.text, ""
         return text
 
 
 def _codec(name: str) -> codecs.CodecInfo | None:
     found, plain = name == "nash_lab", codecs.lookup("utf-8")
-    return codecs.CodecInfo(plain.encode, plain.decode, incrementaldecoder=_Marked, name=name) if found else None
+    return (
+        codecs.CodecInfo(plain.encode, plain.decode, incrementaldecoder=_Marked, name=name)
+        if found
+        else None
+    )
 
 
 codecs.register(_codec)
@@ -194,20 +249,30 @@ def _from_files(cfg: SourceConfig, files: tuple[str, ...]):
     "Local files, streamed or cached; ValueError names what cannot be read."
     unit = _unit(cfg, files)
     where = dict(data_files=list(files), split="train", streaming=cfg.streaming)
-    if unit: where |= dict(sample_by=unit, encoding="nash_lab")
-    try: return _library().load_dataset("text" if unit else _kind(files[0]), **where)
-    except Exception as error: raise ValueError(f"{cfg.name}: {_first_line(error)}") from None
+    if unit:
+        where |= dict(sample_by=unit, encoding="nash_lab")
+    try:
+        return _library().load_dataset("text" if unit else _kind(files[0]), **where)
+    except Exception as error:
+        raise ValueError(f"{cfg.name}: {_first_line(error)}") from None
 
 # %% ../../nbs/data/26_sources.ipynb #c026
 def _columns(cfg: SourceConfig, data, lines: bool, unit: str) -> list[str]:
     "The columns there are; of JSON lines the keys of the first, or the one asked for when that line cannot be read."
-    if data.column_names is not None and not unit: return data.column_names
-    try: first = next(iter(data.take(1)), None)  # a stream without a schema: its first row tells
-    except Exception as error: raise ValueError(f"{cfg.name}: {_first_line(error)}") from None
-    if first is None and unit: raise ValueError(f"{cfg.name}: no rows, the files are empty")
-    if not lines: return list(first or [])
-    try: row = json.loads(first["text"])
-    except (ValueError, RecursionError): row = None  # whoever reads the rows decides what becomes of it
+    if data.column_names is not None and not unit:
+        return data.column_names
+    try:
+        first = next(iter(data.take(1)), None)  # a stream without a schema: its first row tells
+    except Exception as error:
+        raise ValueError(f"{cfg.name}: {_first_line(error)}") from None
+    if first is None and unit:
+        raise ValueError(f"{cfg.name}: no rows, the files are empty")
+    if not lines:
+        return list(first or [])
+    try:
+        row = json.loads(first["text"])
+    except (ValueError, RecursionError):
+        row = None  # whoever reads the rows decides what becomes of it
     return list(row) if isinstance(row, dict) else [cfg.column]
 
 
@@ -218,7 +283,9 @@ def _opened(cfg: SourceConfig, files: tuple[str, ...], found: tuple):
     lines = _are_lines(files)
     columns = _columns(cfg, data, lines, _unit(cfg, files))
     if cfg.column not in columns:
-        raise ValueError(f"{cfg.name}: no column {cfg.column!r}, there are {', '.join(map(repr, columns)) or 'none'}")
+        raise ValueError(
+            f"{cfg.name}: no column {cfg.column!r}, there are {', '.join(map(repr, columns)) or 'none'}"
+        )
     return data.select_columns(["text" if lines else cfg.column])
 
 # %% ../../nbs/data/26_sources.ipynb #c027
@@ -236,7 +303,8 @@ def fingerprint(
     cfg: SourceConfig,
 ) -> str:  # empty for the hub, where `revision` says which files
     "A hash of names and sizes of local files, and of how they are read: a position in others means nothing."
-    if not _is_local(cfg.name): return ""
+    if not _is_local(cfg.name):
+        return ""
     files = local_files(cfg.name)
     sizes = "".join(f"{p.name} {p.stat().st_size}\n" for p in files)
     how = {"json": "by line", "text": "without byte order mark"}.get(_kind(files[0]), "")
@@ -247,21 +315,23 @@ BLOCK = 256  # rows read at a time when they are not shuffled
 
 
 def block_order(
-    rows: int,               # of the block, B or fewer
-    shuffle: bool,           # False: as they come
-    key: tuple[int, ...],    # seed, epoch, file, first row
-) -> list[int]:              # numbers within the block
+    rows: int,  # of the block, B or fewer
+    shuffle: bool,  # False: as they come
+    key: tuple[int, ...],  # seed, epoch, file, first row
+) -> list[int]:  # numbers within the block
     "The order in which the rows of a block are handed out: a function of the key alone."
     return np.random.default_rng(key).permutation(rows).tolist() if shuffle else list(range(rows))
 
 # %% ../../nbs/data/26_sources.ipynb #c037
 def lane_files(
-    files: int,              # of the source
-    shuffle: bool,           # another order in each epoch
-    key: tuple[int, int],    # seed, epoch
+    files: int,  # of the source
+    shuffle: bool,  # another order in each epoch
+    key: tuple[int, int],  # seed, epoch
     lane: int,
-    lanes: int,              # L
-) -> tuple[list[int], int]:  # file numbers in the order of reading, and the stride: 1 = all rows of them
+    lanes: int,  # L
+) -> tuple[
+    list[int], int
+]:  # file numbers in the order of reading, and the stride: 1 = all rows of them
     "The files a lane reads in one epoch."
     order = block_order(files, shuffle, key)
     return (order[lane::lanes], 1) if files >= lanes else (order, lanes)
@@ -269,13 +339,14 @@ def lane_files(
 # %% ../../nbs/data/26_sources.ipynb #c040
 class Source:
     "The rows of one source, epoch after epoch, with an exact position."
+
     def __init__(
         self,
         cfg: SourceConfig,
         *,
-        seed: int = 0,    # of the order
-        lane: int = 0,    # which part of the rows
-        lanes: int = 1,   # of how many
+        seed: int = 0,  # of the order
+        lane: int = 0,  # which part of the rows
+        lanes: int = 1,  # of how many
         epochs: int = 0,  # passes over the source; 0 = without end
     ):
         self.cfg, self.seed, self.lane, self.lanes, self.epochs = cfg, seed, lane, lanes, epochs
@@ -283,16 +354,21 @@ class Source:
         self.data = open_source(cfg)
         self.set_state(dict(epoch=0, at={}, row=0))
 
-    def __iter__(self) -> "Source": return self
+    def __iter__(self) -> "Source":
+        return self
 
-    def __next__(self) -> Any:  # a string, if the data set is what it should be; a BadRecord where there is none
-        while self._row >= len(self._block): self._next_block()
+    def __next__(
+        self,
+    ) -> Any:  # a string, if the data set is what it should be; a BadRecord where there is none
+        while self._row >= len(self._block):
+            self._next_block()
         self._row += 1
         return self._block[self._row - 1][0]
 
     def _next_block(self) -> None:
         "Read on, into the next epoch where one is through; StopIteration after the last."
-        if self.epochs and self.epoch >= self.epochs: raise StopIteration
+        if self.epochs and self.epoch >= self.epochs:
+            raise StopIteration
         if found := next(self._blocks, None):
             self._at, self._block = found
             self._row, self._empty = 0, self._empty and not self._block
@@ -308,7 +384,9 @@ class Source:
     def set_state(self, state: dict[str, Any]) -> None:  # from get_state, perhaps through JSON
         "Go on with the row that came next when `state` was taken."
         self.epoch, self._at, self._empty = state["epoch"], state["at"], not state["at"]
-        blocks = _streamed if self.cfg.streaming and not hasattr(self.data, "num_rows") else _indexed
+        blocks = (
+            _streamed if self.cfg.streaming and not hasattr(self.data, "num_rows") else _indexed
+        )
         self._blocks, self._block, self._row = blocks(self, self.epoch, self._at), [], 0
         if self._at:
             self._at, self._block = next(self._blocks)
@@ -316,19 +394,23 @@ class Source:
 
 # %% ../../nbs/data/26_sources.ipynb #c042
 @lru_cache(maxsize=256)
-def _count_rows(path: str, stamp: tuple, unit: str) -> int:  # stamp: another file of this name is counted again
-    if unit == "document": return 1
+def _count_rows(
+    path: str, stamp: tuple, unit: str
+) -> int:  # stamp: another file of this name is counted again
+    if unit == "document":
+        return 1
     return sum(1 for _ in _from_files(SourceConfig(path, sample_by=unit), (path,)))
 
 
 def row_of(
     files: dict[str, tuple],  # `stamps` of local text files, in the order of reading
-    row: int,                 # of all rows
-    unit: str = "line",       # what a row is: line, paragraph, document
-) -> tuple[int, int]:         # number of the file, of the row within it; both from 0
+    row: int,  # of all rows
+    unit: str = "line",  # what a row is: line, paragraph, document
+) -> tuple[int, int]:  # number of the file, of the row within it; both from 0
     "Where a row of several files stands; IndexError beyond the last."
     for k, (path, stamp) in enumerate(files.items()):
-        if row < (n := _count_rows(path, stamp, unit)): return k, row
+        if row < (n := _count_rows(path, stamp, unit)):
+            return k, row
         row -= n
     raise IndexError(f"{row=} lies beyond the last row of {len(files)} files")
 
@@ -339,19 +421,26 @@ def place_of(
     "Where the row stands that a source handed out last; ValueError when its files have changed."
     (value, (file, row)), paths = source._block[source._row - 1], list(source.stamps)
     unit = _unit(source.cfg, paths)
-    if file is None and not unit: return f"{source.cfg.name}: row {row + 1}"
+    if file is None and not unit:
+        return f"{source.cfg.name}: row {row + 1}"
     if file is None:
         check_stamps(source.stamps)
         file, row = row_of(source.stamps, row, unit)
-    if not paths: return f"{source.cfg.name}: file {file + 1}, row {row + 1}"
-    if unit not in ("line", "document"): return f"{paths[file]}: row {row + 1}"
+    if not paths:
+        return f"{source.cfg.name}: file {file + 1}, row {row + 1}"
+    if unit not in ("line", "document"):
+        return f"{paths[file]}: row {row + 1}"
     return f"{paths[file]}:{(row if unit == 'line' else getattr(value, 'line', 0)) + 1}"
 
 # %% ../../nbs/data/26_sources.ipynb #c046
 def _unmarked(row: str) -> str:
     "A row of text as it is; BadRecord when it holds a mark."
-    for mark, cause, what in [(LONG, "too long", f"a line of more than {MAX_LINE} bytes"), (BAD, "invalid UTF-8", "")]:
-        if (at := row.find(mark)) < 0: continue
+    for mark, cause, what in [
+        (LONG, "too long", f"a line of more than {MAX_LINE} bytes"),
+        (BAD, "invalid UTF-8", ""),
+    ]:
+        if (at := row.find(mark)) < 0:
+            continue
         below, column = row.count("\n", 0, at), at - row.rfind("\n", 0, at)
         raise BadRecord(cause, what or f"character {column} of the line", below)
     return row
@@ -359,19 +448,24 @@ def _unmarked(row: str) -> str:
 
 def _value(row: str, key: str) -> Any:
     "What a row of text is, or a JSON line holds under `key`, or the BadRecord that says why there is no value."
-    try: return _unmarked(row) if not key else json_value(_unmarked(row), key) if row.strip() else ""
-    except BadRecord as error: return error
+    try:
+        return _unmarked(row) if not key else json_value(_unmarked(row), key) if row.strip() else ""
+    except BadRecord as error:
+        return error
 
 
 def _values(source: Source, rows: Iterator[dict], size: int) -> list:
     "Up to `size` values of the column; ValueError or ConnectionError in one line for whatever goes wrong."
     column, unit = source.cfg.column, _unit(source.cfg, source.stamps)
     key = column if _are_lines(source.stamps) else ""
-    try: return [_value(row["text"], key) if unit else row[column] for row in islice(rows, size)]
+    try:
+        return [_value(row["text"], key) if unit else row[column] for row in islice(rows, size)]
     except Exception as error:
         check_stamps(source.stamps)  # the better reason, when it is one
         remote = not source.stamps and isinstance(error, OSError)
-        raise (ConnectionError if remote else ValueError)(f"{source.cfg.name}: {_first_line(error)}") from None
+        raise (ConnectionError if remote else ValueError)(
+            f"{source.cfg.name}: {_first_line(error)}"
+        ) from None
 
 # %% ../../nbs/data/26_sources.ipynb #c047
 def _streamed(source: Source, epoch: int, at: dict) -> Iterator[tuple[dict, list]]:
@@ -381,11 +475,21 @@ def _streamed(source: Source, epoch: int, at: dict) -> Iterator[tuple[dict, list
     files, stride = lane_files(shards, shuffle, (source.seed, epoch), source.lane, source.lanes)
     for k in range(at.get("file", 0), len(files)):
         part, first = source.data.shard(shards, files[k]), 0
-        if at: part.load_state_dict(at["place"])
-        place, first, at, rows = at.get("place") or part.state_dict(), at.get("first", 0), {}, iter(part)
+        if at:
+            part.load_state_dict(at["place"])
+        place, first, at, rows = (
+            at.get("place") or part.state_dict(),
+            at.get("first", 0),
+            {},
+            iter(part),
+        )
         while values := _values(source, rows, size):
             order = block_order(len(values), shuffle, (source.seed, epoch, files[k], first))
-            mine = [(values[i], (files[k], first + i)) for i in order if (first + i) % stride == source.lane % stride]
+            mine = [
+                (values[i], (files[k], first + i))
+                for i in order
+                if (first + i) % stride == source.lane % stride
+            ]
             yield dict(file=k, place=place, first=first), mine
             place, first = part.state_dict(), first + len(values)
         check_stamps(source.stamps)
@@ -393,12 +497,23 @@ def _streamed(source: Source, epoch: int, at: dict) -> Iterator[tuple[dict, list
 # %% ../../nbs/data/26_sources.ipynb #c048
 def _indexed(source: Source, epoch: int, at: dict) -> Iterator[tuple[dict, list]]:
     "Positions of the blocks of a data set on disk from `at` to the end of the epoch, and their values with their rows."
-    n, order, [column] = len(source.data), grain.MapDataset.range(len(source.data)), source.data.column_names
-    if not n: return
-    seed = np.random.SeedSequence(source.seed).generate_state(1)[0]  # Grain adds the epoch: seeds 0 and 1 would overlap
-    if source.cfg.shuffle_buffer: order = order.shuffle(seed=int(seed))
+    n, order, [column] = (
+        len(source.data),
+        grain.MapDataset.range(len(source.data)),
+        source.data.column_names,
+    )
+    if not n:
+        return
+    seed = np.random.SeedSequence(source.seed).generate_state(1)[
+        0
+    ]  # Grain adds the epoch: seeds 0 and 1 would overlap
+    if source.cfg.shuffle_buffer:
+        order = order.shuffle(seed=int(seed))
     order, mine = order.repeat(), range(source.lane, n, source.lanes)
     for first in range(at.get("first", 0), len(mine), BLOCK):
-        numbers = [order[epoch * n + r] for r in mine[first:first + BLOCK]]
+        numbers = [order[epoch * n + r] for r in mine[first : first + BLOCK]]
         rows = ({column: value} for value in source.data[numbers][column])
-        yield dict(first=first), [(v, (None, r)) for v, r in zip(_values(source, rows, BLOCK), numbers)]
+        yield (
+            dict(first=first),
+            [(v, (None, r)) for v, r in zip(_values(source, rows, BLOCK), numbers)],
+        )

@@ -14,10 +14,12 @@ from typing import Any
 # %% ../../nbs/data/29_stream.ipynb #c008
 class Mixture:
     "Which source gives the next text: the one that owes most; a position of k numbers."
+
     def __init__(self, weights: Sequence[float]):  # positive, in any unit
         "ValueError for weights that are no shares."
         weights = [float(w) for w in weights]
-        if not weights or min(weights) <= 0: raise ValueError(f"{weights=} must be positive numbers")
+        if not weights or min(weights) <= 0:
+            raise ValueError(f"{weights=} must be positive numbers")
         self.weights, self.given, self.open = weights, [0] * len(weights), [True] * len(weights)
 
     def shares(self) -> list[float]:
@@ -29,11 +31,13 @@ class Mixture:
         "The source with the largest deficit, of equals the heaviest; None when all are closed."
         shares, total = self.shares() if any(self.open) else [], sum(self.given)
         going = [i for i, here in enumerate(self.open) if here]
-        return max(going, key=lambda i: (shares[i] * total - self.given[i], shares[i], -i), default=None)
+        return max(
+            going, key=lambda i: (shares[i] * total - self.given[i], shares[i], -i), default=None
+        )
 
     def add(
         self,
-        i: int,       # the source
+        i: int,  # the source
         amount: int,  # what it gave, in bytes of text
     ) -> None:
         "Count what a source gave."
@@ -76,62 +80,100 @@ from ..core.text import utf8
 @dataclass(frozen=True)
 class StreamConfig:
     "How sources become batches; ValueError for values that cannot be meant."
+
     sources: tuple[SourceConfig, ...] = ()  # mixed by their weights, in bytes of text
-    seq_len: int = 1024       # t: positions of a row
-    batch_size: int = 16      # b: rows of one step, over all processes together
-    seed: int = 0             # of the order within the sources
-    documents: Literal["cross", "mask"] = "mask"  # mask: a token neither sees nor is predicted from another document
-    epochs: int = 0           # passes over each source; 0 = without end
-    lanes: int = 1            # L: streams side by side, each makes batch_size / lanes rows of every batch
-    clean: bool = True        # composed marks, plain newlines, no text that is no text
-    min_chars: int = 1        # shorter documents are left out
+    seq_len: int = 1024  # t: positions of a row
+    batch_size: int = 16  # b: rows of one step, over all processes together
+    seed: int = 0  # of the order within the sources
+    documents: Literal["cross", "mask"] = (
+        "mask"  # mask: a token neither sees nor is predicted from another document
+    )
+    epochs: int = 0  # passes over each source; 0 = without end
+    lanes: int = 1  # L: streams side by side, each makes batch_size / lanes rows of every batch
+    clean: bool = True  # composed marks, plain newlines, no text that is no text
+    min_chars: int = 1  # shorter documents are left out
     max_chars: int = 1_000_000  # longer documents are cut; 0 = never
     dedup: Literal["none", "exact", "minhash"] = "exact"  # copies, or near copies too
-    similarity: float = 0.8   # minhash: from here on two documents count as one
-    window: int = 1_000_000   # kept documents the search for copies remembers; they are part of every checkpoint
-    holdout: float = 0.0      # share of documents, by SHA-256, that is validation
+    similarity: float = 0.8  # minhash: from here on two documents count as one
+    window: int = 1_000_000  # kept documents the search for copies remembers; they are part of every checkpoint
+    holdout: float = 0.0  # share of documents, by SHA-256, that is validation
     split: Literal["train", "validation"] = "train"  # which of the two this stream is
-    on_error: Literal["error", "skip"] = "error"  # a row that is no text: stop and name it, or count it and go on
+    on_error: Literal["error", "skip"] = (
+        "error"  # a row that is no text: stop and name it, or count it and go on
+    )
     max_bad_share: float = 0.01  # skip: more such rows than this share stop the stream after all
-    workers: int = 0          # processes that make the lanes, a divisor of their number; 0 = a thread
-    prefetch: int = 2         # batches made ahead; 0 = none
+    workers: int = 0  # processes that make the lanes, a divisor of their number; 0 = a thread
+    prefetch: int = 2  # batches made ahead; 0 = none
 
     def __post_init__(self):
-        for name, low in dict(seq_len=1, batch_size=1, epochs=0, lanes=1, window=1, workers=0, prefetch=0,
-                              min_chars=0, max_chars=0).items():
+        for name, low in dict(
+            seq_len=1,
+            batch_size=1,
+            epochs=0,
+            lanes=1,
+            window=1,
+            workers=0,
+            prefetch=0,
+            min_chars=0,
+            max_chars=0,
+        ).items():
             if getattr(self, name) < low:
-                raise ValueError(f"StreamConfig.{name}={getattr(self, name)} must be at least {low}")
+                raise ValueError(
+                    f"StreamConfig.{name}={getattr(self, name)} must be at least {low}"
+                )
         if self.batch_size % self.lanes:
-            raise ValueError(f"StreamConfig.batch_size={self.batch_size} is not divisible by lanes={self.lanes}")
-        if not 0 <= self.seed < 2**32: raise ValueError(f"StreamConfig.seed={self.seed} must be in [0, 2**32)")
+            raise ValueError(
+                f"StreamConfig.batch_size={self.batch_size} is not divisible by lanes={self.lanes}"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"StreamConfig.seed={self.seed} must be in [0, 2**32)")
         for name in ("holdout", "max_bad_share", "similarity"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"StreamConfig.{name}={getattr(self, name)} must be in [0, 1]")
-        for name, known in dict(documents=("cross", "mask"), dedup=("none", "exact", "minhash"),
-                                split=("train", "validation"), on_error=("error", "skip")).items():
+        for name, known in dict(
+            documents=("cross", "mask"),
+            dedup=("none", "exact", "minhash"),
+            split=("train", "validation"),
+            on_error=("error", "skip"),
+        ).items():
             if getattr(self, name) not in known:
-                raise ValueError(f"StreamConfig.{name}={getattr(self, name)!r} must be one of {known}")
+                raise ValueError(
+                    f"StreamConfig.{name}={getattr(self, name)!r} must be one of {known}"
+                )
 
 # %% ../../nbs/data/29_stream.ipynb #c032
 class Documents:
     "The kept texts of all sources in the order of the mixture, with an exact position."
+
     def __init__(
         self,
         cfg: StreamConfig,
         lane: int = 0,  # of cfg.lanes
     ):
-        if not cfg.sources: raise ValueError("StreamConfig.sources is empty, expected at least one")
+        if not cfg.sources:
+            raise ValueError("StreamConfig.sources is empty, expected at least one")
         self.cfg, self.mixture = cfg, Mixture([s.weight for s in cfg.sources])
-        self.sources = [Source(s, seed=(cfg.seed + 7919 * i) % 2**32, lane=lane, lanes=cfg.lanes, epochs=cfg.epochs)
-                        for i, s in enumerate(cfg.sources)]
-        self.filter = Filter(clean=cfg.clean, min_chars=cfg.min_chars, max_chars=cfg.max_chars, dedup=cfg.dedup,
-                             similarity=cfg.similarity, window=cfg.window)
+        self.sources = [
+            Source(
+                s, seed=(cfg.seed + 7919 * i) % 2**32, lane=lane, lanes=cfg.lanes, epochs=cfg.epochs
+            )
+            for i, s in enumerate(cfg.sources)
+        ]
+        self.filter = Filter(
+            clean=cfg.clean,
+            min_chars=cfg.min_chars,
+            max_chars=cfg.max_chars,
+            dedup=cfg.dedup,
+            similarity=cfg.similarity,
+            window=cfg.window,
+        )
         self.counts = [Counter() for _ in cfg.sources]
         self.kept = [-1] * len(cfg.sources)  # the last epoch in which a source gave something
-        self.bad = [""] * len(cfg.sources)   # the last row that was no text: place and reason
-        self.entries = bytearray()           # for the log, until somebody takes them
+        self.bad = [""] * len(cfg.sources)  # the last row that was no text: place and reason
+        self.entries = bytearray()  # for the log, until somebody takes them
 
-    def __iter__(self) -> "Documents": return self
+    def __iter__(self) -> "Documents":
+        return self
 
     def __next__(self) -> tuple[int, str]:  # number of the source, text
         while (i := self.mixture.choose()) is not None:
@@ -143,16 +185,22 @@ class Documents:
 
     def get_state(self) -> dict[str, Any]:
         "The position as plain JSON; the log of the filter is kept apart."
-        return dict(sources=[s.get_state() for s in self.sources], mixture=self.mixture.get_state(),
-                    counts=[dict(c) for c in self.counts], kept=list(self.kept), logged=self.filter.memory.count)
+        return dict(
+            sources=[s.get_state() for s in self.sources],
+            mixture=self.mixture.get_state(),
+            counts=[dict(c) for c in self.counts],
+            kept=list(self.kept),
+            logged=self.filter.memory.count,
+        )
 
     def set_state(
         self,
         state: dict[str, Any],  # from get_state
-        log: str,               # the filter's, from `Log.to_text`
+        log: str,  # the filter's, from `Log.to_text`
     ) -> None:
         "Go on from a position, on a new object."
-        for source, at in zip(self.sources, state["sources"]): source.set_state(at)
+        for source, at in zip(self.sources, state["sources"]):
+            source.set_state(at)
         self.mixture.set_state(state["mixture"])
         self.counts, self.kept = [Counter(c) for c in state["counts"]], list(state["kept"])
         restored(self.filter.memory, log, state["logged"])
@@ -164,52 +212,71 @@ class Documents:
 # %% ../../nbs/data/29_stream.ipynb #c034
 def judge(
     docs: Documents,
-    i: int,      # the source
+    i: int,  # the source
     value: Any,  # what a row holds
 ) -> tuple[str, str, bytes]:  # text (empty: left out), cause, entry for the log
     "What becomes of one row; ValueError names it when it is no text and on_error is 'error'."
     source, fault, data = docs.sources[i], "", b""
-    if isinstance(value, BadRecord): fault = str(value)
-    elif not isinstance(value, str): fault = f"{source.cfg.column!r} is {type(value).__name__}, not str"
+    if isinstance(value, BadRecord):
+        fault = str(value)
+    elif not isinstance(value, str):
+        fault = f"{source.cfg.column!r} is {type(value).__name__}, not str"
     else:
-        try: data = utf8(value)
-        except ValueError as error: fault = f"{source.cfg.column!r} {error}"
+        try:
+            data = utf8(value)
+        except ValueError as error:
+            fault = f"{source.cfg.column!r} {error}"
     if fault:
         docs.bad[i] = f"{place_of(source)}: {fault}"
-        if docs.cfg.on_error == "error": raise ValueError(docs.bad[i])
+        if docs.cfg.on_error == "error":
+            raise ValueError(docs.bad[i])
         return "", "not text", b""
-    if docs.cfg.holdout and split_of(hashlib.sha256(data).digest(), docs.cfg.holdout) != docs.cfg.split:
+    if (
+        docs.cfg.holdout
+        and split_of(hashlib.sha256(data).digest(), docs.cfg.holdout) != docs.cfg.split
+    ):
         return "", "other split", b""
     return docs.filter(value, i, source.epoch)
 
 # %% ../../nbs/data/29_stream.ipynb #c036
 def check(
     docs: Documents,
-    i: int,      # the source
+    i: int,  # the source
     last: bool,  # True: it has ended
 ) -> None:
     "ValueError for a source that gives no documents, or too many rows that are no text."
     name, counts = docs.cfg.sources[i].name, docs.counts[i]
     if (last and docs.kept[i] < 0) or docs.sources[i].epoch > docs.kept[i] + 1:
-        causes = ", ".join(f"{cause} {n}" for cause, n in counts.items() if cause != "rows") or "it has no rows"
+        causes = (
+            ", ".join(f"{cause} {n}" for cause, n in counts.items() if cause != "rows")
+            or "it has no rows"
+        )
         raise ValueError(f"{name}: a whole pass gave no document ({causes})")
-    if (last or counts["rows"] % 1000 == 0) and counts["not text"] > docs.cfg.max_bad_share * counts["rows"]:
-        raise ValueError(f"{name}: {counts['not text']} of {counts['rows']} rows are no text, more than "
-                         f"max_bad_share={docs.cfg.max_bad_share:g}" + f"; the last: {docs.bad[i]}" * bool(docs.bad[i]))
+    if (last or counts["rows"] % 1000 == 0) and counts[
+        "not text"
+    ] > docs.cfg.max_bad_share * counts["rows"]:
+        raise ValueError(
+            f"{name}: {counts['not text']} of {counts['rows']} rows are no text, more than "
+            f"max_bad_share={docs.cfg.max_bad_share:g}"
+            + f"; the last: {docs.bad[i]}"
+            * bool(docs.bad[i])
+        )
 
 # %% ../../nbs/data/29_stream.ipynb #c037
 def next_text(
     docs: Documents,
-    i: int,       # the source
+    i: int,  # the source
 ) -> str | None:  # None at its end
     "The next kept text of a source; ValueError as `judge` and `check`."
     source, counts = docs.sources[i], docs.counts[i]
     for value in source:
-        if source.epoch > docs.kept[i] + 1 or counts["rows"] % 1000 == 0: check(docs, i, False)
+        if source.epoch > docs.kept[i] + 1 or counts["rows"] % 1000 == 0:
+            check(docs, i, False)
         counts["rows"] += 1
         text, cause, entry = judge(docs, i, value)
         docs.entries += entry
-        if cause: counts[cause] += 1
+        if cause:
+            counts[cause] += 1
         if text:
             docs.kept[i] = source.epoch
             counts["documents"] += 1
@@ -219,7 +286,7 @@ def next_text(
 
 # %% ../../nbs/data/29_stream.ipynb #c042
 def stream_documents(
-    cfg: StreamConfig,                   # one pass, whatever cfg.epochs says
+    cfg: StreamConfig,  # one pass, whatever cfg.epochs says
     report: CorpusReport | None = None,  # filled while the documents are read
 ) -> Iterator[Document]:
     "The kept documents of one pass, for `nash_lab.data.corpus.pack`."
@@ -229,7 +296,9 @@ def stream_documents(
         if report is not None:
             report.documents, report.bytes = report.documents + 1, report.bytes + len(utf8(text))
             left = sum(docs.counts, Counter())
-            report.skipped = Counter({k: n for k, n in left.items() if k not in ("rows", "documents", "bytes", "cut")})
+            report.skipped = Counter(
+                {k: n for k, n in left.items() if k not in ("rows", "documents", "bytes", "cut")}
+            )
         yield Document(text, cfg.sources[i].name)
 
 # %% ../../nbs/data/29_stream.ipynb #c045
@@ -238,16 +307,21 @@ GROUP = 1 << 18  # characters encoded together at most; another value gives the 
 
 class Lane:
     "Rows of tokens from one chain of sources; its position is exact to the token."
+
     def __init__(
         self,
         cfg: StreamConfig,
         tokenizer: Tokenizer,
-        lane: int,                            # of cfg.lanes
+        lane: int,  # of cfg.lanes
         state: dict[str, Any] | None = None,  # "at", "used" and "log": where to go on
     ):
         self.cfg, self.tokenizer, self.rows = cfg, tokenizer, cfg.batch_size // cfg.lanes
         self.documents = Documents(cfg, lane)
-        self.groups, self.used, self.logged = deque(), 0, 0  # (position, tokens) of groups; gone from the first
+        self.groups, self.used, self.logged = (
+            deque(),
+            0,
+            0,
+        )  # (position, tokens) of groups; gone from the first
         if state:
             self.documents.set_state(state["at"], state["log"])
             self.used, self.logged = state["used"], state["at"]["logged"]
@@ -255,22 +329,32 @@ class Lane:
     def _fill(self) -> bool:
         "Encode one more group; False when there is nothing left."
         at, texts, size = self.documents.get_state(), [], 0
-        while size < min(GROUP, 2 * self.rows * self.cfg.seq_len) and (found := next(self.documents, None)):
+        while size < min(GROUP, 2 * self.rows * self.cfg.seq_len) and (
+            found := next(self.documents, None)
+        ):
             texts.append(found[1])
             size += len(found[1])
-        ids = [i for one in self.tokenizer.encode_batch(texts) for i in (*one, self.tokenizer.eos_id)]
-        if texts: self.groups.append((at, np.asarray(ids, np.int32)))
+        ids = [
+            i for one in self.tokenizer.encode_batch(texts) for i in (*one, self.tokenizer.eos_id)
+        ]
+        if texts:
+            self.groups.append((at, np.asarray(ids, np.int32)))
         return bool(texts)
 
     def next_rows(self) -> tuple[np.ndarray, np.ndarray]:  # ids "b u" and which are real, u = t + 1
         "Rows of the next batch; after the end rows of padding."
         t, need = self.cfg.seq_len, self.rows * self.cfg.seq_len + 1
-        while (held := sum(len(ids) for _, ids in self.groups) - self.used) < need and self._fill(): pass
+        while (held := sum(len(ids) for _, ids in self.groups) - self.used) < need and self._fill():
+            pass
         flat = np.full(need, PAD, np.int32)
         count = min(held, need) if held > 1 else 0  # one token is an input without a target
-        if count: flat[:count] = np.concatenate([ids for _, ids in self.groups])[self.used:self.used + count]
+        if count:
+            flat[:count] = np.concatenate([ids for _, ids in self.groups])[
+                self.used : self.used + count
+            ]
         self.used += max(0, min(self.rows * t, count - 1))
-        while self.groups and self.used >= len(self.groups[0][1]): self.used -= len(self.groups.popleft()[1])
+        while self.groups and self.used >= len(self.groups[0][1]):
+            self.used -= len(self.groups.popleft()[1])
         at = np.arange(self.rows)[:, None] * t + np.arange(t + 1)
         return flat[at], at < count
 
@@ -285,19 +369,25 @@ class Lane:
 # %% ../../nbs/data/29_stream.ipynb #c050
 def share(
     cfg: StreamConfig,
-    shard: int,   # this process
+    shard: int,  # this process
     shards: int,  # P
 ) -> tuple[list[int], slice]:  # its lanes, and its rows among theirs
     "What one process makes of every batch; ValueError when neither divides the other."
-    if not 0 <= shard < shards: raise ValueError(f"{shard=} must be in [0, {shards})")
+    if not 0 <= shard < shards:
+        raise ValueError(f"{shard=} must be in [0, {shards})")
     if cfg.lanes % shards and shards % cfg.lanes:
         raise ValueError(f"lanes={cfg.lanes} and {shards=}: one must divide the other")
-    if cfg.batch_size % shards: raise ValueError(f"batch_size={cfg.batch_size} is not divisible by {shards=}")
+    if cfg.batch_size % shards:
+        raise ValueError(f"batch_size={cfg.batch_size} is not divisible by {shards=}")
     if cfg.lanes > 1 and shards > 1 and cfg.epochs:
-        raise ValueError(f"epochs={cfg.epochs} with lanes={cfg.lanes} and {shards=}: processes would end at different "
-                         "steps; use epochs=0, or lanes=1")
+        raise ValueError(
+            f"epochs={cfg.epochs} with lanes={cfg.lanes} and {shards=}: processes would end at different "
+            "steps; use epochs=0, or lanes=1"
+        )
     if cfg.workers and max(1, cfg.lanes // shards) % cfg.workers:
-        raise ValueError(f"workers={cfg.workers} must divide the lanes of a process, {max(1, cfg.lanes // shards)}")
+        raise ValueError(
+            f"workers={cfg.workers} must divide the lanes of a process, {max(1, cfg.lanes // shards)}"
+        )
     rows, per = cfg.batch_size // shards, cfg.batch_size // cfg.lanes
     first = shard * rows // per
     begin = shard * rows - first * per
@@ -306,11 +396,12 @@ def share(
 # %% ../../nbs/data/29_stream.ipynb #c056
 class LaneRows(grain.IterDataset):  # Grain's interface for a stream of one's own
     "The rows of several lanes in turn, each with its position."
+
     def __init__(
         self,
         cfg: StreamConfig,
         tokenizer: Tokenizer,
-        lanes: list[int],           # lane numbers
+        lanes: list[int],  # lane numbers
         states: list[dict | None],  # where each goes on
     ):
         super().__init__()
@@ -318,19 +409,22 @@ class LaneRows(grain.IterDataset):  # Grain's interface for a stream of one's ow
 
     def set_slice(
         self,
-        part: slice,                    # which lanes
-        sequential_slice: bool = False, # part of Grain's interface, not used
+        part: slice,  # which lanes
+        sequential_slice: bool = False,  # part of Grain's interface, not used
     ) -> None:
         "Keep a part of the lanes: called in each worker process."
         self.lanes, self.states = self.lanes[part], self.states[part]
 
-    def __iter__(self) -> grain.DatasetIterator: return _LaneIterator(self)
+    def __iter__(self) -> grain.DatasetIterator:
+        return _LaneIterator(self)
 
 # %% ../../nbs/data/29_stream.ipynb #c057
 class _LaneIterator(grain.DatasetIterator):
     def __init__(self, rows: LaneRows):
         super().__init__()
-        self._lanes = [Lane(rows.cfg, rows.tokenizer, i, state) for i, state in zip(rows.lanes, rows.states)]
+        self._lanes = [
+            Lane(rows.cfg, rows.tokenizer, i, state) for i, state in zip(rows.lanes, rows.states)
+        ]
         self._turn = 0
 
     def __next__(self) -> dict[str, Any]:
@@ -340,22 +434,35 @@ class _LaneIterator(grain.DatasetIterator):
         state, entries = lane.get_state()
         return dict(ids=ids, real=real, state=json.dumps(state), entries=entries)
 
-    def get_state(self) -> dict[str, Any]: return {}  # every element carries its own
+    def get_state(self) -> dict[str, Any]:
+        return {}  # every element carries its own
 
-    def set_state(self, state: dict[str, Any]) -> None: pass
+    def set_state(self, state: dict[str, Any]) -> None:
+        pass
 
 # %% ../../nbs/data/29_stream.ipynb #c058
-def prefetched(rows: LaneRows) -> grain.DatasetIterator:  # its cfg says how many processes, and how far ahead
+def prefetched(
+    rows: LaneRows,
+) -> grain.DatasetIterator:  # its cfg says how many processes, and how far ahead
     "The rows, made ahead in processes (workers > 0), in a thread, or (prefetch = 0) not at all."
     workers, ahead = rows.cfg.workers, rows.cfg.prefetch * len(rows.lanes)
     if workers:
-        if not flags.FLAGS.is_parsed(): flags.FLAGS.mark_as_parsed()  # Grain's processes ask for their defaults
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, ahead // workers))
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's processes ask for their defaults
+        options = grain.MultiprocessingOptions(
+            num_workers=workers, per_worker_buffer_size=max(1, ahead // workers)
+        )
         return iter(rows.mp_prefetch(options))
     return iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=ahead))
 
 # %% ../../nbs/data/29_stream.ipynb #c060
-FREE = {"epochs", "workers", "prefetch", "on_error", "max_bad_share"}  # settings that may change between two runs
+FREE = {
+    "epochs",
+    "workers",
+    "prefetch",
+    "on_error",
+    "max_bad_share",
+}  # settings that may change between two runs
 
 
 def identity(
@@ -363,7 +470,11 @@ def identity(
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:  # plain JSON
     "What a position depends on: every setting that changes the tokens, the tokenizer, names and sizes of local files."
-    found = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in FREE and f.name != "sources"}
+    found = {
+        f.name: getattr(cfg, f.name)
+        for f in fields(cfg)
+        if f.name not in FREE and f.name != "sources"
+    }
     found["tokenizer"], found["eos_id"] = tokenizer.hash, tokenizer.eos_id
     for i, source in enumerate(cfg.sources):
         found[f"sources[{i}]"] = {f.name: getattr(source, f.name) for f in fields(source)}
@@ -380,16 +491,26 @@ def labels(cfg: StreamConfig) -> list[str]:
 def progress(
     cfg: StreamConfig,
     read: list[dict[str, list]],  # of each lane, from `Documents.read`
-) -> dict[str, dict[str, int]]:   # source -> counts by cause, and the epoch of the lane that is behind
+) -> dict[
+    str, dict[str, int]
+]:  # source -> counts by cause, and the epoch of the lane that is behind
     "What all lanes together have read."
-    def total(k): return dict(sum((Counter(lane["counts"][k]) for lane in read), Counter()))
-    return {n: total(k) | {"epoch": min(lane["epochs"][k] for lane in read)} for k, n in enumerate(labels(cfg))}
+
+    def total(k):
+        return dict(sum((Counter(lane["counts"][k]) for lane in read), Counter()))
+
+    return {
+        n: total(k) | {"epoch": min(lane["epochs"][k] for lane in read)}
+        for k, n in enumerate(labels(cfg))
+    }
 
 # %% ../../nbs/data/29_stream.ipynb #c063
 def beginnings(
     cfg: StreamConfig,
     lanes: list[int],  # of this process
-) -> tuple[dict[str, dict], int]:  # the first position of each lane, bytes of an entry of the filter's log
+) -> tuple[
+    dict[str, dict], int
+]:  # the first position of each lane, bytes of an entry of the filter's log
     "Where a stream begins; ValueError or ConnectionError when a source cannot be opened."
     docs = {str(i): Documents(cfg, i) for i in lanes}
     first = {i: dict(at=d.get_state(), used=0, read=d.read(), log="") for i, d in docs.items()}
@@ -397,12 +518,15 @@ def beginnings(
 
 
 def lane_states(
-    lanes: list[int],       # of this process
+    lanes: list[int],  # of this process
     state: dict[str, Any],  # a position
 ) -> list[dict[str, Any]]:
     "The position of each lane; ValueError when one is missing."
     missing = [i for i in lanes if str(i) not in state.get("lanes", {})]
-    if missing: raise ValueError(f"data position has no lane {missing[0]}: the states of all processes are needed")
+    if missing:
+        raise ValueError(
+            f"data position has no lane {missing[0]}: the states of all processes are needed"
+        )
     return [state["lanes"][str(i)] for i in lanes]
 
 # %% ../../nbs/data/29_stream.ipynb #c064
@@ -417,34 +541,46 @@ def next_of(
     count: int,  # lanes
 ) -> list[dict[str, Any]]:
     "What all lanes made; ChildProcessError when a worker died, which Grain notices within a second or two."
-    try: return [next(iterator) for _ in range(count)]
+    try:
+        return [next(iterator) for _ in range(count)]
     except RuntimeError as error:
-        if "exit code" not in str(error): raise
+        if "exit code" not in str(error):
+            raise
         what = str(error).split(". Search")[0]
         raise ChildProcessError(f"a data worker died: {what}") from None
 
 # %% ../../nbs/data/29_stream.ipynb #c065
 class StreamLoader:
     "An iterator of batches with an exact position; made by `stream_loader`."
+
     def __init__(
         self,
         cfg: StreamConfig,
         tokenizer: Tokenizer,
-        shard: int,   # this process
+        shard: int,  # this process
         shards: int,  # all of them
     ):
-        self.cfg, self.tokenizer, (self.lanes, self.part) = cfg, tokenizer, share(cfg, shard, shards)
+        self.cfg, self.tokenizer, (self.lanes, self.part) = (
+            cfg,
+            tokenizer,
+            share(cfg, shard, shards),
+        )
         self.stream, self._end = identity(cfg, tokenizer), lambda: None
-        lanes, self._entry = beginnings(cfg, self.lanes)  # opens the sources: a wrong name is an error here and now
+        lanes, self._entry = beginnings(
+            cfg, self.lanes
+        )  # opens the sources: a wrong name is an error here and now
         self.set_state(dict(batch=0, lanes=lanes, stream=self.stream))
 
-    def __iter__(self) -> "StreamLoader": return self
+    def __iter__(self) -> "StreamLoader":
+        return self
 
     def __next__(self) -> dict[str, np.ndarray]:  # as `nash_lab.data.loader.as_batch`
         made = next_of(self._iterator, len(self.lanes))
-        if not any(m["real"].any() for m in made): raise StopIteration
+        if not any(m["real"].any() for m in made):
+            raise StopIteration
         self.batch, self._at = self.batch + 1, [json.loads(m["state"]) for m in made]
-        for log, m in zip(self._logs, made): log.extend(m["entries"])
+        for log, m in zip(self._logs, made):
+            log.extend(m["entries"])
         ids, real = (np.concatenate([m[key] for m in made])[self.part] for key in ("ids", "real"))
         return as_batch(ids, real, self.cfg.documents, self.tokenizer.eos_id)
 
@@ -459,13 +595,21 @@ class StreamLoader:
     def bookmark(self) -> Callable[[], dict[str, Any]]:
         "The position of now, to be written out later: costs nothing, so a training loop can ask at every step."
         epoch = min(counts["epoch"] for counts in self.counters().values())
-        batch, now, totals = self.batch, list(zip(self.lanes, self._at, self._logs)), [log.total for log in self._logs]
+        batch, now, totals = (
+            self.batch,
+            list(zip(self.lanes, self._at, self._logs)),
+            [log.total for log in self._logs],
+        )
+
         def state():
             lanes = {str(i): at | {"log": log.to_text(n)} for (i, at, log), n in zip(now, totals)}
             return dict(batch=batch, epoch=epoch, stream=dict(self.stream), lanes=lanes)
+
         return state
 
-    def set_state(self, state: dict[str, Any]) -> None:  # from get_state, or `merge_states`, perhaps through JSON
+    def set_state(
+        self, state: dict[str, Any]
+    ) -> None:  # from get_state, or `merge_states`, perhaps through JSON
         "Go on with the batch that came next when `state` was taken; ValueError when it is of another stream."
         refuse_other(self.stream, state)
         self.batch, states = state["batch"], lane_states(self.lanes, state)
@@ -484,7 +628,7 @@ def stream_loader(
     cfg: StreamConfig,
     tokenizer: Tokenizer,
     *,
-    shard: int = 0,   # this process
+    shard: int = 0,  # this process
     shards: int = 1,  # all of them
 ) -> StreamLoader:
     "Batches of one process straight from sources; ValueError or ConnectionError when a source cannot be read."
@@ -493,9 +637,12 @@ def stream_loader(
 # %% ../../nbs/data/29_stream.ipynb #c068
 def merge_states(
     states: list[dict[str, Any]],  # of all processes, at one step
-) -> dict[str, Any]:               # a state any number of processes can go on from
+) -> dict[str, Any]:  # a state any number of processes can go on from
     "One position of the states of several processes; ValueError when they are of different steps."
     steps = sorted({s["batch"] for s in states})
-    if len(steps) != 1: raise ValueError(f"states of batches {steps}, expected one batch")
+    if len(steps) != 1:
+        raise ValueError(f"states of batches {steps}, expected one batch")
     epoch = min(s["epoch"] for s in states)
-    return states[0] | dict(epoch=epoch, lanes={i: lane for s in states for i, lane in s["lanes"].items()})
+    return states[0] | dict(
+        epoch=epoch, lanes={i: lane for s in states for i, lane in s["lanes"].items()}
+    )

@@ -23,50 +23,65 @@ from ..core.text import Tokenizer
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c010
 PAD, BOS, EOS, UNK = 0, 1, 2, 3  # the special ids of every tokenizer trained here
-BYTES = 4                        # byte b has id BYTES + b: what has no piece of its own is written with these
+BYTES = 4  # byte b has id BYTES + b: what has no piece of its own is written with these
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     "What `train_tokenizer` makes; ValueError for values SentencePiece cannot use."
-    vocab_size: int = 32_000             # pieces in all: 4 special, 256 bytes, then characters and merges
-    character_coverage: float = 0.9999   # share of the text's characters that get a piece; rare ones go by bytes
-    split_digits: bool = True            # True: no piece joins two digits, so numbers are read digit by digit
-    max_text_bytes: int = 20_000_000     # training text read, UTF-8 bytes: more hardly moves the counts; 0 = all
+
+    vocab_size: int = 32_000  # pieces in all: 4 special, 256 bytes, then characters and merges
+    character_coverage: float = (
+        0.9999  # share of the text's characters that get a piece; rare ones go by bytes
+    )
+    split_digits: bool = True  # True: no piece joins two digits, so numbers are read digit by digit
+    max_text_bytes: int = (
+        20_000_000  # training text read, UTF-8 bytes: more hardly moves the counts; 0 = all
+    )
 
     def __post_init__(self):
         if self.vocab_size <= BYTES + 256:
-            raise ValueError(f"TokenizerConfig.vocab_size={self.vocab_size} must be greater than {BYTES + 256}")
+            raise ValueError(
+                f"TokenizerConfig.vocab_size={self.vocab_size} must be greater than {BYTES + 256}"
+            )
         if not 0 < self.character_coverage <= 1:
-            raise ValueError(f"TokenizerConfig.character_coverage={self.character_coverage} must be in (0, 1]")
+            raise ValueError(
+                f"TokenizerConfig.character_coverage={self.character_coverage} must be in (0, 1]"
+            )
         if self.max_text_bytes < 0:
-            raise ValueError(f"TokenizerConfig.max_text_bytes={self.max_text_bytes} must not be negative")
+            raise ValueError(
+                f"TokenizerConfig.max_text_bytes={self.max_text_bytes} must not be negative"
+            )
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c013
 def cut(
-    text: str,         # one document
-    limit: int = 1000, # characters; at most 4,000 bytes, below the 4,192 SentencePiece would drop without a word
-) -> Iterator[str]:    # pieces that join to `text`
+    text: str,  # one document
+    limit: int = 1000,  # characters; at most 4,000 bytes, below the 4,192 SentencePiece would drop without a word
+) -> Iterator[str]:  # pieces that join to `text`
     "Cut a document after newlines into pieces of at most `limit` characters."
     start = 0
     while start < len(text):
         end = min(start + limit, len(text))
         newline = text.rfind("\n", start, end) + 1
-        if end < len(text) and newline > start: end = newline
+        if end < len(text) and newline > start:
+            end = newline
         yield text[start:end]
         start = end
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c021
 def _processor(
-    data: bytes,        # a model file's content
+    data: bytes,  # a model file's content
     path: Path | None,  # for messages
 ) -> sentencepiece.SentencePieceProcessor:
     "The library's object for a model; ValueError when `data` is no model, or one whose first ids are not ours."
-    try: model = sentencepiece.SentencePieceProcessor(model_proto=data or b"empty")
-    except RuntimeError: raise ValueError(f"{path}: not a SentencePiece model") from None
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=data or b"empty")
+    except RuntimeError:
+        raise ValueError(f"{path}: not a SentencePiece model") from None
     expected = ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"]
     found = [model.id_to_piece(i) for i in range(min(len(expected), model.vocab_size()))]
-    if found != expected: raise ValueError(f"{path}: expected the first pieces {expected}, found {found}")
+    if found != expected:
+        raise ValueError(f"{path}: expected the first pieces {expected}, found {found}")
     return model
 
 
@@ -81,7 +96,8 @@ def _spelled(
 # %% ../../nbs/data/24_tokenizer.ipynb #c022
 def content(path: str | Path) -> bytes:  # a tokenizer's file
     "What the file holds; FileNotFoundError names it."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no tokenizer file here")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no tokenizer file here")
     return Path(path).read_bytes()
 
 
@@ -89,23 +105,30 @@ def within(ids: Iterable[int], size: int) -> list[int]:  # ids, and how many the
     "The ids as plain numbers; ValueError for one out of range."
     ids = [int(i) for i in ids]
     for i in ids:
-        if not 0 <= i < size: raise ValueError(f"id {i} is outside the vocabulary of {size}")
+        if not 0 <= i < size:
+            raise ValueError(f"id {i} is outside the vocabulary of {size}")
     return ids
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c023
 class SentencePieceTokenizer:
     "A SentencePiece model: text to ids and back, exactly."
+
     pad_id, bos_id, eos_id, unk_id = PAD, BOS, EOS, UNK
 
     def __init__(
         self,
-        data: bytes,               # the model file's content
+        data: bytes,  # the model file's content
         path: Path | None = None,  # where it came from, for messages
     ):
-        self.path, self.hash, self._model = path, hashlib.sha256(data).hexdigest(), _processor(data, path)
+        self.path, self.hash, self._model = (
+            path,
+            hashlib.sha256(data).hexdigest(),
+            _processor(data, path),
+        )
         self.vocab_size, self._data = self._model.vocab_size(), data
 
-    def __reduce__(self): return type(self), (self._data, self.path)  # to another process
+    def __reduce__(self):
+        return type(self), (self._data, self.path)  # to another process
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePieceTokenizer":  # a .model file
@@ -135,26 +158,47 @@ class SentencePieceTokenizer:
         "The piece with id `i`, a space as ▁; ValueError for an id out of range."
         return self._model.id_to_piece(*within([i], self.vocab_size))
 
-    def __repr__(self) -> str: return f"SentencePieceTokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
+    def __repr__(self) -> str:
+        return f"SentencePieceTokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c025
 def train_tokenizer(
-    texts: Iterable[str],                     # documents; read until cfg.max_text_bytes
-    path: str | Path,                         # the .model file to write
+    texts: Iterable[str],  # documents; read until cfg.max_text_bytes
+    path: str | Path,  # the .model file to write
     cfg: TokenizerConfig = TokenizerConfig(),
-) -> Tokenizer:                               # the same as SentencePieceTokenizer.load(path)
+) -> Tokenizer:  # the same as SentencePieceTokenizer.load(path)
     "Train a SentencePiece BPE model; ValueError when there is no text or too little for cfg.vocab_size."
     path, chunks = Path(path), list(_chunks(texts, cfg.max_text_bytes))
-    if not any(c.strip() for c in chunks): raise ValueError(f"{path}: no text to train a tokenizer on")
+    if not any(c.strip() for c in chunks):
+        raise ValueError(f"{path}: no text to train a tokenizer on")
     model = io.BytesIO()
-    try: sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(chunks), model_writer=model, model_type="bpe", vocab_size=cfg.vocab_size,
-        character_coverage=cfg.character_coverage, byte_fallback=True, split_digits=cfg.split_digits,
-        pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK, pad_piece="<pad>",
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, num_threads=4, minloglevel=2)
-    except RuntimeError as error:  # the library's reason stands after its own file, line and condition
-        raise ValueError(f"{path}: vocab_size={cfg.vocab_size}: {str(error).rsplit('] ', 1)[-1].strip()}") from None
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(chunks),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=cfg.vocab_size,
+            character_coverage=cfg.character_coverage,
+            byte_fallback=True,
+            split_digits=cfg.split_digits,
+            pad_id=PAD,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=UNK,
+            pad_piece="<pad>",
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            num_threads=4,
+            minloglevel=2,
+        )
+    except (
+        RuntimeError
+    ) as error:  # the library's reason stands after its own file, line and condition
+        raise ValueError(
+            f"{path}: vocab_size={cfg.vocab_size}: {str(error).rsplit('] ', 1)[-1].strip()}"
+        ) from None
     write_atomic(path, model.getvalue())
     return SentencePieceTokenizer.load(path)
 
@@ -163,44 +207,65 @@ def _chunks(texts: Iterable[str], max_bytes: int) -> Iterator[bytes]:
     "The cuts of all texts as UTF-8, until `max_bytes` of them (0: all)."
     total = 0
     for text in texts:
-        for chunk in map(utf8, cut(text.replace("▅", " "))):  # the library drops every piece of text that holds ▅
-            if max_bytes and total + len(chunk) > max_bytes: return
+        for chunk in map(
+            utf8, cut(text.replace("▅", " "))
+        ):  # the library drops every piece of text that holds ▅
+            if max_bytes and total + len(chunk) > max_bytes:
+                return
             total += len(chunk)
             yield chunk
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c044
 SPECIAL_NAMES = {  # how published vocabularies call them, the first that is there counts
-    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]", "<|im_end|>"),
+    "eos": (
+        "<|endoftext|>",
+        "</s>",
+        "<|end_of_text|>",
+        "<eos>",
+        "<｜end▁of▁sentence｜>",
+        "[EOS]",
+        "<|im_end|>",
+    ),
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[BOS]"),
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>"),
-    "unk": ("<unk>", "[UNK]")}
+    "unk": ("<unk>", "[UNK]"),
+}
 
 
 def special_ids(
-    path: Path | None,           # of tokenizer.json; a tokenizer_config.json beside it says which piece is which
+    path: Path
+    | None,  # of tokenizer.json; a tokenizer_config.json beside it says which piece is which
     vocabulary: dict[str, int],  # piece -> id
-) -> dict[str, int | None]:      # "eos", "bos", "pad", "unk" -> id, None where the vocabulary has none
+) -> dict[str, int | None]:  # "eos", "bos", "pad", "unk" -> id, None where the vocabulary has none
     "The special ids of a published vocabulary; ValueError when it cannot end a document, or has not what it names."
     beside, found = path.with_name("tokenizer_config.json") if path else None, {}
     config = json.loads(beside.read_bytes()) if beside and beside.is_file() else {}
     for kind, names in SPECIAL_NAMES.items():
         said = config.get(f"{kind}_token")
         said = said.get("content") if isinstance(said, dict) else said
-        if said and said not in vocabulary: raise ValueError(f"{beside}: {kind}_token {said!r} is not in {path.name}")
-        found[kind] = next((vocabulary[n] for n in ([said] if said else names) if n in vocabulary), None)
+        if said and said not in vocabulary:
+            raise ValueError(f"{beside}: {kind}_token {said!r} is not in {path.name}")
+        found[kind] = next(
+            (vocabulary[n] for n in ([said] if said else names) if n in vocabulary), None
+        )
     if found["eos"] is None:
-        raise ValueError(f"{path}: no piece that ends a document, as {', '.join(SPECIAL_NAMES['eos'])}")
-    if found["pad"] is None: found["pad"] = found["eos"]  # padding is masked wherever it is used
+        raise ValueError(
+            f"{path}: no piece that ends a document, as {', '.join(SPECIAL_NAMES['eos'])}"
+        )
+    if found["pad"] is None:
+        found["pad"] = found["eos"]  # padding is masked wherever it is used
     return found
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c045
 def _hf_model(
-    data: bytes,        # the content of a tokenizer.json
+    data: bytes,  # the content of a tokenizer.json
     path: Path | None,  # for messages
 ) -> tokenizers.Tokenizer:
     "The library's object, which neither cuts nor fills texts nor reads special pieces out of them; ValueError."
-    try: model = tokenizers.Tokenizer.from_str(data.decode())
-    except Exception as error: raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+    try:
+        model = tokenizers.Tokenizer.from_str(data.decode())
+    except Exception as error:
+        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True  # a text that spells a special piece stays text
@@ -209,20 +274,25 @@ def _hf_model(
 # %% ../../nbs/data/24_tokenizer.ipynb #c048
 class HFTokenizer:
     "A `tokenizer.json`: text to ids and back, with the surface of `Tokenizer`."
+
     def __init__(
         self,
-        data: bytes,                            # the content of tokenizer.json
-        path: Path | None = None,               # where it came from: for messages and for tokenizer_config.json
-        special: dict[str, int] | None = None,  # "eos", "bos", "pad", "unk" -> id; None: as `special_ids` finds them
+        data: bytes,  # the content of tokenizer.json
+        path: Path | None = None,  # where it came from: for messages and for tokenizer_config.json
+        special: dict[str, int]
+        | None = None,  # "eos", "bos", "pad", "unk" -> id; None: as `special_ids` finds them
     ):
         self._model = _hf_model(data, path)
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.path, self.hash, self._data = path, hashlib.sha256(data).hexdigest(), data
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._special = special_ids(path, vocabulary) if special is None else special
-        self.eos_id, self.bos_id, self.pad_id, self.unk_id = (self._special[k] for k in ("eos", "bos", "pad", "unk"))
+        self.eos_id, self.bos_id, self.pad_id, self.unk_id = (
+            self._special[k] for k in ("eos", "bos", "pad", "unk")
+        )
 
-    def __reduce__(self): return type(self), (self._data, self.path, self._special)  # to another process
+    def __reduce__(self):
+        return type(self), (self._data, self.path, self._special)  # to another process
 
     @classmethod
     def load(cls, path: str | Path) -> "HFTokenizer":  # a tokenizer.json
@@ -237,12 +307,14 @@ class HFTokenizer:
         eos: bool = False,  # True: EOS behind
     ) -> list[int]:
         "Ids of one text; ValueError for an unpaired surrogate, or a BOS the vocabulary does not have."
-        if bos and self.bos_id is None: raise ValueError(f"{self.path}: the vocabulary has no piece that begins a text")
+        if bos and self.bos_id is None:
+            raise ValueError(f"{self.path}: the vocabulary has no piece that begins a text")
         return [self.bos_id] * bos + self.encode_batch([text])[0] + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:  # any number of texts
         "Ids of many texts, without BOS and EOS, on all cores; ValueError for an unpaired surrogate."
-        for text in texts: utf8(text)
+        for text in texts:
+            utf8(text)
         return [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:  # PAD, BOS and EOS give no text
@@ -255,14 +327,17 @@ class HFTokenizer:
         "The piece with id `i` as the file spells it; ValueError for an id out of range."
         return self._model.id_to_token(*within([i], self.vocab_size)) or ""
 
-    def __repr__(self) -> str: return f"HFTokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
+    def __repr__(self) -> str:
+        return f"HFTokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c050
 def load_tokenizer(
-    path: str | Path,           # a .model file, a tokenizer.json, or a folder that holds the latter
+    path: str | Path,  # a .model file, a tokenizer.json, or a folder that holds the latter
 ) -> Tokenizer:
     "Read a tokenizer of either kind; FileNotFoundError or ValueError names the file."
     path = Path(path)
-    if path.is_dir(): path = path / "tokenizer.json"
-    if path.suffix not in (".model", ".json"): raise ValueError(f"{path}: expected a .model or a .json file")
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.suffix not in (".model", ".json"):
+        raise ValueError(f"{path}: expected a .model or a .json file")
     return SentencePieceTokenizer.load(path) if path.suffix == ".model" else HFTokenizer.load(path)

@@ -36,48 +36,58 @@ def prior(rewards: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m"]:
 
 # %% ../../nbs/discover/71_archive.ipynb #c007
 def puct(
-    rewards: Float[np.ndarray, "m"],                  # R
-    visits: Int[np.ndarray, "m"],                     # n
-    best: Float[np.ndarray, "m"],                     # m, NaN where no child has a solution
-    total: int,                                       # T
-    c: float = 1.0,                                   # more explores more
-    bonus: Literal["paper", "root"] = "paper",        # sqrt(1 + T) / (1 + n), or sqrt(1 + T / (1 + n))
-    measured: Bool[np.ndarray, "m"] | None = None,    # states whose rewards set the scale; None: all
+    rewards: Float[np.ndarray, "m"],  # R
+    visits: Int[np.ndarray, "m"],  # n
+    best: Float[np.ndarray, "m"],  # m, NaN where no child has a solution
+    total: int,  # T
+    c: float = 1.0,  # more explores more
+    bonus: Literal["paper", "root"] = "paper",  # sqrt(1 + T) / (1 + n), or sqrt(1 + T / (1 + n))
+    measured: Bool[np.ndarray, "m"] | None = None,  # states whose rewards set the scale; None: all
 ) -> Float[np.ndarray, "m"]:
     "Score of each state (2601.16175, §3)."
     of = rewards if measured is None or not measured.any() else rewards[measured]
     scale = max(of.max() - of.min(), SMALLEST)
-    fade = np.sqrt(1 + total) / (1 + visits) if bonus == "paper" else np.sqrt(1 + total / (1 + visits))
+    fade = (
+        np.sqrt(1 + total) / (1 + visits) if bonus == "paper" else np.sqrt(1 + total / (1 + visits))
+    )
     return np.where(np.isnan(best), rewards, best) + c * scale * prior(rewards) * fade
 
 # %% ../../nbs/discover/71_archive.ipynb #c017
 @dataclass(frozen=True)
 class ArchiveConfig:
     "How states are kept and chosen. ValueError for numbers that keep or choose nothing."
-    size: int = 1000                                        # states kept, beginnings included
-    children: int = 2                                       # best children kept
-    children_of: Literal["expansion", "parent"] = "expansion"   # of each expansion, or of each parent over all of them
-    c: float = 1.0                                          # exploration
-    bonus: Literal["paper", "root"] = "paper"               # how it fades, see `puct`
-    count: Literal["expansions", "rollouts"] = "expansions" # what n and T count
-    scale: Literal["archive", "found"] = "archive"          # rewards that set the scale: all, or without beginnings
+
+    size: int = 1000  # states kept, beginnings included
+    children: int = 2  # best children kept
+    children_of: Literal["expansion", "parent"] = (
+        "expansion"  # of each expansion, or of each parent over all of them
+    )
+    c: float = 1.0  # exploration
+    bonus: Literal["paper", "root"] = "paper"  # how it fades, see `puct`
+    count: Literal["expansions", "rollouts"] = "expansions"  # what n and T count
+    scale: Literal["archive", "found"] = (
+        "archive"  # rewards that set the scale: all, or without beginnings
+    )
 
     def __post_init__(self):
         if self.size < 1 or self.children < 1 or not 0 <= self.c < math.inf:
-            raise ValueError(f"ArchiveConfig: size={self.size} and children={self.children} from 1, c={self.c} from 0")
+            raise ValueError(
+                f"ArchiveConfig: size={self.size} and children={self.children} from 1, c={self.c} from 0"
+            )
 
 # %% ../../nbs/discover/71_archive.ipynb #c019
 @dataclass
 class Node:
     "One state of the archive and what was made of it."
-    id: int               # position in the list
-    parent: int | None    # smaller id; None: a beginning
-    state: State          # emptied when it has left
-    reward: float         # R
-    key: str              # of the solution
-    visits: int = 0       # n
+
+    id: int  # position in the list
+    parent: int | None  # smaller id; None: a beginning
+    state: State  # emptied when it has left
+    reward: float  # R
+    key: str  # of the solution
+    visits: int = 0  # n
     best: float | None = None  # m; None: no child had a solution
-    live: bool = True     # False: has left
+    live: bool = True  # False: has left
 
 
 def solution_key(solution: Any) -> str:  # a JSON value
@@ -87,22 +97,24 @@ def solution_key(solution: Any) -> str:  # a JSON value
 
 # %% ../../nbs/discover/71_archive.ipynb #c020
 def insert(
-    nodes: list[Node],   # grows by one
+    nodes: list[Node],  # grows by one
     state: State,
-    reward: float,       # finite
+    reward: float,  # finite
     parent: int | None,  # None: a beginning
-) -> int | None:         # its id; None for a duplicate
+) -> int | None:  # its id; None for a duplicate
     "Append a node unless its solution has been there. ValueError for a reward that is not finite."
-    if not math.isfinite(reward): raise ValueError(f"{reward=} of a state is not finite")
+    if not math.isfinite(reward):
+        raise ValueError(f"{reward=} of a state is not finite")
     key = solution_key(state.solution)
-    if any(n.key == key for n in nodes): return None
+    if any(n.key == key for n in nodes):
+        return None
     nodes.append(Node(len(nodes), parent, state, float(reward), key))
     return len(nodes) - 1
 
 # %% ../../nbs/discover/71_archive.ipynb #c021
 def scores(
-    live: Sequence[Node],   # that can be chosen
-    total: int,             # T
+    live: Sequence[Node],  # that can be chosen
+    total: int,  # T
     cfg: ArchiveConfig,
 ) -> Float[np.ndarray, "m"]:
     "PUCT of each node."
@@ -115,21 +127,25 @@ def scores(
 def ancestors(nodes: Sequence[Node], id: int) -> list[int]:
     "Ids from the parent up to the beginning."
     line, up = [], nodes[id].parent
-    while up is not None: line.append(up); up = nodes[up].parent
+    while up is not None:
+        line.append(up)
+        up = nodes[up].parent
     return line
 
 # %% ../../nbs/discover/71_archive.ipynb #c026
 def unrelated(
     nodes: Sequence[Node],
     order: Sequence[int],  # ids, most wanted first
-    count: int,            # picks at most
+    count: int,  # picks at most
 ) -> list[int]:
     "The first ids of `order` of which none is an ancestor or a descendant of another."
     picked, above = [], set()
     for id in order:
-        if len(picked) == count: break
+        if len(picked) == count:
+            break
         line = ancestors(nodes, id)
-        if id in above or id in picked or set(line) & set(picked): continue
+        if id in above or id in picked or set(line) & set(picked):
+            continue
         picked.append(id)
         above.update(line)
     return picked
@@ -147,12 +163,14 @@ def surplus(
         held[n.parent] += 1
         crowded = cfg.children_of == "parent" and held[n.parent] > cfg.children
         kept += not crowded
-        if crowded or kept > room: leaving.append(n.id)
+        if crowded or kept > room:
+            leaving.append(n.id)
     return leaving
 
 # %% ../../nbs/discover/71_archive.ipynb #c032
 class Archive:
     "States found so far, chosen by PUCT (2601.16175, §3)."
+
     def __init__(
         self,
         cfg: ArchiveConfig = ArchiveConfig(),  # the paper's
@@ -161,12 +179,14 @@ class Archive:
 
     def add(
         self,
-        state: State,   # a beginning: it has no parent and never leaves
+        state: State,  # a beginning: it has no parent and never leaves
         reward: float,  # finite
-    ) -> int | None:    # its id; None for a duplicate
+    ) -> int | None:  # its id; None for a duplicate
         "Store a beginning. ValueError for a reward that is not finite, or when no room would be left to find anything."
         if sum(n.parent is None for n in self.nodes) + 1 >= self.cfg.size:
-            raise ValueError(f"ArchiveConfig.size={self.cfg.size} leaves no room beside the beginnings")
+            raise ValueError(
+                f"ArchiveConfig.size={self.cfg.size} leaves no room beside the beginnings"
+            )
         return insert(self.nodes, state, reward, None)
 
     def live(self) -> list[Node]:
@@ -178,24 +198,34 @@ class Archive:
         count: int,  # start states wanted
     ) -> list[int]:  # ids, best score first; fewer when all others are related to them
         "States to continue from, no two of one lineage. ValueError when the archive is empty."
-        if not (live := self.live()): raise ValueError("the archive is empty: add a beginning first")
-        order = np.lexsort(([-n.reward for n in live], -scores(live, self.total, self.cfg)))  # of equals the better
+        if not (live := self.live()):
+            raise ValueError("the archive is empty: add a beginning first")
+        order = np.lexsort(
+            ([-n.reward for n in live], -scores(live, self.total, self.cfg))
+        )  # of equals the better
         return unrelated(self.nodes, [live[i].id for i in order], count)
 
     def update(
         self,
-        parent: int,                              # id that was expanded
+        parent: int,  # id that was expanded
         children: Sequence[tuple[State, float]],  # each rollout's state and reward, failures too
-    ) -> list[int]:                               # ids of what was stored and stayed, best first
+    ) -> list[int]:  # ids of what was stored and stayed, best first
         "Record one expansion. ValueError for an unknown parent."
-        if not 0 <= parent < len(self.nodes): raise ValueError(f"{parent=}, the archive has {len(self.nodes)} states")
+        if not 0 <= parent < len(self.nodes):
+            raise ValueError(f"{parent=}, the archive has {len(self.nodes)} states")
         step = 1 if self.cfg.count == "expansions" else len(children)
         self.total += step
-        for id in [parent, *ancestors(self.nodes, parent)]: self.nodes[id].visits += step
+        for id in [parent, *ancestors(self.nodes, parent)]:
+            self.nodes[id].visits += step
         valid = sorted((c for c in children if c[0].solution is not None), key=lambda c: -c[1])
-        new = (id for state, reward in valid if (id := insert(self.nodes, state, reward, parent)) is not None)
+        new = (
+            id
+            for state, reward in valid
+            if (id := insert(self.nodes, state, reward, parent)) is not None
+        )
         stored, node = list(islice(new, self.cfg.children)), self.nodes[parent]
-        if valid: node.best = valid[0][1] if node.best is None else max(node.best, valid[0][1])
+        if valid:
+            node.best = valid[0][1] if node.best is None else max(node.best, valid[0][1])
         for id in surplus(self.nodes, self.cfg):
             self.nodes[id] = replace(self.nodes[id], state=State(), live=False)
         return [id for id in stored if self.nodes[id].live]
@@ -204,9 +234,10 @@ class Archive:
 @dataclass(frozen=True)
 class Saved:
     "What the file holds."
+
     config: ArchiveConfig
-    total: int                # T
-    nodes: tuple[Node, ...]   # in order of arrival
+    total: int  # T
+    nodes: tuple[Node, ...]  # in order of arrival
 
 
 def as_json(archive: Archive) -> dict:
@@ -220,18 +251,31 @@ def save(archive: Archive, path: str | Path) -> None:
 
 # %% ../../nbs/discover/71_archive.ipynb #c047
 def archive_of(
-    data: Any,   # from `as_json`
+    data: Any,  # from `as_json`
     where: str,  # it was, for messages
 ) -> Archive:
     "The archive of JSON values. ValueError naming place and node for anything that `as_json` cannot have made."
-    try: saved = from_json(Saved, data)
-    except ValueError as error: raise ValueError(f"{where}: {error}") from None
+    try:
+        saved = from_json(Saved, data)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     for i, n in enumerate(saved.nodes):
-        wrong = next((what for what, bad in {
-            "id": n.id != i, "parent": n.parent is not None and not 0 <= n.parent < i,
-            "reward": not math.isfinite(n.reward), "visits": n.visits < 0,
-            "key": n.live and n.key != solution_key(n.state.solution)}.items() if bad), None)
-        if wrong: raise ValueError(f"{where}: nodes[{i}].{wrong} is wrong: {getattr(n, wrong)!r}")
+        wrong = next(
+            (
+                what
+                for what, bad in {
+                    "id": n.id != i,
+                    "parent": n.parent is not None and not 0 <= n.parent < i,
+                    "reward": not math.isfinite(n.reward),
+                    "visits": n.visits < 0,
+                    "key": n.live and n.key != solution_key(n.state.solution),
+                }.items()
+                if bad
+            ),
+            None,
+        )
+        if wrong:
+            raise ValueError(f"{where}: nodes[{i}].{wrong} is wrong: {getattr(n, wrong)!r}")
     archive = Archive(saved.config)
     archive.nodes, archive.total = list(saved.nodes), saved.total
     return archive
@@ -239,8 +283,10 @@ def archive_of(
 
 def load(path: str | Path) -> Archive:
     "Read an archive. ValueError naming file and node for anything that `save` cannot have written."
-    try: data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error: raise ValueError(f"{path}: {error}") from None
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
     return archive_of(data, str(path))
 
 # %% ../../nbs/discover/71_archive.ipynb #c048
@@ -251,4 +297,6 @@ def recheck(
     "Judge every live state again; ValueError names the first whose stored reward is not the one computed."
     for n in archive.live():
         if (reward := problem.reward(n.state)) != n.reward:
-            raise ValueError(f"archive of {problem.name}: node {n.id} has reward {n.reward!r}, its solution {reward!r}")
+            raise ValueError(
+                f"archive of {problem.name}: node {n.id} has reward {n.reward!r}, its solution {reward!r}"
+            )

@@ -44,35 +44,45 @@ from ..train.pretrain import load_run
 @dataclass(frozen=True)
 class Discovery:
     "A good answer of a search."
-    problem: str      # its name
-    completion: str   # the answer
-    reward: float     # judged again
-    solution: Any     # JSON value
-    source: str       # where it was found: folder, round, group, rollout
+
+    problem: str  # its name
+    completion: str  # the answer
+    reward: float  # judged again
+    solution: Any  # JSON value
+    source: str  # where it was found: folder, round, group, rollout
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c007
 def search_of(folder: str | Path) -> tuple[Problem, DiscoverConfig]:  # of a search
     "The problem and the settings of a search. FileNotFoundError or ValueError names the file."
     path = Path(folder) / "config.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, so there was no search here")
-    try: cfg = from_json(DiscoverConfig, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error: raise ValueError(f"{path}: {error}") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, so there was no search here")
+    try:
+        cfg = from_json(DiscoverConfig, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return problem(cfg.problem, **cfg.settings()), cfg
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c008
 def read_discoveries(
     folder: str | Path,  # of a search
-    task: Problem,       # that was searched
+    task: Problem,  # that was searched
 ) -> list[Discovery]:
     "The valid answers of a search, judged again. ValueError names file and line of one that is not what it says."
+
     def read(row):
-        try: text, solution, said, *at = (row[k] for k in ("completion", "state", "reward", "step", "group", "rollout"))
-        except (KeyError, TypeError) as error: raise ValueError(f"no {error} in this row") from None
+        try:
+            text, solution, said, *at = (
+                row[k] for k in ("completion", "state", "reward", "step", "group", "rollout")
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no {error} in this row") from None
         found = float(task.reward(State(solution)))
         if abs(found - said) > 1e-6 * max(1.0, abs(said)):
             raise ValueError(f"the log says reward {said}, the problem says {found}")
         where = "round {}, group {}, rollout {}".format(*at)
         return Discovery(task.name, text.strip(), found, solution, f"{folder}: {where}")
+
     rows = read_rows(Path(folder) / "discovery_log.jsonl", read, "answers")
     return [d for d in rows if d.solution is not None]
 
@@ -80,15 +90,18 @@ def read_discoveries(
 @dataclass(frozen=True)
 class Sieve:
     "Which discoveries become demonstrations. ValueError for values out of range."
-    share: float = 0.05   # of a problem's valid answers, the best of them
-    least: float = 0.0    # reward below which nothing is kept
-    alike: float = 0.9    # likeness from which two answers are one
-    most: int = 8         # kept of a problem
+
+    share: float = 0.05  # of a problem's valid answers, the best of them
+    least: float = 0.0  # reward below which nothing is kept
+    alike: float = 0.9  # likeness from which two answers are one
+    most: int = 8  # kept of a problem
 
     def __post_init__(self):
         for name in ("share", "alike"):
-            if not 0 < (value := getattr(self, name)) <= 1: raise ValueError(f"Sieve.{name}={value}, expected 0 to 1")
-        if self.most < 1: raise ValueError(f"Sieve.most={self.most}, expected at least 1")
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise ValueError(f"Sieve.{name}={value}, expected 0 to 1")
+        if self.most < 1:
+            raise ValueError(f"Sieve.most={self.most}, expected at least 1")
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c012
 def likeness(a: str, b: str) -> float:  # two answers
@@ -99,14 +112,16 @@ def likeness(a: str, b: str) -> float:  # two answers
 def sieved(
     found: Sequence[Discovery],  # of one problem
     sieve: Sieve,  # how many, and how different
-) -> list[Discovery]:            # best first
+) -> list[Discovery]:  # best first
     "The heads of the clusters of the best."
     count = max(1, round(sieve.share * len(found)))
     ranked = sorted((d for d in found if d.reward >= sieve.least), key=lambda d: -d.reward)[:count]
     heads = []
     for d in ranked:
-        if len(heads) == sieve.most: break
-        if all(likeness(d.completion, head.completion) < sieve.alike for head in heads): heads.append(d)
+        if len(heads) == sieve.most:
+            break
+        if all(likeness(d.completion, head.completion) < sieve.alike for head in heads):
+            heads.append(d)
     return heads
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c016
@@ -115,14 +130,17 @@ def demonstration_of(
     found: Discovery,  # of this problem
 ) -> Example:
     "What the student is asked, the answer, and what its teacher is asked."
-    return Example(task.context(task.initial_state(0)), found.completion, task.context(State(found.solution)))
+    return Example(
+        task.context(task.initial_state(0)), found.completion, task.context(State(found.solution))
+    )
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c019
 @dataclass(frozen=True)
 class Worth:
     "Mean reward of single answers."
+
     mean: float
-    low: float   # 95 % interval of the mean
+    low: float  # 95 % interval of the mean
     high: float
     valid: float  # share
 
@@ -138,33 +156,42 @@ def single_answers(
     words: Tokenizer,  # its own
     task: Problem,  # that is asked
     cfg: DiscoverConfig,  # of a search of this kind: length of an answer, token in front
-    draws: int = 128,     # answers
+    draws: int = 128,  # answers
 ) -> Float[np.ndarray, "n"]:  # rewards
     "Rewards of answers to the first prompt. ValueError when they do not fit into the model."
     start, encode = task.initial_state(0), encoder(words, cfg.lead or "none")
     key = named_key(jax.random.key(0), task.name)
-    answers = draw_answers(lm, words, [encode(task.context(start))], draws, key, max_new_tokens=cfg.max_new_tokens)
+    answers = draw_answers(
+        lm, words, [encode(task.context(start))], draws, key, max_new_tokens=cfg.max_new_tokens
+    )
     return np.array([judge(task, start, text).reward for text in answers.texts])
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c023
 @dataclass(frozen=True)
 class ConsolidateConfig:
     "Searches by day, one gated lesson by night. ValueError for a problem that there is not."
-    run: str = "runs/pretrain"        # run directory to start from; nothing is written there
+
+    run: str = "runs/pretrain"  # run directory to start from; nothing is written there
     out: str = "runs/continual/night"  # run directory to make
-    suite: str = "data/suite.json"    # old skills that must not suffer, see adapt.gate.Suite
-    searches: tuple[str, ...] = ()    # folders of searches that are finished
-    problems: tuple[str, ...] = ()    # to be searched first: a name and its options, such as 'erdos {"steps": 24}'
-    siblings: tuple[str, ...] = ()    # not searched, only measured; written in the same way
-    draws: int = 128                  # single answers to each problem, before and after
-    buffer: str = ""                  # file of old examples; "" is replay.json of `run`, or a new buffer
+    suite: str = "data/suite.json"  # old skills that must not suffer, see adapt.gate.Suite
+    searches: tuple[str, ...] = ()  # folders of searches that are finished
+    problems: tuple[
+        str, ...
+    ] = ()  # to be searched first: a name and its options, such as 'erdos {"steps": 24}'
+    siblings: tuple[str, ...] = ()  # not searched, only measured; written in the same way
+    draws: int = 128  # single answers to each problem, before and after
+    buffer: str = ""  # file of old examples; "" is replay.json of `run`, or a new buffer
     sieve: Sieve = field(default_factory=Sieve)  # which discoveries are taught
     sdft: SDFTConfig = field(default_factory=SDFTConfig)  # how
-    discover: DiscoverConfig = field(default_factory=DiscoverConfig)  # of `problems`: how, not which
+    discover: DiscoverConfig = field(
+        default_factory=DiscoverConfig
+    )  # of `problems`: how, not which
 
     def __post_init__(self):
-        if self.draws < 2: raise ValueError(f"ConsolidateConfig.draws={self.draws}, expected at least 2")
-        for text in (*self.problems, *self.siblings): named_problem(text)
+        if self.draws < 2:
+            raise ValueError(f"ConsolidateConfig.draws={self.draws}, expected at least 2")
+        for text in (*self.problems, *self.siblings):
+            named_problem(text)
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c024
 def named_problem(text: str) -> tuple[Problem, str, str]:  # as in ConsolidateConfig.problems
@@ -178,26 +205,32 @@ def day(
     cfg: ConsolidateConfig,  # the whole night
 ) -> list[Path]:  # folders of all searches
     "Search what has not been searched. ValueError and OSError as `discover_run`, or when there is nothing to search."
-    if not (cfg.searches or cfg.problems): raise ValueError("ConsolidateConfig: no searches and no problems")
+    if not (cfg.searches or cfg.problems):
+        raise ValueError("ConsolidateConfig: no searches and no problems")
     folders = [Path(s) for s in cfg.searches]
     for text in cfg.problems:
         task, name, options = named_problem(text)
         folders.append(Path(cfg.out) / "discover" / task.name)
-        settings = replace(cfg.discover, problem=name, options=options, run=cfg.run, out=str(folders[-1]))
-        if not (folders[-1] / "result.json").exists(): discover_run(settings)
-    if len(set(folders)) < len(folders): raise ValueError(f"{cfg.out}: two problems of one name")
+        settings = replace(
+            cfg.discover, problem=name, options=options, run=cfg.run, out=str(folders[-1])
+        )
+        if not (folders[-1] / "result.json").exists():
+            discover_run(settings)
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"{cfg.out}: two problems of one name")
     return folders
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c026
 def lessons(
     searches: Sequence[tuple[Path, Problem]],  # folder, what was searched
     sieve: Sieve,  # how many, and how different
-) -> tuple[list[Example], list[Discovery]]:   # of one length
+) -> tuple[list[Example], list[Discovery]]:  # of one length
     "Demonstrations of all searches, and where each comes from. ValueError when a search found nothing."
     examples, sources = [], []
     for folder, task in searches:
         kept = sieved(read_discoveries(folder, task), sieve)
-        if not kept: raise ValueError(f"{folder}: no answer is worth {sieve.least}, nothing to learn from")
+        if not kept:
+            raise ValueError(f"{folder}: no answer is worth {sieve.least}, nothing to learn from")
         examples += [demonstration_of(task, d) for d in kept]
         sources += kept
     return examples, sources
@@ -210,17 +243,20 @@ def write_lessons(
 ) -> Path:  # of the demonstrations
     "demonstrations.jsonl, and provenance.jsonl with a line for each of its lines."
     for name, rows in (("provenance", sources), ("demonstrations", examples)):
-        write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in rows).encode())
+        write_atomic(
+            folder / f"{name}.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in rows).encode()
+        )
     return folder / "demonstrations.jsonl"
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c029
 @dataclass(frozen=True)
 class Consolidation:
     "What a night was worth."
+
     decision: GateDecision
     demonstrations: int
     before: dict[str, Worth]  # problem or sibling -> single answers of the base
-    after: dict[str, Worth]   # of the model that goes on
+    after: dict[str, Worth]  # of the model that goes on
     siblings: tuple[str, ...]  # which of these were not searched
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c030
@@ -242,15 +278,22 @@ def consolidate(
     folders, out = day(cfg), Path(cfg.out)
     searches = [search_of(folder) for folder in folders]
     like = {search.problem: search for _, search in reversed(searches)}
-    others = [(task, like.get(name, searches[0][1])) for task, name, _ in map(named_problem, cfg.siblings)]
+    others = [
+        (task, like.get(name, searches[0][1])) for task, name, _ in map(named_problem, cfg.siblings)
+    ]
     lead = {s.lead for _, s in searches}
-    if len(lead) > 1: raise ValueError(f"searches with different tokens in front, {sorted(lead)}, are not one lesson")
+    if len(lead) > 1:
+        raise ValueError(
+            f"searches with different tokens in front, {sorted(lead)}, are not one lesson"
+        )
     examples, sources = lessons([(f, task) for f, (task, _) in zip(folders, searches)], cfg.sieve)
     sdft = replace(cfg.sdft, before=lead.pop() or "none")
     data = str(write_lessons(out, examples, sources))
     decision = continual(ContinualConfig(cfg.run, cfg.out, data, cfg.suite, cfg.buffer, sdft=sdft))
     before, after = (measure_run(run, searches + others, cfg.draws) for run in (cfg.run, cfg.out))
-    result = Consolidation(decision, len(examples), before, after, tuple(task.name for task, _ in others))
+    result = Consolidation(
+        decision, len(examples), before, after, tuple(task.name for task, _ in others)
+    )
     write_json(out / "consolidation.json", to_json(result))
     return result
 
@@ -267,7 +310,9 @@ def near_word(rng: np.random.Generator) -> tuple[str, str]:  # prompt, answer
     "The question of a hidden word with some last guess, or none, and that guess with one letter changed."
     old, new, i, seen = random_word(rng), random_word(rng), rng.integers(5), rng.random() < 0.7
     last, worth = (old, rng.integers(6) / 5) if seen else ("", 0)
-    return f"{rng.choice(list('QRS'))}\n{last}\n{worth:.2f}\n", old[:i] + new[i] + old[i + 1:] if seen else new
+    return f"{rng.choice(list('QRS'))}\n{last}\n{worth:.2f}\n", old[:i] + new[i] + old[
+        i + 1 :
+    ] if seen else new
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c035
 def backwards(rng: np.random.Generator) -> tuple[str, str]:  # prompt, answer
@@ -276,7 +321,9 @@ def backwards(rng: np.random.Generator) -> tuple[str, str]:  # prompt, answer
     return f"{word}<", word[::-1]
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c036
-def example_lines(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:  # as `train_prior` wants them
+def example_lines(
+    rng: np.random.Generator, count: int
+) -> list[tuple[str, str]]:  # as `train_prior` wants them
     "A third of each kind."
     third = count // 3
     lines = shape_pairs(StepFunction(steps=12))(rng, third) + [near_word(rng) for _ in range(third)]
@@ -286,10 +333,11 @@ def example_lines(rng: np.random.Generator, count: int) -> list[tuple[str, str]]
 @dataclass(frozen=True)
 class ExampleNight:
     "Sizes of the example."
+
     updates: int = 360  # of the base
-    rounds: int = 10    # of each search, 128 answers each
+    rounds: int = 10  # of each search, 128 answers each
     lessons: int = 120  # updates of the night, at least 6
-    draws: int = 512    # single answers, before and after
+    draws: int = 512  # single answers, before and after
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c040
 def example_files(folder: Path) -> None:
@@ -312,15 +360,41 @@ def example_night(
     folder, words = Path(folder), character_tokenizer(EXAMPLE_WORDS)
     example_files(folder)
     if not (folder / "base/config.json").exists():
-        base, _ = train_prior(example_lines, words, PriorConfig(updates=size.updates, batch_size=96), 32)
+        base, _ = train_prior(
+            example_lines, words, PriorConfig(updates=size.updates, batch_size=96), 32
+        )
         prior_run(base, words, folder / "base")
-    steady = OptimConfig(learning_rate=6e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
-    search = DiscoverConfig(steps=size.rounds, groups=4, rollouts=32, copies_earn=False, max_new_tokens=13,
-                            lora=LoRAConfig(rank=8, alpha=8.0), optim=steady)
-    lesson = SDFTConfig(steps=size.lessons, teacher="frozen", replay_ratio=0.3, max_new_tokens=13, skip_tokens=0,
-                        optim=OptimConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.0))
-    hidden = lambda q, target: "string " + json.dumps(dict(target=target, prompt=q, name=f"word {q}"))
+    steady = OptimConfig(
+        learning_rate=6e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0
+    )
+    search = DiscoverConfig(
+        steps=size.rounds,
+        groups=4,
+        rollouts=32,
+        copies_earn=False,
+        max_new_tokens=13,
+        lora=LoRAConfig(rank=8, alpha=8.0),
+        optim=steady,
+    )
+    lesson = SDFTConfig(
+        steps=size.lessons,
+        teacher="frozen",
+        replay_ratio=0.3,
+        max_new_tokens=13,
+        skip_tokens=0,
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.0),
+    )
+    hidden = lambda q, target: (
+        "string " + json.dumps(dict(target=target, prompt=q, name=f"word {q}"))
+    )
     return ConsolidateConfig(
-        run=f"{folder}/base", out=f"{folder}/night", suite=f"{folder}/suite.json", buffer=f"{folder}/old.json",
-        problems=('erdos {"steps": 12}', hidden("Q", "badge"), hidden("R", "chafe")), siblings=(hidden("S", "gbadh"),),
-        draws=size.draws, sdft=lesson, discover=search)
+        run=f"{folder}/base",
+        out=f"{folder}/night",
+        suite=f"{folder}/suite.json",
+        buffer=f"{folder}/old.json",
+        problems=('erdos {"steps": 12}', hidden("Q", "badge"), hidden("R", "chafe")),
+        siblings=(hidden("S", "gbadh"),),
+        draws=size.draws,
+        sdft=lesson,
+        discover=search,
+    )

@@ -33,25 +33,54 @@ def character_tokenizer(
 ) -> HFTokenizer:
     "A tokenizer of single characters, with pieces for padding, begin and end; other characters are an unknown piece."
     pieces = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(characters)]
-    special = [dict(id=i, content=p, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-               for i, p in enumerate(pieces[:4])]
-    model = {"type": "BPE", "vocab": {p: i for i, p in enumerate(pieces)}, "merges": [], "unk_token": "<unk>"}
-    data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-            "pre_tokenizer": None, "post_processor": None, "decoder": {"type": "Fuse"}, "model": model}
+    special = [
+        dict(
+            id=i,
+            content=p,
+            single_word=False,
+            lstrip=False,
+            rstrip=False,
+            normalized=False,
+            special=True,
+        )
+        for i, p in enumerate(pieces[:4])
+    ]
+    model = {
+        "type": "BPE",
+        "vocab": {p: i for i, p in enumerate(pieces)},
+        "merges": [],
+        "unk_token": "<unk>",
+    }
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": model,
+    }
     return HFTokenizer(json.dumps(data).encode())
 
 # %% ../../nbs/discover/72_policy.ipynb #c009
 class Answers(NamedTuple):
     "Token rows of a round, prompt and answer, padded on the right to one width."
-    tokens: Int[np.ndarray, "b t"]     # prompt, answer, zeros
-    drawn: Bool[np.ndarray, "b t"]     # the policy drew it; False for prompt, forced tokens and padding
+
+    tokens: Int[np.ndarray, "b t"]  # prompt, answer, zeros
+    drawn: Bool[
+        np.ndarray, "b t"
+    ]  # the policy drew it; False for prompt, forced tokens and padding
     sampled: Float[np.ndarray, "b t"]  # nats, log-probability when drawn; 0 elsewhere
-    texts: list[str]                   # the answers
+    texts: list[str]  # the answers
 
 # %% ../../nbs/discover/72_policy.ipynb #c010
 def pack_rows(
-    rows: Sequence[Sequence[tuple]],  # of each answer its parts: (tokens, drawn?, log-probabilities)
-    width: int,                       # t
+    rows: Sequence[
+        Sequence[tuple]
+    ],  # of each answer its parts: (tokens, drawn?, log-probabilities)
+    width: int,  # t
 ) -> tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"], Float[np.ndarray, "b t"]]:
     "Tokens, drawn, sampled as padded arrays."
     out = tuple(np.zeros((len(rows), width), kind) for kind in (np.int32, bool, np.float32))
@@ -59,33 +88,39 @@ def pack_rows(
         at = 0
         for part in parts:
             end = at + len(part[0])
-            for array, values in zip(out, part): array[i, at:end] = values
+            for array, values in zip(out, part):
+                array[i, at:end] = values
             at = end
     return out
 
 # %% ../../nbs/discover/72_policy.ipynb #c011
 def draw_answers(
-    lm: LM,                                # the policy
-    words: Tokenizer,        # of the policy
-    prompts: Sequence[Sequence[int]],      # one a group
-    count: int,                            # answers to each, in neighbouring rows
-    key: Array,                            # of the draws
+    lm: LM,  # the policy
+    words: Tokenizer,  # of the policy
+    prompts: Sequence[Sequence[int]],  # one a group
+    count: int,  # answers to each, in neighbouring rows
+    key: Array,  # of the draws
     *,
-    max_new_tokens: int,                   # of an answer
-    think_tokens: int = 0,                 # of these, before `force` is written if it has not ended; 0: never
-    force: str = "",                       # what is written then
+    max_new_tokens: int,  # of an answer
+    think_tokens: int = 0,  # of these, before `force` is written if it has not ended; 0: never
+    force: str = "",  # what is written then
 ) -> Answers:
     "Answers drawn at temperature 1, in one batch. ValueError when they do not fit into the model."
     how = lambda most: SampleConfig(most, eos_id=words.eos_id)
-    first = rollout(lm, prompts, how(think_tokens or max_new_tokens), named_key(key, "first"), count)
+    first = rollout(
+        lm, prompts, how(think_tokens or max_new_tokens), named_key(key, "first"), count
+    )
     heads = [list(p) for p in prompts for _ in range(count)]
     rows = [[(p, False, 0.0), (t[:n], True, l[:n])] for p, t, n, l in zip(heads, *first)]
     forced = words.encode(force) if think_tokens else []
     if think_tokens:
-        thought = [p + t[:n].tolist() + forced for p, t, n in zip(heads, first.tokens, first.lengths)]
+        thought = [
+            p + t[:n].tolist() + forced for p, t, n in zip(heads, first.tokens, first.lengths)
+        ]
         rest = rollout(lm, thought, how(max_new_tokens - think_tokens), named_key(key, "rest"))
         for row, t, n, l in zip(rows, *rest):
-            if row[1][0][-1] != words.eos_id: row += [(forced, False, 0.0), (t[:n], True, l[:n])]
+            if row[1][0][-1] != words.eos_id:
+                row += [(forced, False, 0.0), (t[:n], True, l[:n])]
     longest = max(map(len, prompts)) + len(forced) + max_new_tokens
     texts = [words.decode(np.concatenate([part[0] for part in row[1:]])) for row in rows]
     return Answers(*pack_rows(rows, bucket(longest, lm.cfg.max_len)), texts)
@@ -95,28 +130,33 @@ class OffPolicy(ValueError):
     "The sampler's log-probabilities are not the learner's."
 
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token, between steps through a cache and a full pass
+TOLERANCE = {
+    "float32": 1e-3,
+    "bfloat16": 0.2,
+}  # nats a token, between steps through a cache and a full pass
 _score = nnx.jit(lambda lm, tokens: sequence_logprobs(lm, tokens))
 
 
 def check_policy(
-    lm: LM,            # as the learner has it, base and adapter
+    lm: LM,  # as the learner has it, base and adapter
     answers: Answers,  # of the sampler
-    rows: int = 8,     # that are compared
-) -> float:            # largest difference of a token, nats
+    rows: int = 8,  # that are compared
+) -> float:  # largest difference of a token, nats
     "Compares both on a few answers; OffPolicy when they are not one policy."
     tokens, drawn, sampled = (a[:rows] for a in answers[:3])
     gap = float(np.abs(np.where(drawn, np.asarray(_score(lm, tokens)) - sampled, 0.0)).max())
     if gap > (most := TOLERANCE[lm.cfg.compute_dtype]):
-        raise OffPolicy(f"log-probabilities of sampler and learner differ by {gap:.3g} nats, rounding is below {most}")
+        raise OffPolicy(
+            f"log-probabilities of sampler and learner differ by {gap:.3g} nats, rounding is below {most}"
+        )
     return gap
 
 # %% ../../nbs/discover/72_policy.ipynb #c021
 def shaped_advantages(
     advantages: Float[Array, "b"],  # one an answer
-    log_ratio: Float[Array, "b t"], # log pi(token) - log pi_0(token)
-    drawn: Bool[Array, "b t"],      # tokens that count
-    weight: float,                  # lambda
+    log_ratio: Float[Array, "b t"],  # log pi(token) - log pi_0(token)
+    drawn: Bool[Array, "b t"],  # tokens that count
+    weight: float,  # lambda
 ) -> Float[Array, "b t"]:
     "Advantage of each token (2601.16175, centred as in the reference code); 0 where nothing was drawn."
     mean = jnp.sum(jnp.where(drawn, log_ratio, 0.0)) / jnp.maximum(drawn.sum(dtype=jnp.float32), 1)
@@ -124,8 +164,8 @@ def shaped_advantages(
 
 # %% ../../nbs/discover/72_policy.ipynb #c026
 def policy_loss(
-    logprobs: Float[Array, "b t"],    # of the learner
-    sampled: Float[Array, "b t"],     # of the same tokens when they were drawn
+    logprobs: Float[Array, "b t"],  # of the learner
+    sampled: Float[Array, "b t"],  # of the same tokens when they were drawn
     advantages: Float[Array, "b t"],  # 0 where nothing was drawn
 ) -> Float[Array, ""]:
     "Minus the sum over tokens of advantage times probability ratio (2601.16175)."
@@ -134,46 +174,61 @@ def policy_loss(
 
 
 def token_sum(
-    lm: LM,             # base and adapter
-    batch: dict,        # tokens, sampled, advantages, each [parts b t]
+    lm: LM,  # base and adapter
+    batch: dict,  # tokens, sampled, advantages, each [parts b t]
     key: Array | None,  # not used: nothing is dropped
 ) -> tuple[Float[Array, ""], float]:
     "`policy_loss` over all parts, and 1: a sum over tokens is not averaged."
-    def part(one): return policy_loss(sequence_logprobs(lm, one["tokens"]), one["sampled"], one["advantages"])
-    if len(batch["tokens"]) == 1: return part(jax.tree.map(lambda x: x[0], batch)), 1.0
-    return jax.lax.map(jax.checkpoint(part), batch).sum(), 1.0  # one after the other, in the memory of one
+
+    def part(one):
+        return policy_loss(sequence_logprobs(lm, one["tokens"]), one["sampled"], one["advantages"])
+
+    if len(batch["tokens"]) == 1:
+        return part(jax.tree.map(lambda x: x[0], batch)), 1.0
+    return jax.lax.map(
+        jax.checkpoint(part), batch
+    ).sum(), 1.0  # one after the other, in the memory of one
 
 # %% ../../nbs/discover/72_policy.ipynb #c033
 @lru_cache(maxsize=8)
 def learner(
     graphdef: nnx.GraphDef,  # of the base
-    optim: OptimConfig,      # of the adapter
-    lora: LoRAConfig,        # its scale
-    steps: int,              # of the schedule
+    optim: OptimConfig,  # of the adapter
+    lora: LoRAConfig,  # its scale
+    steps: int,  # of the schedule
 ):
     "The jitted update, one for all searches with these settings."
     return make_adapter_step(graphdef, optimizer(optim, steps), lora, token_sum)
 
 # %% ../../nbs/discover/72_policy.ipynb #c034
 def update(
-    base: LM,                           # frozen
-    state: TrainState,                  # adapter and moments; donated
-    answers: Answers,                   # drawn with this adapter
-    advantages: Float[np.ndarray, "b"], # one an answer
+    base: LM,  # frozen
+    state: TrainState,  # adapter and moments; donated
+    answers: Answers,  # drawn with this adapter
+    advantages: Float[np.ndarray, "b"],  # one an answer
     *,
-    lora: LoRAConfig,                   # scale of the adapter
-    optim: OptimConfig,                 # of the adapter
-    steps: int,                         # of the schedule
-    kl_weight: float = 0.1,             # lambda
-    parts: int = 1,                     # computed one after the other
+    lora: LoRAConfig,  # scale of the adapter
+    optim: OptimConfig,  # of the adapter
+    steps: int,  # of the schedule
+    kl_weight: float = 0.1,  # lambda
+    parts: int = 1,  # computed one after the other
 ) -> tuple[TrainState, dict]:
     "One step on all answers; mean log ratio to the base (kl), loss, norm of the gradient, updates left out."
     graphdef, weights = nnx.split(base, nnx.Param)
     cut = lambda x: np.asarray(x).reshape(parts, -1, *x.shape[1:])
     before = np.concatenate([np.asarray(_score(base, tokens)) for tokens in cut(answers.tokens)])
     log_ratio = np.where(answers.drawn, answers.sampled - before, np.float32(0))
-    shaped = shaped_advantages(jnp.asarray(advantages, jnp.float32), log_ratio, answers.drawn, kl_weight)
-    batch = {"tokens": cut(answers.tokens), "sampled": cut(answers.sampled), "advantages": cut(shaped)}
+    shaped = shaped_advantages(
+        jnp.asarray(advantages, jnp.float32), log_ratio, answers.drawn, kl_weight
+    )
+    batch = {
+        "tokens": cut(answers.tokens),
+        "sampled": cut(answers.sampled),
+        "advantages": cut(shaped),
+    }
     step = learner(graphdef, optim, lora, steps)
     state, made = step(state, nnx.to_pure_dict(weights), batch, jax.random.key(0))
-    return state, {"kl": log_ratio.sum(dtype=np.float64) / max(answers.drawn.sum(), 1), **jax.device_get(made)}
+    return state, {
+        "kl": log_ratio.sum(dtype=np.float64) / max(answers.drawn.sum(), 1),
+        **jax.device_get(made),
+    }

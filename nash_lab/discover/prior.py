@@ -33,9 +33,9 @@ from ..train.step import fresh_state, make_train_step
 # %% ../../nbs/discover/74_prior.ipynb #c006
 def random_shapes(
     rng: np.random.Generator,  # seeded by the caller
-    count: int,                # m
-    steps: int,                # n
-    top: int,                  # highest level
+    count: int,  # m
+    steps: int,  # n
+    top: int,  # highest level
 ) -> Int[np.ndarray, "m n"]:
     "Levels of smooth random curves around one half: four cosines of random size and phase, cut to the range."
     x, k = np.linspace(0, math.pi, steps), np.arange(1, 5)[:, None]
@@ -45,121 +45,161 @@ def random_shapes(
 
 # %% ../../nbs/discover/74_prior.ipynb #c008
 def mutated(
-    rng: np.random.Generator,        # seeded by the caller
+    rng: np.random.Generator,  # seeded by the caller
     shapes: Int[np.ndarray, "m n"],  # levels
-    top: int,                        # highest level
-    size: float = 0.15,              # of a change, as a share of the range
+    top: int,  # highest level
+    size: float = 0.15,  # of a change, as a share of the range
 ) -> Int[np.ndarray, "m n"]:
     "Each shape after one random change: heights moved, a bump added, or a stretch smoothed."
     (m, n), reach = shapes.shape, size * top
     x = np.arange(n)[None]
-    points = np.where(rng.random((m, n)) < rng.integers(1, 5, (m, 1)) / n, rng.uniform(-reach, reach, (m, n)), 0.0)
+    points = np.where(
+        rng.random((m, n)) < rng.integers(1, 5, (m, 1)) / n, rng.uniform(-reach, reach, (m, n)), 0.0
+    )
     centre, width = rng.uniform(0, n, (m, 1)), rng.uniform(0.5, n / 6, (m, 1))
     bump = rng.uniform(-reach, reach, (m, 1)) * np.exp(-(((x - centre) / width) ** 2))
     padded = np.pad(shapes, ((0, 0), (1, 1)), mode="edge")
-    smooth = np.where(abs(x - centre) < 2 * width, (padded[:, :-2] + padded[:, 2:]) / 2 - shapes, 0.0)
+    smooth = np.where(
+        abs(x - centre) < 2 * width, (padded[:, :-2] + padded[:, 2:]) / 2 - shapes, 0.0
+    )
     kind = rng.integers(0, 5, (m, 1))
     change = np.where(kind < 2, points, np.where(kind < 4, bump, smooth))
     return np.clip(np.round(shapes + change), 0, top).astype(int)
 
 # %% ../../nbs/discover/74_prior.ipynb #c012
-Pairs = Callable[[np.random.Generator, int], list[tuple[str, str]]]  # generator, count -> prompts and answers
+Pairs = Callable[
+    [np.random.Generator, int], list[tuple[str, str]]
+]  # generator, count -> prompts and answers
 
 
 def shape_pairs(
     problem: StepFunction,  # in letter form
-    blank: float = 0.3,     # share of prompts without a shape
+    blank: float = 0.3,  # share of prompts without a shape
 ) -> Pairs:
     "Nothing -> a random shape; a shape -> a change of it. No value is computed."
     blind, n, top = problem.context(State()), problem.steps, problem.top
+
     def pairs(rng, count):
         shapes = random_shapes(rng, count, n, top)
-        for _ in range(2): shapes = np.where(rng.random((count, 1)) < 0.5, mutated(rng, shapes, top, 0.3), shapes)
+        for _ in range(2):
+            shapes = np.where(rng.random((count, 1)) < 0.5, mutated(rng, shapes, top, 0.3), shapes)
         after, empty = mutated(rng, shapes, top), rng.random(count) < blank
-        return [(blind if e else f"{letters(a)}>", letters(b)) for a, b, e in zip(shapes, after, empty)]
+        return [
+            (blind if e else f"{letters(a)}>", letters(b)) for a, b, e in zip(shapes, after, empty)
+        ]
+
     return pairs
 
 # %% ../../nbs/discover/74_prior.ipynb #c015
 def text_pairs(
     problem: StringMatch,  # for its prompt; of its target only the length is looked at
-    alphabet: str,         # of the random texts
-    blank: float = 0.3,    # share of prompts without a text
+    alphabet: str,  # of the random texts
+    blank: float = 0.3,  # share of prompts without a text
 ) -> Pairs:
     "Nothing -> a random text; a text with a random reward -> the text with one or two characters replaced."
     size, pool = len(problem.target), np.array(list(alphabet))
+
     def one(rng):
         text = rng.choice(pool, size)
         after, at = text.copy(), rng.integers(0, size, rng.integers(1, 3))
         after[at] = rng.choice(pool, len(at))
-        before = "\n0.00" if rng.random() < blank else f"{''.join(text)}\n{rng.integers(0, 100) / 100:.2f}"
+        before = (
+            "\n0.00"
+            if rng.random() < blank
+            else f"{''.join(text)}\n{rng.integers(0, 100) / 100:.2f}"
+        )
         return f"{problem.prompt}\n{before}\n", "".join(after)
+
     return lambda rng, count: [one(rng) for _ in range(count)]
 
 # %% ../../nbs/discover/74_prior.ipynb #c018
 @dataclass(frozen=True)
 class PriorConfig:
     "How a prior is trained. ValueError for sizes below one."
-    width: int = 64              # of the model; heads are a quarter of it
-    layers: int = 2              # blocks
-    updates: int = 400           # of batches that are never seen twice
-    batch_size: int = 64         # pairs
+
+    width: int = 64  # of the model; heads are a quarter of it
+    layers: int = 2  # blocks
+    updates: int = 400  # of batches that are never seen twice
+    batch_size: int = 64  # pairs
     learning_rate: float = 4e-3  # peak
-    seed: int = 0                # of weights and pairs
+    seed: int = 0  # of weights and pairs
 
     def __post_init__(self):
         for name in ("layers", "updates", "batch_size"):
-            if (value := getattr(self, name)) < 1: raise ValueError(f"PriorConfig.{name}={value}, expected at least 1")
-        if self.width % 8: raise ValueError(f"PriorConfig.width={self.width} is not a multiple of 8")
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"PriorConfig.{name}={value}, expected at least 1")
+        if self.width % 8:
+            raise ValueError(f"PriorConfig.width={self.width} is not a multiple of 8")
 
 # %% ../../nbs/discover/74_prior.ipynb #c019
 def prior_model(
-    cfg: PriorConfig, # width and depth
+    cfg: PriorConfig,  # width and depth
     vocab_size: int,  # of the tokenizer
-    length: int,      # tokens of the longest pair, its end included
+    length: int,  # tokens of the longest pair, its end included
 ) -> ModelConfig:
     "A plain transformer for sequences of `length` tokens."
-    return ModelConfig(vocab_size=vocab_size, width=cfg.width, layers=cfg.layers, heads=4, kv_heads=4, max_len=length,
-                       head_dim=cfg.width // 4, ffn_width=2 * cfg.width, residual="plain", unroll=cfg.layers,
-                       init_std=0.06)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=cfg.width,
+        layers=cfg.layers,
+        heads=4,
+        kv_heads=4,
+        max_len=length,
+        head_dim=cfg.width // 4,
+        ffn_width=2 * cfg.width,
+        residual="plain",
+        unroll=cfg.layers,
+        init_std=0.06,
+    )
 
 
 def pair_batch(
     pairs: Sequence[tuple[str, str]],  # prompts and answers
-    words: HFTokenizer,                # of the model
-    length: int,                       # tokens of a row
-) -> dict[str, np.ndarray]:            # tokens, targets, mask [b t]
+    words: HFTokenizer,  # of the model
+    length: int,  # tokens of a row
+) -> dict[str, np.ndarray]:  # tokens, targets, mask [b t]
     "Rows of prompt, answer and end; the answer and its end count. ValueError for a pair that is too long."
     heads, tails = (words.encode_batch(list(side)) for side in zip(*pairs))
-    rows, mask = np.zeros((len(pairs), length + 1), np.int32), np.zeros((len(pairs), length + 1), bool)
+    rows, mask = (
+        np.zeros((len(pairs), length + 1), np.int32),
+        np.zeros((len(pairs), length + 1), bool),
+    )
     for i, (a, b) in enumerate(zip(heads, tails)):
-        if (n := len(a) + len(b) + 1) > length: raise ValueError(f"{pairs[i]}: {n} tokens, the model has {length}")
+        if (n := len(a) + len(b) + 1) > length:
+            raise ValueError(f"{pairs[i]}: {n} tokens, the model has {length}")
         rows[i, :n] = [*a, *b, words.eos_id]
         mask[i, len(a) : n] = True
     return {"tokens": rows[:, :-1], "targets": rows[:, 1:], "mask": mask[:, 1:]}
 
 # %% ../../nbs/discover/74_prior.ipynb #c021
 def train_prior(
-    pairs: Pairs,          # makes the data
-    words: HFTokenizer,    # of the pairs' characters
-    cfg: PriorConfig,      # sizes
-    length: int,           # tokens of the longest pair, its end included
+    pairs: Pairs,  # makes the data
+    words: HFTokenizer,  # of the pairs' characters
+    cfg: PriorConfig,  # sizes
+    length: int,  # tokens of the longest pair, its end included
 ) -> tuple[LM, list[float]]:  # the model, its loss at every tenth of the way
     "A small model trained on random pairs. ValueError as `pair_batch`."
     warm = min(20, cfg.updates // 4)
-    tx = optimizer(OptimConfig(learning_rate=cfg.learning_rate, warmup_steps=warm, final_scale=0.02), cfg.updates)
+    tx = optimizer(
+        OptimConfig(learning_rate=cfg.learning_rate, warmup_steps=warm, final_scale=0.02),
+        cfg.updates,
+    )
     model = LM(prior_model(cfg, words.vocab_size, length), nnx.Rngs(cfg.seed))
     graphdef, weights = nnx.split(model, nnx.Param)
     step, rng, losses = make_train_step(graphdef, tx), np.random.default_rng(cfg.seed), []
     state = fresh_state(nnx.to_pure_dict(weights), tx)
     for i in tqdm(range(cfg.updates), "prior", unit=" updates", disable=None):
-        state, made = step(state, pair_batch(pairs(rng, cfg.batch_size), words, length), jax.random.key(cfg.seed))
-        if (i + 1) % max(1, cfg.updates // 10) == 0: losses.append(float(made["loss"]))
+        state, made = step(
+            state, pair_batch(pairs(rng, cfg.batch_size), words, length), jax.random.key(cfg.seed)
+        )
+        if (i + 1) % max(1, cfg.updates // 10) == 0:
+            losses.append(float(made["loss"]))
     nnx.update(model, state.params)
     return model, losses
 
 # %% ../../nbs/discover/74_prior.ipynb #c028
 def prior_run(
-    lm: LM,              # from `train_prior`
+    lm: LM,  # from `train_prior`
     words: HFTokenizer,  # goes along
     run: str | Path,  # directory to make
 ) -> Path:
@@ -172,14 +212,17 @@ def prior_run(
 
 def shape_prior(
     problem: StepFunction,  # in letter form
-    cfg: PriorConfig,       # sizes
-    run: str | Path,        # opened, or trained and made when missing
+    cfg: PriorConfig,  # sizes
+    run: str | Path,  # opened, or trained and made when missing
 ) -> tuple[LM, HFTokenizer]:
     "The prior of a step function's problem. ValueError when the directory has a model of another size."
     length, words = 2 * problem.steps + 4, character_tokenizer(f"{LETTERS}->")
     if not (Path(run) / "config.json").exists():
         prior_run(train_prior(shape_pairs(problem), words, cfg, length)[0], words, run)
     lm, wanted = load_run(run)[0], prior_model(cfg, words.vocab_size, length)
-    if lm.cfg != wanted: raise ValueError(f"{run}: a model of width {lm.cfg.width} and {lm.cfg.max_len} tokens, "
-                                          f"expected {wanted.width} and {wanted.max_len}")
+    if lm.cfg != wanted:
+        raise ValueError(
+            f"{run}: a model of width {lm.cfg.width} and {lm.cfg.max_len} tokens, "
+            f"expected {wanted.width} and {wanted.max_len}"
+        )
     return lm, words

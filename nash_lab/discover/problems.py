@@ -26,23 +26,34 @@ from ..core.files import parse_json
 
 # %% ../../nbs/discover/70_problems.ipynb #c007
 def plain_numbers(
-    x: Any,      # a list, or an array of NumPy or JAX
-    ndim: int,   # 1: a list of numbers; 2: a list of rows
-    most: int,   # longest list that is judged
-    name: str,   # for the message
+    x: Any,  # a list, or an array of NumPy or JAX
+    ndim: int,  # 1: a list of numbers; 2: a list of rows
+    most: int,  # longest list that is judged
+    name: str,  # for the message
 ) -> Float[np.ndarray, "..."]:
     "A float64 array of finite numbers; ValueError for anything else."
     x = x.tolist() if hasattr(x, "tolist") else x
     rows = [x] if ndim == 1 else x
-    if not all(isinstance(r, (list, tuple)) and r for r in [x, *(rows if isinstance(rows, (list, tuple)) else [])]):
-        raise ValueError(f"{name}: expected a list of {'numbers' if ndim == 1 else 'rows'}, found {str(x)[:40]!r}")
-    if len(x) > most: raise ValueError(f"{name}: {len(x)} entries, at most {most} are judged")
-    if len({len(r) for r in rows}) > 1: raise ValueError(f"{name}: rows of different lengths")
+    if not all(
+        isinstance(r, (list, tuple)) and r
+        for r in [x, *(rows if isinstance(rows, (list, tuple)) else [])]
+    ):
+        raise ValueError(
+            f"{name}: expected a list of {'numbers' if ndim == 1 else 'rows'}, found {str(x)[:40]!r}"
+        )
+    if len(x) > most:
+        raise ValueError(f"{name}: {len(x)} entries, at most {most} are judged")
+    if len({len(r) for r in rows}) > 1:
+        raise ValueError(f"{name}: rows of different lengths")
     odd = next((v for r in rows for v in r if isinstance(v, bool) or not isinstance(v, Real)), None)
-    if odd is not None: raise ValueError(f"{name}: expected numbers, found {str(odd)[:40]!r}")
-    try: y = np.array(x, np.float64)
-    except OverflowError: raise ValueError(f"{name}: a number is too large for float64") from None
-    if not np.isfinite(y).all(): raise ValueError(f"{name}: a number is not finite")
+    if odd is not None:
+        raise ValueError(f"{name}: expected numbers, found {str(odd)[:40]!r}")
+    try:
+        y = np.array(x, np.float64)
+    except OverflowError:
+        raise ValueError(f"{name}: a number is too large for float64") from None
+    if not np.isfinite(y).all():
+        raise ValueError(f"{name}: a number is not finite")
     return y
 
 # %% ../../nbs/discover/70_problems.ipynb #c010
@@ -51,16 +62,19 @@ SLACK = 1e-12  # of every inequality: 10,000 ulps of 1, far below any digit that
 
 def erdos_overlap(
     h: Float[np.ndarray, "n"],  # step heights in [0, 1], rescaled to sum n/2
-) -> float:                     # an upper bound of C_5, smaller is better
+) -> float:  # an upper bound of C_5, smaller is better
     "Largest overlap over all shifts (2601.16175). ValueError when infeasible."
     h = plain_numbers(h, 1, 10_000, "h")
     if not (h.min() >= 0 and h.max() <= 1 + SLACK):
         raise ValueError(f"h: heights from {h.min():.6g} to {h.max():.6g}, expected 0 to 1")
-    if not h.max() > 0: raise ValueError("h: all heights are zero, no sum can be made of them")
+    if not h.max() > 0:
+        raise ValueError("h: all heights are zero, no sum can be made of them")
     h = h / h.max()  # first, so that no sum of tiny heights loses its digits
     h = h / math.fsum(h) * (len(h) / 2)
     if not h.max() <= 1 + SLACK:
-        raise ValueError(f"h: rescaled to sum {len(h) / 2} the highest step is {h.max():.6g}, above 1")
+        raise ValueError(
+            f"h: rescaled to sum {len(h) / 2} the highest step is {h.max():.6g}, above 1"
+        )
     h = np.minimum(h, 1.0)
     return float(np.correlate(h, 1 - h, "full").max() * 2 / len(h))
 
@@ -68,16 +82,18 @@ def erdos_overlap(
 def _steps(a: Any) -> Float[np.ndarray, "n"]:
     "Heights of a non-negative step function, the highest made 1; ValueError when infeasible."
     a = plain_numbers(a, 1, 100_000, "a")
-    if not a.min() >= 0: raise ValueError(f"a: height {a.min():.6g} is below 0")
+    if not a.min() >= 0:
+        raise ValueError(f"a: height {a.min():.6g} is below 0")
     peak = float(a.max())
     scaled = a / peak if peak > 0 else a
-    if not peak * math.fsum(scaled) >= 0.01: raise ValueError("a: the heights add up to less than 0.01")
+    if not peak * math.fsum(scaled) >= 0.01:
+        raise ValueError("a: the heights add up to less than 0.01")
     return scaled
 
 # %% ../../nbs/discover/70_problems.ipynb #c020
 def autocorrelation1(
     a: Float[np.ndarray, "n"],  # step heights, not negative; any scale
-) -> float:                     # an upper bound of the constant, smaller is better
+) -> float:  # an upper bound of the constant, smaller is better
     "Peak of f * f over (integral of f) squared (2601.16175). ValueError when infeasible."
     a = _steps(a)
     return float(2 * len(a) * np.convolve(a, a).max() / math.fsum(a) ** 2)
@@ -85,7 +101,7 @@ def autocorrelation1(
 
 def autocorrelation2(
     a: Float[np.ndarray, "n"],  # step heights, not negative; any scale
-) -> float:                     # a lower bound of the constant, larger is better
+) -> float:  # a lower bound of the constant, larger is better
     "Squared 2-norm of f * f over its 1-norm times its peak (2601.16175). ValueError when infeasible."
     a = _steps(a)
     y = np.concatenate([[0.0], np.convolve(a, a), [0.0]])
@@ -95,14 +111,17 @@ def autocorrelation2(
 # %% ../../nbs/discover/70_problems.ipynb #c025
 def packing_radius_sum(
     circles: Float[np.ndarray, "n 3"],  # rows x, y, r in units of the square's side
-) -> float:                             # larger is better
+) -> float:  # larger is better
     "Sum of radii of circles packed into the unit square (2601.16175). ValueError when infeasible."
     c = plain_numbers(circles, 2, 1000, "circles")
-    if c.shape[1] != 3: raise ValueError(f"circles: rows of {c.shape[1]} numbers, expected x, y, r")
-    if not (c.min() >= 0 and c.max() <= 1): raise ValueError(f"circles: {c.min():.6g} to {c.max():.6g}, not 0 to 1")
+    if c.shape[1] != 3:
+        raise ValueError(f"circles: rows of {c.shape[1]} numbers, expected x, y, r")
+    if not (c.min() >= 0 and c.max() <= 1):
+        raise ValueError(f"circles: {c.min():.6g} to {c.max():.6g}, not 0 to 1")
     x, y, r = c.T
     wall = np.minimum.reduce([x - r, y - r, 1 - x - r, 1 - y - r])
-    if not (wall >= -SLACK).all(): raise ValueError(f"circles: number {wall.argmin()} is {-wall.min():.3g} outside")
+    if not (wall >= -SLACK).all():
+        raise ValueError(f"circles: number {wall.argmin()} is {-wall.min():.3g} outside")
     gap = np.hypot(x[:, None] - x[None], y[:, None] - y[None]) - (r[:, None] + r[None])
     gap[np.diag_indices(len(r))] = 0.0
     if not (gap >= -SLACK).all():
@@ -112,10 +131,11 @@ def packing_radius_sum(
 
 # %% ../../nbs/discover/70_problems.ipynb #c030
 LONGEST = 2**22  # characters that are read; 50,000 heights with all digits take 1.1 million
-DEEPEST = 32     # nesting of a JSON value
+DEEPEST = 32  # nesting of a JSON value
 
 
-def _refuse(text: str): raise ValueError(f"{text} is not a JSON number")
+def _refuse(text: str):
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite(text: str) -> float:
@@ -124,7 +144,8 @@ def _finite(text: str) -> float:
 
 def _once(pairs: list) -> dict:
     "The object of `pairs`; ValueError when a key comes twice."
-    if len(keys := {k for k, _ in pairs}) < len(pairs): raise ValueError(f"a key comes twice among {sorted(keys)[:5]}")
+    if len(keys := {k for k, _ in pairs}) < len(pairs):
+        raise ValueError(f"a key comes twice among {sorted(keys)[:5]}")
     return dict(pairs)
 
 
@@ -137,7 +158,8 @@ def json_inside(text: str) -> Any:
     "The JSON list or object in a chatty answer, from its first bracket to its last. ValueError when there is none."
     starts = [i for i in map(text.find, "[{") if i >= 0]
     end = max(map(text.rfind, "]}"))
-    if not starts or end < min(starts): raise ValueError("no JSON list or object in the answer")
+    if not starts or end < min(starts):
+        raise ValueError("no JSON list or object in the answer")
     return parse_json(text[min(starts) : end + 1])
 
 # %% ../../nbs/discover/70_problems.ipynb #c034
@@ -150,59 +172,75 @@ def letters(levels: Sequence[int]) -> str:
 
 
 def levels(
-    text: str,   # letters alone, white space around them is dropped
+    text: str,  # letters alone, white space around them is dropped
     steps: int,  # how many are expected
-    top: int,    # highest level that counts as an answer
+    top: int,  # highest level that counts as an answer
 ) -> list[int]:
     "Letters as levels; ValueError names the first that is none, or the wrong length."
     text = text.strip()
     odd = next((c for c in text if c not in LETTERS[: top + 1]), None)
-    if odd is not None: raise ValueError(f"{odd!r} is not one of {LETTERS[0]} to {LETTERS[top]}")
-    if len(text) != steps: raise ValueError(f"{len(text)} letters, expected {steps}")
+    if odd is not None:
+        raise ValueError(f"{odd!r} is not one of {LETTERS[0]} to {LETTERS[top]}")
+    if len(text) != steps:
+        raise ValueError(f"{len(text)} letters, expected {steps}")
     return [LETTERS.index(c) for c in text]
 
 # %% ../../nbs/discover/70_problems.ipynb #c037
 @dataclass(frozen=True)
 class State:
     "A candidate, or (without solution) a beginning or a failure."
+
     solution: Any = None  # JSON value that the verifier judges: heights, circles, code, text
-    note: str = ""        # why an answer failed, what the tests printed; never part of the judgement
+    note: str = ""  # why an answer failed, what the tests printed; never part of the judgement
 
 # %% ../../nbs/discover/70_problems.ipynb #c039
-COMPLAINTS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
+COMPLAINTS = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
 
 
 def printable(text: Any) -> str:
     "The text itself; lone surrogates, which no tokenizer accepts, become question marks."
-    if not isinstance(text, str): raise ValueError(f"expected text, found {type(text).__name__}")
+    if not isinstance(text, str):
+        raise ValueError(f"expected text, found {type(text).__name__}")
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def attempt(
-    action: str,                      # the model's text
-    parse: Callable[[str], Any],      # text -> solution
-    grade: Callable[[Any], float],    # solution -> reward
+    action: str,  # the model's text
+    parse: Callable[[str], Any],  # text -> solution
+    grade: Callable[[Any], float],  # solution -> reward
 ) -> State:
     "The state of an answer; its note names the complaint when there is no solution in it."
     try:
         solution = parse(printable(action))
         grade(solution)
         return State(solution)
-    except COMPLAINTS as error: return State(None, printable(f"{type(error).__name__}: {error}")[:500])
+    except COMPLAINTS as error:
+        return State(None, printable(f"{type(error).__name__}: {error}")[:500])
 
 
 def graded(
     state: State,
-    grade: Callable[[Any], float],    # solution -> reward
-) -> float:                           # finite
+    grade: Callable[[Any], float],  # solution -> reward
+) -> float:  # finite
     "The reward of a state; 0 without a solution, or with one that `grade` does not accept."
-    try: reward = 0.0 if state.solution is None else float(grade(state.solution))
-    except COMPLAINTS: return 0.0
+    try:
+        reward = 0.0 if state.solution is None else float(grade(state.solution))
+    except COMPLAINTS:
+        return 0.0
     return reward if math.isfinite(reward) else 0.0
 
 # %% ../../nbs/discover/70_problems.ipynb #c041
 class Problem(Protocol):
     "What TTT-Discover asks of a problem; deterministic, and no action raises."
+
     name: str  # in logs, and of the run's folder
 
     def parse(self, text: str) -> Any:  # the model's answer
@@ -224,7 +262,7 @@ class Problem(Protocol):
     def transition(
         self,
         state: State,  # the parent
-        action: str,   # the model's answer
+        action: str,  # the model's answer
     ) -> State:
         "The state after an answer; without solution, and with the reason, when the answer is no good."
         return attempt(action, self.parse, self.grade)
@@ -236,62 +274,94 @@ class Problem(Protocol):
 # %% ../../nbs/discover/70_problems.ipynb #c046
 class Objective(NamedTuple):
     "What a step function is judged by."
+
     value: Callable[[Any], float]  # exact verifier
-    minimise: bool                 # then the reward is 1 / value
-    best: float                    # best known value, of any number of steps
-    ask: str                       # the task in words
+    minimise: bool  # then the reward is 1 / value
+    best: float  # best known value, of any number of steps
+    ask: str  # the task in words
 
 
 OBJECTIVES = {
-    "erdos": Objective(erdos_overlap, True, 0.3808753,
-        "Find heights h in [0, 1] with sum n/2 that minimise max over k of sum_i h[i+k] (1 - h[i]) 2/n, zero outside."),
-    "autocorrelation1": Objective(autocorrelation1, True, 1.5028629,
-        "Find heights a >= 0 that minimise 2 n max(convolve(a, a)) / sum(a)^2."),
-    "autocorrelation2": Objective(autocorrelation2, False, 0.9610210,
-        "Find heights a >= 0 that maximise ||f*f||_2^2 / (||f*f||_1 ||f*f||_inf) for the step function f of a."),
+    "erdos": Objective(
+        erdos_overlap,
+        True,
+        0.3808753,
+        "Find heights h in [0, 1] with sum n/2 that minimise max over k of sum_i h[i+k] (1 - h[i]) 2/n, zero outside.",
+    ),
+    "autocorrelation1": Objective(
+        autocorrelation1,
+        True,
+        1.5028629,
+        "Find heights a >= 0 that minimise 2 n max(convolve(a, a)) / sum(a)^2.",
+    ),
+    "autocorrelation2": Objective(
+        autocorrelation2,
+        False,
+        0.9610210,
+        "Find heights a >= 0 that maximise ||f*f||_2^2 / (||f*f||_1 ||f*f||_inf) for the step function f of a.",
+    ),
 }
 
 # %% ../../nbs/discover/70_problems.ipynb #c048
 def random_steps(
-    seed: int,   # the same seed, the same shape
+    seed: int,  # the same seed, the same shape
     steps: int,  # n
-    top: int,    # levels above zero; heights are multiples of 1 / top
+    top: int,  # levels above zero; heights are multiples of 1 / top
 ) -> list[float]:
     "Mean one half, uniform noise of 0.4, rounded to levels and redrawn until rescaling leaves it below 1."
     rng = np.random.default_rng(seed)
     while True:
         h = rng.uniform(-0.4, 0.4, steps)
         h = np.round(np.clip(0.5 + h - h.mean(), 0, 1) * top) / top
-        if 0 < h.max() <= 2 * h.mean(): return h.tolist()
+        if 0 < h.max() <= 2 * h.mean():
+            return h.tolist()
 
 # %% ../../nbs/discover/70_problems.ipynb #c050
 @dataclass(frozen=True)
 class StepFunction(Problem):
     "A step function to improve. ValueError for sizes that have no letters, or no objective of that name."
-    objective: Literal["erdos", "autocorrelation1", "autocorrelation2"] = "erdos"  # row of OBJECTIVES
-    steps: int = 32    # n; letter answers have exactly as many, JSON answers any number up to `most`
-    top: int = 50      # highest level of a letter, height 1
-    form: Literal["letters", "json"] = "letters"     # how heights are written
-    start: Literal["empty", "random"] = "empty"      # initial state: no shape, or a random one as in the paper
-    most: int = 1000   # heights of a JSON answer, the limit of the reference's archive for Erdős
+
+    objective: Literal["erdos", "autocorrelation1", "autocorrelation2"] = (
+        "erdos"  # row of OBJECTIVES
+    )
+    steps: int = 32  # n; letter answers have exactly as many, JSON answers any number up to `most`
+    top: int = 50  # highest level of a letter, height 1
+    form: Literal["letters", "json"] = "letters"  # how heights are written
+    start: Literal["empty", "random"] = (
+        "empty"  # initial state: no shape, or a random one as in the paper
+    )
+    most: int = 1000  # heights of a JSON answer, the limit of the reference's archive for Erdős
 
     def __post_init__(self):
-        for field, known in (("objective", OBJECTIVES), ("form", ("letters", "json")), ("start", ("empty", "random"))):
+        for field, known in (
+            ("objective", OBJECTIVES),
+            ("form", ("letters", "json")),
+            ("start", ("empty", "random")),
+        ):
             if (found := getattr(self, field)) not in known:
-                raise ValueError(f"StepFunction.{field}={found!r}, expected one of {', '.join(known)}")
+                raise ValueError(
+                    f"StepFunction.{field}={found!r}, expected one of {', '.join(known)}"
+                )
         if not (self.steps >= 1 and 1 <= self.top < len(LETTERS)):
-            raise ValueError(f"StepFunction: steps={self.steps} must be 1 or more, top={self.top} within 1 to 51")
+            raise ValueError(
+                f"StepFunction: steps={self.steps} must be 1 or more, top={self.top} within 1 to 51"
+            )
 
     @property
-    def name(self) -> str: return f"{self.objective}-{self.steps}"
+    def name(self) -> str:
+        return f"{self.objective}-{self.steps}"
 
     @property
-    def kind(self) -> Objective: return OBJECTIVES[self.objective]
+    def kind(self) -> Objective:
+        return OBJECTIVES[self.objective]
 
     def parse(self, text: str) -> list[float]:  # the model's answer
         "Its heights; ValueError when it has none."
-        if self.form == "letters": return [i / self.top for i in levels(text, self.steps, self.top)]
-        return (plain_numbers(json_inside(text), 1, self.most, "heights") + 0.0).tolist()  # + 0.0: no negative zero
+        if self.form == "letters":
+            return [i / self.top for i in levels(text, self.steps, self.top)]
+        return (
+            plain_numbers(json_inside(text), 1, self.most, "heights") + 0.0
+        ).tolist()  # + 0.0: no negative zero
 
     def grade(self, solution: list[float]) -> float:  # heights
         "Reward: 1 / value where small is better, else the value. ValueError when infeasible."
@@ -313,8 +383,10 @@ def value_of(problem: StepFunction, state: State) -> float | None:
 
 def written(problem: StepFunction, state: State) -> str:
     "Heights as an answer has them; a dash without any."
-    if state.solution is None: return "-"
-    if problem.form == "json": return json.dumps(state.solution)
+    if state.solution is None:
+        return "-"
+    if problem.form == "json":
+        return json.dumps(state.solution)
     return letters([round(h * problem.top) for h in state.solution])
 
 
@@ -328,13 +400,16 @@ def asked(problem: StepFunction, state: State) -> str:
 @dataclass(frozen=True)
 class CirclePacking(Problem):
     "Circles in the unit square, sum of radii. ValueError for fewer than one."
+
     circles: int = 26  # n; best known sums of radii: 2.635983 for 26, 2.939572 for 32
 
     def __post_init__(self):
-        if not 1 <= self.circles <= 1000: raise ValueError(f"CirclePacking.circles={self.circles}, expected 1 to 1000")
+        if not 1 <= self.circles <= 1000:
+            raise ValueError(f"CirclePacking.circles={self.circles}, expected 1 to 1000")
 
     @property
-    def name(self) -> str: return f"packing-{self.circles}"
+    def name(self) -> str:
+        return f"packing-{self.circles}"
 
     def parse(self, text: str) -> list[list[float]]:  # the model's answer
         "The rows x, y, r of its JSON list."
@@ -342,30 +417,37 @@ class CirclePacking(Problem):
 
     def grade(self, solution: list[list[float]]) -> float:  # rows x, y, r
         "Sum of radii; ValueError when infeasible or not n circles."
-        if len(solution) != self.circles: raise ValueError(f"{len(solution)} circles, expected {self.circles}")
+        if len(solution) != self.circles:
+            raise ValueError(f"{len(solution)} circles, expected {self.circles}")
         return packing_radius_sum(solution)
 
     def initial_state(self, seed: int = 0) -> State:  # not used: there is one grid
         "Equal circles on the smallest square grid."
         k = math.isqrt(self.circles - 1) + 1
-        return State([[(i % k + 0.5) / k, (i // k + 0.5) / k, 0.5 / k] for i in range(self.circles)])
+        return State(
+            [[(i % k + 0.5) / k, (i // k + 0.5) / k, 0.5 / k] for i in range(self.circles)]
+        )
 
     def context(self, state: State) -> str:  # the parent
         "The task with the last packing and its sum."
-        return (f"Pack {self.circles} circles into the unit square, none overlapping, with the largest sum of radii.\n"
-                f"Last: {json.dumps(state.solution)}, {self.reward(state):.9f} {state.note}\n"
-                "Answer with a JSON list of [x, y, r]:\n")
+        return (
+            f"Pack {self.circles} circles into the unit square, none overlapping, with the largest sum of radii.\n"
+            f"Last: {json.dumps(state.solution)}, {self.reward(state):.9f} {state.note}\n"
+            "Answer with a JSON list of [x, y, r]:\n"
+        )
 
 # %% ../../nbs/discover/70_problems.ipynb #c059
 @dataclass(frozen=True)
 class StringMatch(Problem):
     "Reproduce a text that is not shown; the reward counts equal positions. ValueError for an empty target."
-    target: str = "hello world"      # white space around it does not count
+
+    target: str = "hello world"  # white space around it does not count
     prompt: str = "Guess the text."  # stands first in every context
-    name: str = "string"             # in logs
+    name: str = "string"  # in logs
 
     def __post_init__(self):
-        if not self.target.strip(): raise ValueError(f"StringMatch.target={self.target!r} has nothing to match")
+        if not self.target.strip():
+            raise ValueError(f"StringMatch.target={self.target!r} has nothing to match")
 
     def parse(self, text: str) -> str:  # the model's answer
         "All of it but the white space around it."
@@ -381,23 +463,41 @@ class StringMatch(Problem):
         return f"{self.prompt}\n{state.solution or ''}\n{self.reward(state):.2f}\n"
 
 # %% ../../nbs/discover/70_problems.ipynb #c062
-PROBLEMS = {"packing": CirclePacking, "string": StringMatch} | {k: partial(StepFunction, k) for k in OBJECTIVES}
+PROBLEMS = {"packing": CirclePacking, "string": StringMatch} | {
+    k: partial(StepFunction, k) for k in OBJECTIVES
+}
 
 
 def problem(
-    name: str,       # a key of PROBLEMS, or "package.module:Class"
-    /,               # so that a class may have a field of this name
-    **settings: Any, # fields of the class
+    name: str,  # a key of PROBLEMS, or "package.module:Class"
+    /,  # so that a class may have a field of this name
+    **settings: Any,  # fields of the class
 ) -> Problem:
     "A problem by name. ValueError when there is no such problem or setting, or the class is not one."
     module, colon, cls = name.partition(":")
-    try: make = getattr(import_module(module), cls) if colon else PROBLEMS[name]
-    except (KeyError, ImportError, AttributeError, ValueError, TypeError):  # the last two: "" and ".x" as a module
-        raise ValueError(f"problem {name!r}: not one of {', '.join(PROBLEMS)}, nor a module:Class to import") from None
-    try: made = make(**settings)
-    except TypeError as error: raise ValueError(f"problem {name!r}: {error}") from None
-    missing = [f for f in ("initial_state", "context", "transition", "reward", "name") if not hasattr(made, f)]
-    if missing: raise ValueError(f"problem {name!r} has no {missing[0]}")
+    try:
+        make = getattr(import_module(module), cls) if colon else PROBLEMS[name]
+    except (
+        KeyError,
+        ImportError,
+        AttributeError,
+        ValueError,
+        TypeError,
+    ):  # the last two: "" and ".x" as a module
+        raise ValueError(
+            f"problem {name!r}: not one of {', '.join(PROBLEMS)}, nor a module:Class to import"
+        ) from None
+    try:
+        made = make(**settings)
+    except TypeError as error:
+        raise ValueError(f"problem {name!r}: {error}") from None
+    missing = [
+        f
+        for f in ("initial_state", "context", "transition", "reward", "name")
+        if not hasattr(made, f)
+    ]
+    if missing:
+        raise ValueError(f"problem {name!r} has no {missing[0]}")
     return made
 
 # %% ../../nbs/discover/70_problems.ipynb #c075
@@ -419,22 +519,27 @@ def same_json(a: Any, b: Any) -> bool:
 @dataclass(frozen=True)
 class JSONFields(Problem):
     "Extract the expected fields (pattern 1). ValueError when none is expected."
-    prompt: str             # what to extract from
+
+    prompt: str  # what to extract from
     fields: dict[str, Any]  # the right answer
-    name: str = "json"      # in logs
+    name: str = "json"  # in logs
 
     def __post_init__(self):
-        if not self.fields: raise ValueError("JSONFields.fields is empty, nothing would be right")
+        if not self.fields:
+            raise ValueError("JSONFields.fields is empty, nothing would be right")
 
     def grade(self, solution: dict) -> float:  # any JSON value
         "Right fields over all fields, expected or found."
-        if not isinstance(solution, dict): raise ValueError("expected a JSON object")
+        if not isinstance(solution, dict):
+            raise ValueError("expected a JSON object")
         right = sum(k in solution and same_json(solution[k], v) for k, v in self.fields.items())
         return right / len(self.fields.keys() | solution.keys())
 
     def context(self, state: State) -> str:  # the parent
         "Prompt, the last object and its reward; never the expected values."
-        return f"{self.prompt}\n{json.dumps(state.solution)}\n{self.reward(state):.2f} {state.note}\n"
+        return (
+            f"{self.prompt}\n{json.dumps(state.solution)}\n{self.reward(state):.2f} {state.note}\n"
+        )
 
     def parse(self, text: str) -> Any:  # the model's answer
         "The JSON list or object in it."
@@ -448,36 +553,49 @@ Runner = Callable[[str, str], tuple[bool, str]]  # code, tests -> all passed?, w
 def _verdict(run: Runner, code: str, setup: str, tests: tuple[str, ...]) -> tuple[float, str]:
     "Share of tests that pass, and the first that does not with the end of its output."
     whole, output = run(code, "\n".join([setup, *tests]))
-    if whole or len(tests) == 1: return float(whole), "" if whole else f"failed: {tests[0][:200]}\n{output[-500:]}"
+    if whole or len(tests) == 1:
+        return float(whole), "" if whole else f"failed: {tests[0][:200]}\n{output[-500:]}"
     each = [run(code, f"{setup}\n{test}") for test in tests]
-    note = next((f"failed: {t[:200]}\n{out[-500:]}" for t, (ok, out) in zip(tests, each) if not ok), "")
+    note = next(
+        (f"failed: {t[:200]}\n{out[-500:]}" for t, (ok, out) in zip(tests, each) if not ok), ""
+    )
     return sum(ok for ok, _ in each) / len(tests), note
 
 # %% ../../nbs/discover/70_problems.ipynb #c083
 def code_inside(text: str) -> str:
     "The last fenced block of an answer, or all of it; ValueError when empty or too long."
-    if len(text) > 100_000: raise ValueError(f"{len(text)} characters of code, at most 100000 are run")
+    if len(text) > 100_000:
+        raise ValueError(f"{len(text)} characters of code, at most 100000 are run")
     parts = text.split("```")
     block = parts[-2 if len(parts) % 2 else -1] if len(parts) > 1 else text
     first, _, rest = block.partition("\n")
-    code = rest if len(parts) > 1 and first.strip().lower() in ("python", "py", "python3", "") else block
-    if not code.strip() or "\0" in code: raise ValueError("no code in the answer")
+    code = (
+        rest
+        if len(parts) > 1 and first.strip().lower() in ("python", "py", "python3", "")
+        else block
+    )
+    if not code.strip() or "\0" in code:
+        raise ValueError("no code in the answer")
     return code.strip("\n")
 
 # %% ../../nbs/discover/70_problems.ipynb #c085
 @dataclass(frozen=True)
 class CodeTests(Problem):
     "Write code that passes tests (pattern 2). ValueError without tests."
-    prompt: str             # the task in words, or the head of a function
+
+    prompt: str  # the task in words, or the head of a function
     tests: tuple[str, ...]  # assertions, each run on its own
-    run: Runner             # of the sandbox: this class runs nothing
-    setup: str = ""         # between the answer and each test: imports, a check function
-    head: str = ""          # text that the answer continues (HumanEval)
-    entry: str = ""         # function that `head` begins; an answer that defines it itself replaces the beginning
-    name: str = "code"      # in logs
+    run: Runner  # of the sandbox: this class runs nothing
+    setup: str = ""  # between the answer and each test: imports, a check function
+    head: str = ""  # text that the answer continues (HumanEval)
+    entry: str = (
+        ""  # function that `head` begins; an answer that defines it itself replaces the beginning
+    )
+    name: str = "code"  # in logs
 
     def __post_init__(self):
-        if not self.tests: raise ValueError(f"CodeTests {self.name!r} has no tests, every answer would be right")
+        if not self.tests:
+            raise ValueError(f"CodeTests {self.name!r} has no tests, every answer would be right")
 
     def parse(self, text: str) -> str:  # the model's answer
         "The program in an answer; ValueError when there is none."
@@ -492,26 +610,30 @@ class CodeTests(Problem):
     def context(self, state: State) -> str:  # the parent
         "The task, the tests, the last program and what its first failing test printed."
         last = f"\nLast attempt:\n{state.solution}\n{state.note}\n" if state.solution else ""
-        return f"{self.prompt}\n" + "\n".join(self.tests if len(self.tests) > 1 else ()) + f"{last}\n"
+        return (
+            f"{self.prompt}\n" + "\n".join(self.tests if len(self.tests) > 1 else ()) + f"{last}\n"
+        )
 
     def transition(
         self,
         state: State,  # the parent
-        action: str,   # the model's answer
+        action: str,  # the model's answer
     ) -> State:
         "The program with a note of its first failing test, or why there is none."
         new = Problem.transition(self, state, action)
-        if new.solution is None: return new
+        if new.solution is None:
+            return new
         note = _verdict(self.run, new.solution, self.setup, self.tests)[1]
         return State(new.solution, printable(note))
 
 # %% ../../nbs/discover/70_problems.ipynb #c090
 def code_problem(
-    item: dict,   # a row of HumanEval, MBPP or sanitized MBPP
+    item: dict,  # a row of HumanEval, MBPP or sanitized MBPP
     run: Runner,  # of the sandbox
 ) -> CodeTests:
     "One published code task as a problem. ValueError when a field is missing."
-    if not isinstance(item, dict): raise ValueError(f"expected an object, found {str(item)[:40]!r}")
+    if not isinstance(item, dict):
+        raise ValueError(f"expected an object, found {str(item)[:40]!r}")
     try:
         if "entry_point" in item:
             entry, head = item["entry_point"], item["prompt"]
@@ -520,12 +642,13 @@ def code_problem(
         setup = item.get("test_setup_code") or "\n".join(item.get("test_imports", ()))
         ask, name = item["text"] if "text" in item else item["prompt"], f"mbpp/{item['task_id']}"
         return CodeTests(ask, tuple(item["test_list"]), run, setup, name=name)
-    except KeyError as error: raise ValueError(f"neither a HumanEval nor an MBPP item: no field {error}") from None
+    except KeyError as error:
+        raise ValueError(f"neither a HumanEval nor an MBPP item: no field {error}") from None
 
 # %% ../../nbs/discover/70_problems.ipynb #c093
 def code_problems(
     path: str | Path,  # .jsonl, .jsonl.gz, or .json with one list
-    run: Runner,       # of the sandbox
+    run: Runner,  # of the sandbox
 ) -> list[CodeTests]:
     "All tasks of a file, in its order. ValueError with file and line of a bad row; OSError when it cannot be read."
     raw = Path(path).read_bytes()
@@ -534,22 +657,26 @@ def code_problems(
     problems = []
     for n, row in enumerate(rows, 1):
         try:
-            if row: problems.append(code_problem(json.loads(row) if isinstance(row, str) else row, run))
-        except (ValueError, TypeError) as error: raise ValueError(f"{path}:{n}: {error}") from None
+            if row:
+                problems.append(code_problem(json.loads(row) if isinstance(row, str) else row, run))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{n}: {error}") from None
     return problems
 
 # %% ../../nbs/discover/70_problems.ipynb #c096
 @dataclass(frozen=True)
 class Distance(Problem):
     "Come close to hidden numbers (pattern 3). ValueError for a target or scale that measures nothing."
-    prompt: str                # what is asked
+
+    prompt: str  # what is asked
     target: tuple[float, ...]  # hidden
-    scale: float = 1.0         # distance at which the reward is one half
-    name: str = "distance"     # in logs
+    scale: float = 1.0  # distance at which the reward is one half
+    name: str = "distance"  # in logs
 
     def __post_init__(self):
         plain_numbers(list(self.target), 1, 1000, "Distance.target")
-        if not 0 < self.scale < math.inf: raise ValueError(f"Distance.scale={self.scale}, expected a positive number")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"Distance.scale={self.scale}, expected a positive number")
 
     def parse(self, text: str) -> list[float]:  # the model's answer
         "One number, or a JSON list of them."
@@ -558,7 +685,8 @@ class Distance(Problem):
 
     def grade(self, solution: list[float]) -> float:  # the guess
         "1 / (1 + distance / scale)."
-        if len(solution) != len(self.target): raise ValueError(f"{len(solution)} numbers, expected {len(self.target)}")
+        if len(solution) != len(self.target):
+            raise ValueError(f"{len(solution)} numbers, expected {len(self.target)}")
         return 1 / (1 + math.dist(solution, self.target) / self.scale)
 
     def context(self, state: State) -> str:  # the parent
@@ -569,19 +697,23 @@ class Distance(Problem):
 @dataclass(frozen=True)
 class Staged(Problem):
     "Pass checks in order (pattern 4). ValueError without stages."
-    prompt: str                                            # what is asked
+
+    prompt: str  # what is asked
     stages: tuple[tuple[str, Callable[[str], bool]], ...]  # name and check, easiest first
-    name: str = "staged"                                   # in logs
+    name: str = "staged"  # in logs
 
     def __post_init__(self):
-        if not self.stages: raise ValueError(f"Staged {self.name!r} has no stages, every answer would be right")
+        if not self.stages:
+            raise ValueError(f"Staged {self.name!r} has no stages, every answer would be right")
 
     def reached(self, text: str) -> int:  # the answer
         "How many stages an answer passes before the first that it does not."
         for i, (_, check) in enumerate(self.stages):
             try:
-                if not check(text): return i
-            except COMPLAINTS: return i
+                if not check(text):
+                    return i
+            except COMPLAINTS:
+                return i
         return len(self.stages)
 
     def parse(self, text: str) -> str:  # the model's answer
@@ -599,9 +731,13 @@ class Staged(Problem):
     def transition(
         self,
         state: State,  # the parent
-        action: str,   # the model's answer
+        action: str,  # the model's answer
     ) -> State:
         "The answer, with a note of the stage that stopped it."
         new = Problem.transition(self, state, action)
         i = len(self.stages) if new.solution is None else self.reached(new.solution)
-        return new if i == len(self.stages) else State(new.solution, f"stopped at: {self.stages[i][0]}")
+        return (
+            new
+            if i == len(self.stages)
+            else State(new.solution, f"stopped at: {self.stages[i][0]}")
+        )

@@ -28,7 +28,15 @@ from tqdm import tqdm
 from ..adapt.lora import LoRAConfig, attach, init_adapter, write_peft
 from ..adapt.sdft import encoder
 from ..core.text import Tokenizer
-from .archive import Archive, ArchiveConfig, Node, archive_of, as_json, save, solution_key
+from nash_lab.discover.archive import (
+    Archive,
+    ArchiveConfig,
+    Node,
+    archive_of,
+    as_json,
+    save,
+    solution_key,
+)
 from .policy import Answers, check_policy, draw_answers, update
 from .problems import Problem, State, StepFunction, problem, value_of
 from ..evals.scores import weights_hash
@@ -48,8 +56,8 @@ from ..train.step import TrainState, fresh_state
 # %% ../../nbs/discover/73_ttt.ipynb #c006
 def tilt_kl(
     rewards: Float[np.ndarray, "n"],  # of one group
-    beta: float,                      # inverse temperature
-) -> float:                           # nats
+    beta: float,  # inverse temperature
+) -> float:  # nats
     "KL divergence of q, proportional to exp(beta r), from the uniform distribution."
     z = beta * (rewards - rewards.max())
     log_q = z - np.log(np.exp(z).sum())
@@ -63,20 +71,24 @@ STEEPEST = 2.0**20  # beta times the spread of the rewards, where the search for
 def group_rewards(rewards: Any) -> Float[np.ndarray, "n"]:  # one group's
     "As float64; ValueError for anything but a list of finite numbers."
     r = np.asarray(rewards, np.float64)
-    if r.ndim != 1 or not np.isfinite(r).all(): raise ValueError(f"rewards of a group: not finite numbers: {r}")
+    if r.ndim != 1 or not np.isfinite(r).all():
+        raise ValueError(f"rewards of a group: not finite numbers: {r}")
     return r
 
 # %% ../../nbs/discover/73_ttt.ipynb #c010
 def solve_beta(
     rewards: Float[np.ndarray, "n"],  # of one group
-    gamma: float = LN2,               # nats, the wanted distance of q from uniform
-) -> float:                           # 0 when all rewards are equal
+    gamma: float = LN2,  # nats, the wanted distance of q from uniform
+) -> float:  # 0 when all rewards are equal
     "Beta with KL(q, uniform) = gamma, or the steepest there is (2601.16175). ValueError for too small a group."
     r, least = group_rewards(rewards), 2 * math.exp(gamma)
-    if len(r) < least - 1e-9: raise ValueError(f"a group of {len(r)} rewards, expected at least {least:.0f}")
-    if not (spread := r.max() - r.min()) > 0: return 0.0
+    if len(r) < least - 1e-9:
+        raise ValueError(f"a group of {len(r)} rewards, expected at least {least:.0f}")
+    if not (spread := r.max() - r.min()) > 0:
+        return 0.0
     low, high = 0.0, 1 / spread
-    while tilt_kl(r, high) < gamma and high * spread < STEEPEST: low, high = high, 2 * high
+    while tilt_kl(r, high) < gamma and high * spread < STEEPEST:
+        low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if tilt_kl(r, middle) < gamma else (low, middle)
@@ -85,7 +97,7 @@ def solve_beta(
 # %% ../../nbs/discover/73_ttt.ipynb #c014
 def entropic_advantages(
     rewards: Float[np.ndarray, "n"],  # of one group
-    beta: float,                      # from `solve_beta`, or a constant
+    beta: float,  # from `solve_beta`, or a constant
 ) -> Float[np.ndarray, "n"]:
     "exp(beta r) over its mean over the others, minus 1 (2601.16175); 0 for equal rewards."
     e = np.exp(beta * ((r := group_rewards(rewards)) - r.max()))
@@ -101,7 +113,9 @@ def expected_advantages(
     return (r - r.mean()) / r.std() if r.max() > r.min() else np.zeros(len(r))
 
 
-def adaptive(rewards: Float[np.ndarray, "n"]) -> tuple[Float[np.ndarray, "n"], float]:  # of one group
+def adaptive(
+    rewards: Float[np.ndarray, "n"],
+) -> tuple[Float[np.ndarray, "n"], float]:  # of one group
     "Advantages at the group's own beta, and beta. ValueError for fewer than four."
     beta = solve_beta(rewards)
     return entropic_advantages(rewards, beta), beta
@@ -116,8 +130,9 @@ ESTIMATORS: dict[str, Callable] = {  # rewards of a group -> advantages, beta
 # %% ../../nbs/discover/73_ttt.ipynb #c025
 class Arm(NamedTuple):
     "Which parts of the method are on."
-    train: bool     # update the adapter
-    reuse: bool     # start from the archive, not only from the beginnings
+
+    train: bool  # update the adapter
+    reuse: bool  # start from the archive, not only from the beginnings
     estimator: str  # key of ESTIMATORS
 
 
@@ -134,88 +149,123 @@ ARMS = {
 def check_settings(cfg: Any):  # a DiscoverConfig
     "ValueError naming the field that is out of range."
     where = "DiscoverConfig"
-    least = dict(steps=1, groups=1, rollouts=4 if cfg.parts.train else 1, beginnings=1, max_new_tokens=1,
-                 think_tokens=0, accumulate=1, save_every=1)
+    least = dict(
+        steps=1,
+        groups=1,
+        rollouts=4 if cfg.parts.train else 1,
+        beginnings=1,
+        max_new_tokens=1,
+        think_tokens=0,
+        accumulate=1,
+        save_every=1,
+    )
     for name, low in least.items():
-        if (value := getattr(cfg, name)) < low: raise ValueError(f"{where}.{name}={value}, expected at least {low}")
+        if (value := getattr(cfg, name)) < low:
+            raise ValueError(f"{where}.{name}={value}, expected at least {low}")
     if (think := cfg.think_tokens) >= (most := cfg.max_new_tokens):
         raise ValueError(f"{where}.think_tokens={think} leaves nothing of max_new_tokens={most}")
     if (n := cfg.groups * cfg.rollouts) % cfg.accumulate:
         raise ValueError(f"{where}.accumulate={cfg.accumulate} does not divide {n} rollouts")
-    if not 0 <= cfg.kl_weight < math.inf: raise ValueError(f"{where}.kl_weight={cfg.kl_weight}, expected 0 or more")
+    if not 0 <= cfg.kl_weight < math.inf:
+        raise ValueError(f"{where}.kl_weight={cfg.kl_weight}, expected 0 or more")
 
 # %% ../../nbs/discover/73_ttt.ipynb #c027
 @dataclass(frozen=True)
 class DiscoverConfig:
     "One search. ValueError for settings out of range."
+
     problem: str = "erdos"  # key of discover.problems.PROBLEMS, or package.module:Class
-    options: str = "{}"     # JSON object of that problem's fields
-    run: str = ""           # run directory of the base model
-    out: str = ""           # folder of this search; runs/discover/<problem> when empty
-    arm: Literal["best-of-n", "reuse-only", "train-only", "full", "constant-beta", "expected-reward"] = "full"  # parts
-    steps: int = 50         # rounds of sampling, each with one update
-    groups: int = 8         # start states of a round
-    rollouts: int = 64      # answers from each of them
-    beginnings: int = 1     # initial states: seeds 0, 1, ... of the problem
+    options: str = "{}"  # JSON object of that problem's fields
+    run: str = ""  # run directory of the base model
+    out: str = ""  # folder of this search; runs/discover/<problem> when empty
+    arm: Literal[
+        "best-of-n", "reuse-only", "train-only", "full", "constant-beta", "expected-reward"
+    ] = "full"  # parts
+    steps: int = 50  # rounds of sampling, each with one update
+    groups: int = 8  # start states of a round
+    rollouts: int = 64  # answers from each of them
+    beginnings: int = 1  # initial states: seeds 0, 1, ... of the problem
     copies_earn: bool = True  # False: an answer that repeats its parent counts 0 for the update
     max_new_tokens: int = 64  # of an answer
-    think_tokens: int = 0   # of these, before `force` is written for a model that has not ended; 0: never
+    think_tokens: int = (
+        0  # of these, before `force` is written for a model that has not ended; 0: never
+    )
     force: str = "\nAnswer: "  # what is written then; the model is not trained on it
-    lead: Literal["", "bos", "eos"] = ""  # token before every prompt; eos for models of packed documents
+    lead: Literal["", "bos", "eos"] = (
+        ""  # token before every prompt; eos for models of packed documents
+    )
     kl_weight: float = 0.1  # lambda; 0.01 in the paper where long programs are written
-    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(rank=32, alpha=32.0))  # what is trained
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(  # 4e-5 in the paper, for 120B parameters
-        learning_rate=4e-5, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0))
+    lora: LoRAConfig = field(
+        default_factory=lambda: LoRAConfig(rank=32, alpha=32.0)
+    )  # what is trained
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(  # 4e-5 in the paper, for 120B parameters
+            learning_rate=4e-5, schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=0.0
+        )
+    )
     archive: ArchiveConfig = field(default_factory=ArchiveConfig)  # which state is chosen
-    accumulate: int = 1     # parts of an update computed one after the other, to save memory
-    save_every: int = 10    # rounds between checkpoints
-    seed: int = 0           # of adapter and draws
+    accumulate: int = 1  # parts of an update computed one after the other, to save memory
+    save_every: int = 10  # rounds between checkpoints
+    seed: int = 0  # of adapter and draws
 
-    def __post_init__(self): check_settings(self), self.settings()
+    def __post_init__(self):
+        check_settings(self), self.settings()
 
     @property
     def parts(self) -> Arm:
         "What of the method is on; ValueError for an unknown arm."
-        if self.arm not in ARMS: raise ValueError(f"DiscoverConfig.arm={self.arm!r}, expected one of {', '.join(ARMS)}")
+        if self.arm not in ARMS:
+            raise ValueError(f"DiscoverConfig.arm={self.arm!r}, expected one of {', '.join(ARMS)}")
         return ARMS[self.arm]
 
     def settings(self) -> dict[str, Any]:
         "`options` as a dict; ValueError for anything but a JSON object."
-        try: found = json.loads(self.options)
-        except ValueError: found = None
-        if not isinstance(found, dict): raise ValueError(f"DiscoverConfig.options={self.options!r}, not a JSON object")
+        try:
+            found = json.loads(self.options)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"DiscoverConfig.options={self.options!r}, not a JSON object")
         return found
 
 # %% ../../nbs/discover/73_ttt.ipynb #c030
 class Attempt(NamedTuple):
     "One judged answer."
+
     text: str
     state: State
     reward: float  # recomputed from the state
-    copy: bool     # the parent's solution again
+    copy: bool  # the parent's solution again
     lost: bool = False  # its judge failed, so nobody can say what it is worth
 
 
 def judge(
     problem: Problem,  # verifies
     parent: State,  # that was asked about
-    text: str,      # the answer
+    text: str,  # the answer
 ) -> Attempt:
     "What an answer is worth."
     state = problem.transition(parent, text)
-    copy = state.solution is not None and solution_key(state.solution) == solution_key(parent.solution)
-    if math.isfinite(reward := float(problem.reward(state))): return Attempt(text, state, reward, copy)
-    return Attempt(text, State(None, f"Reward: {reward} is not a finite number"), 0.0, False, lost=True)
+    copy = state.solution is not None and solution_key(state.solution) == solution_key(
+        parent.solution
+    )
+    if math.isfinite(reward := float(problem.reward(state))):
+        return Attempt(text, state, reward, copy)
+    return Attempt(
+        text, State(None, f"Reward: {reward} is not a finite number"), 0.0, False, lost=True
+    )
 
 # %% ../../nbs/discover/73_ttt.ipynb #c031
 def judge_or_lose(
     problem: Problem,  # verifies
     parent: State,  # that was asked about
-    text: str,      # the answer
+    text: str,  # the answer
 ) -> Attempt:
     "`judge`; lost when the judge itself cannot work, as a sandbox that does not start."
-    try: return judge(problem, parent, text)
-    except OSError as error: note = f"{type(error).__name__}: {error}"[:500]
+    try:
+        return judge(problem, parent, text)
+    except OSError as error:
+        note = f"{type(error).__name__}: {error}"[:500]
     return Attempt(text, State(None, note), 0.0, False, lost=True)
 
 # %% ../../nbs/discover/73_ttt.ipynb #c032
@@ -224,8 +274,13 @@ def value_in(
     state: State,  # judged
 ) -> float | None:  # None without a solution
     "The objective in its own unit where the problem has one (a bound), else the reward."
-    if state.solution is None: return None
-    return value_of(problem, state) if isinstance(problem, StepFunction) else float(problem.reward(state))
+    if state.solution is None:
+        return None
+    return (
+        value_of(problem, state)
+        if isinstance(problem, StepFunction)
+        else float(problem.reward(state))
+    )
 
 
 def group_advantages(
@@ -234,7 +289,8 @@ def group_advantages(
 ) -> tuple[Float[np.ndarray, "n"], float]:
     "Advantage of each answer of one group, and beta; 0 for lost answers, and for all where fewer than 4 are left."
     kept, gained = np.array([not a.lost for a in group]), np.zeros(len(group))
-    if kept.sum() < 4: return gained, 0.0
+    if kept.sum() < 4:
+        return gained, 0.0
     rewards = np.array([a.reward * (cfg.copies_earn or not a.copy) for a in group])
     gained[kept], beta = ESTIMATORS[cfg.parts.estimator](rewards[kept])
     return gained, beta
@@ -243,9 +299,10 @@ def group_advantages(
 @dataclass
 class Search:
     "What changes from round to round."
+
     archive: Archive
     learned: TrainState  # adapter and moments
-    step: int = 0        # rounds made
+    step: int = 0  # rounds made
     time_s: float = 0.0  # spent in them
 
 
@@ -256,7 +313,8 @@ def begin(
 ) -> Search:
     "The beginnings in an archive, and an adapter of no change. ValueError as `init_adapter` and `Archive.add`."
     archive = Archive(cfg.archive)
-    for seed in range(cfg.beginnings): archive.add(s := problem.initial_state(seed), float(problem.reward(s)))
+    for seed in range(cfg.beginnings):
+        archive.add(s := problem.initial_state(seed), float(problem.reward(s)))
     adapter = init_adapter(base, cfg.lora, named_key(jax.random.key(cfg.seed), "adapter"))
     return Search(archive, fresh_state(adapter, optimizer(cfg.optim, cfg.steps)))
 
@@ -280,14 +338,17 @@ def failures(
     attempts: Sequence[Attempt],  # judged answers
 ) -> dict[str, int]:
     "How many have no solution, by cause: empty, or the kind of complaint."
-    causes = ("empty" if not a.text.strip() else a.state.note.partition(":")[0] for a in attempts
-              if a.state.solution is None)
+    causes = (
+        "empty" if not a.text.strip() else a.state.note.partition(":")[0]
+        for a in attempts
+        if a.state.solution is None
+    )
     return dict(sorted(Counter(causes).items()))
 
 
 def round_metrics(
     problem: Problem,  # verifies
-    search: Search,                       # after the round
+    search: Search,  # after the round
     groups: Sequence[Sequence[Attempt]],  # of the round
 ) -> dict:
     "Best so far, and shares of all answers of the round; rewards are of those that are not lost."
@@ -295,12 +356,22 @@ def round_metrics(
     known = [a.reward for a in every if not a.lost]
     valid = [a for a in every if a.state.solution is not None]
     tied = [np.mean([a.reward == max(b.reward for b in group) for a in group]) for group in groups]
-    return {"step": search.step, "rollouts": search.step * len(every), "best": best.reward,
-            "best_value": value_in(problem, best.state), "round_best": max(known),
-            "mean_reward": np.mean(known), "valid": len(valid) / len(every),
-            "distinct": len({solution_key(a.state.solution) for a in valid}) / len(every),
-            "copies": np.mean([a.copy for a in every]), "ties": np.mean(tied), "archive": len(search.archive.live()),
-            "lost": len(every) - len(known), "failures": failures(every), "time_s": search.time_s}
+    return {
+        "step": search.step,
+        "rollouts": search.step * len(every),
+        "best": best.reward,
+        "best_value": value_in(problem, best.state),
+        "round_best": max(known),
+        "mean_reward": np.mean(known),
+        "valid": len(valid) / len(every),
+        "distinct": len({solution_key(a.state.solution) for a in valid}) / len(every),
+        "copies": np.mean([a.copy for a in every]),
+        "ties": np.mean(tied),
+        "archive": len(search.archive.live()),
+        "lost": len(every) - len(known),
+        "failures": failures(every),
+        "time_s": search.time_s,
+    }
 
 
 def attempt_row(
@@ -308,14 +379,22 @@ def attempt_row(
     a: Attempt,  # a judged answer
 ) -> dict:
     "What the log says of an answer, beside where it came from."
-    return {"completion": a.text, "state": a.state.solution, "note": a.state.note, "reward": a.reward,
-            "value": value_in(problem, a.state), "valid": a.state.solution is not None, "copy": a.copy, "lost": a.lost}
+    return {
+        "completion": a.text,
+        "state": a.state.solution,
+        "note": a.state.note,
+        "reward": a.reward,
+        "value": value_in(problem, a.state),
+        "valid": a.state.solution is not None,
+        "copy": a.copy,
+        "lost": a.lost,
+    }
 
 # %% ../../nbs/discover/73_ttt.ipynb #c042
 def learn(
     base: LM,  # frozen
-    policy: LM,          # base and adapter: what has answered
-    search: Search,      # gets the new adapter
+    policy: LM,  # base and adapter: what has answered
+    search: Search,  # gets the new adapter
     answers: Answers,  # of the policy
     groups: Sequence[Sequence[Attempt]],  # judged
     cfg: DiscoverConfig,  # settings
@@ -323,8 +402,17 @@ def learn(
     "One update of the adapter; OffPolicy when the answers are not the policy's."
     gained, betas = zip(*(group_advantages(group, cfg) for group in groups))
     mismatch, gained = check_policy(policy, answers), np.concatenate(gained)
-    search.learned, made = update(base, search.learned, answers, gained, lora=cfg.lora, optim=cfg.optim,
-                                  steps=cfg.steps, kl_weight=cfg.kl_weight, parts=cfg.accumulate)
+    search.learned, made = update(
+        base,
+        search.learned,
+        answers,
+        gained,
+        lora=cfg.lora,
+        optim=cfg.optim,
+        steps=cfg.steps,
+        kl_weight=cfg.kl_weight,
+        parts=cfg.accumulate,
+    )
     return gained, {"beta": float(np.median(betas)), "mismatch": mismatch, **made}
 
 # %% ../../nbs/discover/73_ttt.ipynb #c043
@@ -332,7 +420,7 @@ def play(
     problem: Problem,  # verifies
     base: LM,  # frozen
     words: Tokenizer,  # of the base
-    search: Search,      # changed in place
+    search: Search,  # changed in place
     cfg: DiscoverConfig,  # settings
 ) -> tuple[dict, list[dict]]:  # the record, and a line for each answer
     "One round: choose, answer, judge, update policy and archive. ValueError as `draw_answers`; OSError if all is lost."
@@ -344,19 +432,50 @@ def play(
     states = [search.archive.nodes[i].state for i in parents]
     contexts = [problem.context(s) for s in states]
     prompts = list(map(encoder(words, cfg.lead or "none"), contexts))
-    answers = draw_answers(policy, words, prompts, size, key, force=cfg.force,
-                           max_new_tokens=cfg.max_new_tokens, think_tokens=cfg.think_tokens)
-    groups = [[judge_or_lose(problem, s, t) for t in answers.texts[g * size :][:size]] for g, s in enumerate(states)]
+    answers = draw_answers(
+        policy,
+        words,
+        prompts,
+        size,
+        key,
+        force=cfg.force,
+        max_new_tokens=cfg.max_new_tokens,
+        think_tokens=cfg.think_tokens,
+    )
+    groups = [
+        [judge_or_lose(problem, s, t) for t in answers.texts[g * size :][:size]]
+        for g, s in enumerate(states)
+    ]
     if all(a.lost for group in groups for a in group):
-        raise OSError(f"{problem.name}: no answer of round {search.step} could be judged: {groups[0][0].state.note}")
-    gained, made = learn(base, policy, search, answers, groups, cfg) if train else ([None] * len(answers.texts), {})
-    for parent, group in zip(parents, groups): search.archive.update(parent, [(a.state, a.reward) for a in group])
+        raise OSError(
+            f"{problem.name}: no answer of round {search.step} could be judged: {groups[0][0].state.note}"
+        )
+    gained, made = (
+        learn(base, policy, search, answers, groups, cfg)
+        if train
+        else ([None] * len(answers.texts), {})
+    )
+    for parent, group in zip(parents, groups):
+        search.archive.update(parent, [(a.state, a.reward) for a in group])
     search.time_s += time.perf_counter() - begun
-    rows = [plain({"step": search.step, "group": g, "rollout": n, "problem": problem.name, "prompt": contexts[g],
-                   "parent": parents[g], "advantage": gained[g * size + n],
-                   "tokens": int(answers.drawn[g * size + n].sum()),
-                   "logprob": answers.sampled[g * size + n].sum()}) | attempt_row(problem, a)
-            for g, group in enumerate(groups) for n, a in enumerate(group)]
+    rows = [
+        plain(
+            {
+                "step": search.step,
+                "group": g,
+                "rollout": n,
+                "problem": problem.name,
+                "prompt": contexts[g],
+                "parent": parents[g],
+                "advantage": gained[g * size + n],
+                "tokens": int(answers.drawn[g * size + n].sum()),
+                "logprob": answers.sampled[g * size + n].sum(),
+            }
+        )
+        | attempt_row(problem, a)
+        for g, group in enumerate(groups)
+        for n, a in enumerate(group)
+    ]
     return plain(round_metrics(problem, search, groups) | made), rows
 
 # %% ../../nbs/discover/73_ttt.ipynb #c048
@@ -371,8 +490,13 @@ def claim(
     path, new = folder / "config.json", json.loads(json.dumps(to_json(cfg)))
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        changes = config_changes(*({k: v for k, v in c.items() if k not in FREE} for c in (old, new)))
-        if changes: raise ValueError(f"{path}: the search was started with other settings: {'; '.join(changes[:8])}")
+        changes = config_changes(
+            *({k: v for k, v in c.items() if k not in FREE} for c in (old, new))
+        )
+        if changes:
+            raise ValueError(
+                f"{path}: the search was started with other settings: {'; '.join(changes[:8])}"
+            )
     else:
         write_json(folder / "environment.json", environment())
         write_json(path, new)
@@ -392,9 +516,15 @@ def keep(
 ):
     "A checkpoint, the archive as a file to read, and the adapter for `peft`."
     save(search.archive, folder / "archive.json")
-    if cfg.parts.train: write_peft(folder / f"adapters/{search.step}", search.learned.params, cfg.lora, base, cfg.run)
+    if cfg.parts.train:
+        write_peft(
+            folder / f"adapters/{search.step}", search.learned.params, cfg.lora, base, cfg.run
+        )
     about = {"archive": as_json(search.archive), "step": search.step, "time_s": search.time_s}
-    points.save(search.step, {"learned": leaves(search.learned), "search": about | {"base": weights_hash(base)}})
+    points.save(
+        search.step,
+        {"learned": leaves(search.learned), "search": about | {"base": weights_hash(base)}},
+    )
 
 # %% ../../nbs/discover/73_ttt.ipynb #c050
 def resume(
@@ -403,23 +533,28 @@ def resume(
     base: LM,  # frozen
 ) -> Search:
     "The newest checkpoint, or the given search when there is none. ValueError when it is of another base."
-    if not points.own(): return search
+    if not points.own():
+        return search
     got = points.restore(template={"learned": leaves(search.learned), "search": None}, repair=True)
     about, arrays = got["search"], [got["learned"][f"{i}"] for i in range(len(got["learned"]))]
-    if about["base"] != weights_hash(base): raise ValueError(f"{points.folder}: the search began with another base")
+    if about["base"] != weights_hash(base):
+        raise ValueError(f"{points.folder}: the search began with another base")
     learned = jax.tree.unflatten(jax.tree.structure(search.learned), arrays)
-    return Search(archive_of(about["archive"], str(points.folder)), learned, about["step"], about["time_s"])
+    return Search(
+        archive_of(about["archive"], str(points.folder)), learned, about["step"], about["time_s"]
+    )
 
 # %% ../../nbs/discover/73_ttt.ipynb #c052
 @dataclass(frozen=True)
 class DiscoverResult:
     "What a search found."
-    best: State                 # ever seen
-    reward: float               # of it
-    value: float | None         # in the problem's own unit
-    rollouts: int               # answers asked for, failures included
-    metrics: list[dict]         # one record a round
-    search: Search              # archive and adapter at the end
+
+    best: State  # ever seen
+    reward: float  # of it
+    value: float | None  # in the problem's own unit
+    rollouts: int  # answers asked for, failures included
+    metrics: list[dict]  # one record a round
+    search: Search  # archive and adapter at the end
     folder: Path | None = None  # where it is kept
 
 
@@ -429,53 +564,76 @@ def summary(
     cfg: DiscoverConfig,  # settings
 ) -> dict:
     "What result.json holds."
-    return {"problem": problem.name, "arm": cfg.arm, "seed": cfg.seed, "reward": result.reward, "value": result.value,
-            "solution": result.best.solution, "rollouts": result.rollouts, "steps": result.search.step,
-            "time_s": result.search.time_s, "base": cfg.run}
+    return {
+        "problem": problem.name,
+        "arm": cfg.arm,
+        "seed": cfg.seed,
+        "reward": result.reward,
+        "value": result.value,
+        "solution": result.best.solution,
+        "rollouts": result.rollouts,
+        "steps": result.search.step,
+        "time_s": result.search.time_s,
+        "base": cfg.run,
+    }
 
 # %% ../../nbs/discover/73_ttt.ipynb #c053
 def run_rounds(
     problem: Problem,  # verifies
-    lm: LM,          # the base
+    lm: LM,  # the base
     words: Tokenizer,  # of the base
     search: Search,  # new, or resumed
     cfg: DiscoverConfig,  # settings
-    write: Callable[[dict, list[dict]], None] = lambda record, rows: None,  # takes what a round leaves
+    write: Callable[[dict, list[dict]], None] = lambda record, rows: (
+        None
+    ),  # takes what a round leaves
     hooks: Sequence[Callable[[dict], None]] = (),  # take the record
 ) -> DiscoverResult:
     "Rounds from where the search is up to `cfg.steps`."
     metrics, rounds = [], range(search.step, cfg.steps)
-    for _ in tqdm(rounds, problem.name, cfg.steps, initial=search.step, unit=" rounds", disable=None):
+    for _ in tqdm(
+        rounds, problem.name, cfg.steps, initial=search.step, unit=" rounds", disable=None
+    ):
         record, rows = play(problem, lm, words, search, cfg)
         write(record, rows)
         metrics.append(record)
-        for hook in hooks: hook(record)
+        for hook in hooks:
+            hook(record)
     best, count = best_node(search.archive), search.step * cfg.groups * cfg.rollouts
-    return DiscoverResult(best.state, best.reward, value_in(problem, best.state), count, metrics, search)
+    return DiscoverResult(
+        best.state, best.reward, value_in(problem, best.state), count, metrics, search
+    )
 
 # %% ../../nbs/discover/73_ttt.ipynb #c054
 def discover(
-    problem: Problem,                               # anything with its four functions
-    lm: LM,                                         # the base; untouched
+    problem: Problem,  # anything with its four functions
+    lm: LM,  # the base; untouched
     tokenizer: Tokenizer,  # of the base
     cfg: DiscoverConfig,  # settings
-    folder: str | Path | None = None,               # made, or resumed; None: nothing is written
-    hooks: Sequence[Callable[[dict], None]] = (),   # called with the record of each round
+    folder: str | Path | None = None,  # made, or resumed; None: nothing is written
+    hooks: Sequence[Callable[[dict], None]] = (),  # called with the record of each round
 ) -> DiscoverResult:
     "TTT-Discover (2601.16175). ValueError for settings that do not fit, OffPolicy when the sampler is not the learner."
     search = begin(problem, lm, cfg)
-    if folder is None: return run_rounds(problem, lm, tokenizer, search, cfg, hooks=hooks)
+    if folder is None:
+        return run_rounds(problem, lm, tokenizer, search, cfg, hooks=hooks)
     folder = Path(folder)
     points = Checkpoints(folder / "checkpoints", keep=2, best=None, asynchronous=False)
     with run_lock(folder), closing(points):
         claim(cfg, folder)
         search = resume(search, points, lm)
-        with (closing(MetricsLog(folder / "metrics.jsonl", search.step)) as metrics,
-              closing(MetricsLog(folder / "discovery_log.jsonl", search.step)) as log):
+        with (
+            closing(MetricsLog(folder / "metrics.jsonl", search.step)) as metrics,
+            closing(MetricsLog(folder / "discovery_log.jsonl", search.step)) as log,
+        ):
+
             def write(record, rows):
-                for row in rows: log.write(row)
+                for row in rows:
+                    log.write(row)
                 metrics.write(record)
-                if search.step % cfg.save_every == 0 or search.step == cfg.steps: keep(search, points, lm, cfg, folder)
+                if search.step % cfg.save_every == 0 or search.step == cfg.steps:
+                    keep(search, points, lm, cfg, folder)
+
             result = run_rounds(problem, lm, tokenizer, search, cfg, write, hooks)
         result = replace(result, metrics=read_metrics(folder / "metrics.jsonl"), folder=folder)
         write_json(folder / "result.json", summary(problem, result, cfg))
@@ -487,6 +645,7 @@ def discover_run(
 ) -> DiscoverResult:
     "The search that `cfg` describes, in its folder. OSError and ValueError as `load_run`, `problem` and `discover`."
     task = problem(cfg.problem, **cfg.settings())
-    if not cfg.run: raise ValueError("DiscoverConfig.run='': give the run directory of a base model")
+    if not cfg.run:
+        raise ValueError("DiscoverConfig.run='': give the run directory of a base model")
     lm, words = load_run(cfg.run)[0], run_words(cfg.run)
     return discover(task, lm, words, cfg, cfg.out or Path("runs/discover") / task.name)

@@ -41,7 +41,11 @@ def arc_row(row: dict) -> dict:  # query, choices, gold
     labels = list("ABCDE"[: len(options)])
     right = labels[options.index(row["choices"][row["gold"]])]
     choices = {"text": options, "label": labels}
-    return {"question": row["query"].removeprefix("Question: "), "choices": choices, "answerKey": right}
+    return {
+        "question": row["query"].removeprefix("Question: "),
+        "choices": choices,
+        "answerKey": right,
+    }
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c010
 def mbpp_row(row: dict) -> dict | str:  # task_id and the rest
@@ -51,31 +55,44 @@ def mbpp_row(row: dict) -> dict | str:  # task_id and the rest
 # %% ../../nbs/evals/54_code_tasks.ipynb #c012
 class Benchmark(NamedTuple):
     "What has to be exchanged in a task of lm-eval."
-    files: dict[str, str]            # split -> file below the data folder
-    row: Callable[[dict], Any]       # a row of the file -> of the task, or why it is left out
-    changes: dict[str, Any]          # of the task's config: splits that the files do not have
+
+    files: dict[str, str]  # split -> file below the data folder
+    row: Callable[[dict], Any]  # a row of the file -> of the task, or why it is left out
+    changes: dict[str, Any]  # of the task's config: splits that the files do not have
+
 
 BENCHMARKS = {
     "gsm8k": Benchmark({"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}, dict, {}),
-    "hellaswag": Benchmark({"validation": "hellaswag/val_1000.jsonl"}, hellaswag_row,
-                           {"process_docs": None, "training_split": None}),
-    "arc_easy": Benchmark({"test": "arc/arc_easy_test.jsonl"}, arc_row,
-                          {"training_split": None, "validation_split": None}),
-    "arc_challenge": Benchmark({"test": "arc/arc_challenge_test.jsonl"}, arc_row,
-                               {"training_split": None, "validation_split": None}),
+    "hellaswag": Benchmark(
+        {"validation": "hellaswag/val_1000.jsonl"},
+        hellaswag_row,
+        {"process_docs": None, "training_split": None},
+    ),
+    "arc_easy": Benchmark(
+        {"test": "arc/arc_easy_test.jsonl"},
+        arc_row,
+        {"training_split": None, "validation_split": None},
+    ),
+    "arc_challenge": Benchmark(
+        {"test": "arc/arc_challenge_test.jsonl"},
+        arc_row,
+        {"training_split": None, "validation_split": None},
+    ),
     "humaneval": Benchmark({"test": "humaneval/HumanEval.jsonl.gz"}, dict, {}),
-    "mbpp": Benchmark({"test": "mbpp/mbpp.jsonl"}, mbpp_row, {})}
+    "mbpp": Benchmark({"test": "mbpp/mbpp.jsonl"}, mbpp_row, {}),
+}
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c013
 class Data(NamedTuple):
     "The problems of a task, and what became of the file's rows."
+
     splits: dict[str, list[dict]]  # split -> rows of the task
-    files: dict[str, str]          # file -> SHA-256
-    left_out: dict[str, int]       # reason -> rows
+    files: dict[str, str]  # file -> SHA-256
+    left_out: dict[str, int]  # reason -> rows
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c014
 def read_data(
-    name: str,     # a key of BENCHMARKS
+    name: str,  # a key of BENCHMARKS
     folder: Path,  # with the files
 ) -> Data:
     "The rows of a benchmark. FileNotFoundError or ValueError names the file, and the row when one does not fit."
@@ -83,12 +100,16 @@ def read_data(
     for split, below in bench.files.items():
         rows = read_rows(folder / below, what="problems")
         files[below] = hashlib.sha256((folder / below).read_bytes()).hexdigest()
-        try: made = [bench.row(row) for row in rows]
+        try:
+            made = [bench.row(row) for row in rows]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / below}: a row is not of {name}: {type(error).__name__} {error}") from None
+            raise ValueError(
+                f"{folder / below}: a row is not of {name}: {type(error).__name__} {error}"
+            ) from None
         left_out.update(row for row in made if isinstance(row, str))
         splits[split] = [row for row in made if not isinstance(row, str)]
-        if not splits[split]: raise ValueError(f"{folder / below}: no problem of the {split} split in it")
+        if not splits[split]:
+            raise ValueError(f"{folder / below}: no problem of the {split} split in it")
     return Data(splits, files, dict(left_out))
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c020
@@ -98,31 +119,42 @@ def pass_at_k(
     k: int,  # attempts handed in
 ) -> float:
     "Estimate of pass@k (Chen et al. 2021, Eq. 1). ValueError unless 0 <= c <= n and 1 <= k <= n."
-    if not (0 <= c <= n and 1 <= k <= n): raise ValueError(f"pass@k of {n=}, {c=}, {k=}: expected c, k <= n, k >= 1")
-    if n - c < k: return 1.0
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k of {n=}, {c=}, {k=}: expected c, k <= n, k >= 1")
+    if n - c < k:
+        return 1.0
     return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c025
 class BoxedCodeEval:
     "Stands where lm-eval's code tasks expect the metric `code_eval`; remembers what passed."
-    def __init__(self): self.limits, self.log = Limits(), []
+
+    def __init__(self):
+        self.limits, self.log = Limits(), []
 
     def compute(
         self,
-        references: Sequence[str],         # tests of each problem
+        references: Sequence[str],  # tests of each problem
         predictions: Sequence[list[str]],  # programs for each problem
-        k: Sequence[int] = (1,),           # as in pass@k; those above the number of programs are left out
-        **_: Any,                          # num_workers, timeout: the limits decide
+        k: Sequence[int] = (1,),  # as in pass@k; those above the number of programs are left out
+        **_: Any,  # num_workers, timeout: the limits decide
     ) -> tuple[dict[str, float], list]:
         "pass@k of the programs, each run in a box. SandboxError when there is none."
-        jobs = [(program, test) for test, programs in zip(references, predictions) for program in programs]
+        jobs = [
+            (program, test)
+            for test, programs in zip(references, predictions)
+            for program in programs
+        ]
         results = iter(run_many(jobs, self.limits))
         passed = [[next(results).passed for _ in programs] for programs in predictions]
         self.log += zip(predictions, passed)
         share = lambda k: float(np.mean([pass_at_k(len(p), sum(p), k) for p in passed]))
         return {f"pass@{k}": share(k) for k in k if all(k <= len(p) for p in passed)}, passed
 
-CODE_EVAL = BoxedCodeEval()  # one: lm-eval keeps the modules of its tasks, and with them the metric they were given
+
+CODE_EVAL = (
+    BoxedCodeEval()
+)  # one: lm-eval keeps the modules of its tasks, and with them the metric they were given
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c028
 @contextlib.contextmanager
@@ -130,90 +162,130 @@ def quiet() -> Iterator[None]:
     "Keeps bars and warnings of lm-eval off stderr, except in a terminal."
     level = logging.getLogger("lm_eval").level
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    hidden = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    hidden = (
+        contextlib.nullcontext()
+        if sys.stderr.isatty()
+        else contextlib.redirect_stderr(io.StringIO())
+    )
     try:
-        with hidden: yield
-    finally: logging.getLogger("lm_eval").setLevel(level)
+        with hidden:
+            yield
+    finally:
+        logging.getLogger("lm_eval").setLevel(level)
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c029
 @contextlib.contextmanager
 def boxed_code() -> Iterator[None]:
     "While it lasts, `evaluate.load` gives the boxed metric for code_eval."
     import evaluate
+
     load = evaluate.load
-    evaluate.load = lambda path, *args, **kw: CODE_EVAL if path == "code_eval" else load(path, *args, **kw)
-    try: yield
-    finally: evaluate.load = load
+    evaluate.load = lambda path, *args, **kw: (
+        CODE_EVAL if path == "code_eval" else load(path, *args, **kw)
+    )
+    try:
+        yield
+    finally:
+        evaluate.load = load
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c030
 def is_boxed(metric: Any) -> bool:  # of a task's metric_list: a name or a function
     "Does this metric, if it runs code, run it in a box?"
-    if not callable(metric): return metric != "code_eval"
-    found = [value for value in metric.__globals__.values() if hasattr(value, "compute") and value is not metric]
+    if not callable(metric):
+        return metric != "code_eval"
+    found = [
+        value
+        for value in metric.__globals__.values()
+        if hasattr(value, "compute") and value is not metric
+    ]
     return bool(found) and all(value is CODE_EVAL for value in found)
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c032
-def data_folder(said: str = "") -> Path | None:  # a folder, "hub", or nothing: what NASH_LAB_DATA says
+def data_folder(
+    said: str = "",
+) -> Path | None:  # a folder, "hub", or nothing: what NASH_LAB_DATA says
     "Where the files are, None for the hub. FileNotFoundError when there is no such folder or nothing was said."
     name = said or os.environ.get("NASH_LAB_DATA", "")
-    if name == "hub": return None
-    if not name: raise FileNotFoundError("no folder of benchmark files: name one, set NASH_LAB_DATA, or say hub")
-    if not Path(name).is_dir(): raise FileNotFoundError(f"{name}: no such folder of benchmark files")
+    if name == "hub":
+        return None
+    if not name:
+        raise FileNotFoundError(
+            "no folder of benchmark files: name one, set NASH_LAB_DATA, or say hub"
+        )
+    if not Path(name).is_dir():
+        raise FileNotFoundError(f"{name}: no such folder of benchmark files")
     return Path(name)
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c033
 def definition(name: str) -> dict:  # of a task that lm-eval has
     "The content of a task's YAML file; ValueError for a name that lm-eval does not have, or without lm-eval."
-    try: from lm_eval.tasks import manager
-    except ImportError as error: raise ValueError(f"pip install 'nash_lab[eval]' for this: {error}") from None
+    try:
+        from lm_eval.tasks import manager
+    except ImportError as error:
+        raise ValueError(f"pip install 'nash_lab[eval]' for this: {error}") from None
     root = Path(manager.__file__).parent
-    ours = [root / below for below in ("gsm8k", "hellaswag", "arc", "humaneval", "mbpp")] * (name in BENCHMARKS)
-    with quiet(): index = manager.TaskManager(include_defaults=not ours, include_path=ours).task_index
-    if name not in index: raise ValueError(f"task {name!r}, expected {', '.join(BENCHMARKS)} or another of lm-eval")
+    ours = [root / below for below in ("gsm8k", "hellaswag", "arc", "humaneval", "mbpp")] * (
+        name in BENCHMARKS
+    )
+    with quiet():
+        index = manager.TaskManager(include_defaults=not ours, include_path=ours).task_index
+    if name not in index:
+        raise ValueError(f"task {name!r}, expected {', '.join(BENCHMARKS)} or another of lm-eval")
     if index[name].yaml_path is None or index[name].kind.name != "TASK":
-        raise ValueError(f"task {name!r} is a group or a program of lm-eval, expected a single task")
-    with boxed_code(): return manager.load_yaml(index[name].yaml_path)
+        raise ValueError(
+            f"task {name!r} is a group or a program of lm-eval, expected a single task"
+        )
+    with boxed_code():
+        return manager.load_yaml(index[name].yaml_path)
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c034
 @dataclass(frozen=True)
 class Attempts:
     "How answers to code problems are drawn."
-    samples: int = 1          # attempts at a problem; 1 takes the most likely answer
-    k: tuple[int, ...] = (1,) # pass@k is reported for these
+
+    samples: int = 1  # attempts at a problem; 1 takes the most likely answer
+    k: tuple[int, ...] = (1,)  # pass@k is reported for these
     temperature: float = 0.8  # of the draws when there are several attempts
-    top_p: float = 0.95       # likewise
+    top_p: float = 0.95  # likewise
 
     def __post_init__(self):
-        if self.samples < 1: raise ValueError(f"Attempts.samples={self.samples}, expected at least 1")
+        if self.samples < 1:
+            raise ValueError(f"Attempts.samples={self.samples}, expected at least 1")
         for k in self.k:
-            if not 1 <= k <= self.samples: raise ValueError(f"Attempts.k: {k}, expected 1 to samples={self.samples}")
+            if not 1 <= k <= self.samples:
+                raise ValueError(f"Attempts.k: {k}, expected 1 to samples={self.samples}")
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c035
 def with_attempts(
-    config: dict,         # of a code task
+    config: dict,  # of a code task
     attempts: Attempts,
 ) -> dict:
     "The config with so many drawn answers to each problem."
-    if attempts.samples == 1: return config
+    if attempts.samples == 1:
+        return config
     draws = {"do_sample": True, "temperature": attempts.temperature, "top_p": attempts.top_p}
-    config = config | {"repeats": attempts.samples, "generation_kwargs": config["generation_kwargs"] | draws}
+    config = config | {
+        "repeats": attempts.samples,
+        "generation_kwargs": config["generation_kwargs"] | draws,
+    }
     all_of_them = [{"name": "all", "filter": [{"function": "take_first_k", "k": attempts.samples}]}]
     return config if config.get("filter_list") else config | {"filter_list": all_of_them}
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c036
 class Loaded(NamedTuple):
     "A task of lm-eval, ready to be asked."
-    task: Any         # lm_eval.api.task.ConfigurableTask
-    data: Data | None # None: from the hub
-    code: bool        # are its answers programs?
+
+    task: Any  # lm_eval.api.task.ConfigurableTask
+    data: Data | None  # None: from the hub
+    code: bool  # are its answers programs?
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c037
 def load_task(
-    name: str,                     # gsm8k, hellaswag, arc_easy, arc_challenge, humaneval, mbpp; with hub any
-    folder: Path | None,           # from `data_folder`
+    name: str,  # gsm8k, hellaswag, arc_easy, arc_challenge, humaneval, mbpp; with hub any
+    folder: Path | None,  # from `data_folder`
     *,
-    shots: int | None = None,      # examples in front of each problem; None: the task's own number
-    seed: int = 0,                 # of their choice
+    shots: int | None = None,  # examples in front of each problem; None: the task's own number
+    seed: int = 0,  # of their choice
     attempts: Attempts = Attempts(),  # at code problems
 ) -> Loaded:
     "A task with its data. ValueError or FileNotFoundError says what does not fit."
@@ -221,15 +293,21 @@ def load_task(
     code = bool(config.get("unsafe_code"))
     if code and not all(is_boxed(m["metric"]) for m in config["metric_list"]):
         raise ValueError(f"task {name!r} would run code outside the sandbox")
-    if folder is not None: config, data = _local(name, config, folder)
+    if folder is not None:
+        config, data = _local(name, config, folder)
     config.pop("tag", None)
     from lm_eval.api.task import ConfigurableTask
+
     config = with_attempts(config, attempts) if code else config
     try:
-        with quiet(): task = ConfigurableTask(config=config)
+        with quiet():
+            task = ConfigurableTask(config=config)
     except Exception as error:  # what a hub, a network or another library may raise
-        if data is not None: raise
-        raise ValueError(f"{name}: no data from the hub: {(str(error).splitlines() or [repr(error)])[0]}") from None
+        if data is not None:
+            raise
+        raise ValueError(
+            f"{name}: no data from the hub: {(str(error).splitlines() or [repr(error)])[0]}"
+        ) from None
     own = task.config.num_fewshot or 0
     fixed = task.config.num_fewshot == 0  # lm-eval: the task is meant to be asked without examples
     task.set_config("num_fewshot", own if shots is None or fixed else shots)
@@ -241,9 +319,13 @@ def load_task(
 def _local(name, config, folder):
     "The config with data of the folder in it, and these data."
     import datasets
-    if name not in BENCHMARKS: raise ValueError(f"task {name!r} has no files, expected {', '.join(BENCHMARKS)}, or hub")
+
+    if name not in BENCHMARKS:
+        raise ValueError(f"task {name!r} has no files, expected {', '.join(BENCHMARKS)}, or hub")
     data = read_data(name, folder)
-    made = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in data.splits.items()})
+    made = datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows) for split, rows in data.splits.items()}
+    )
     return config | BENCHMARKS[name].changes | {"custom_dataset": lambda **_: made}, data
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c039
@@ -259,11 +341,12 @@ def _enough_examples(task, name):
 # %% ../../nbs/evals/54_code_tasks.ipynb #c049
 def best_of(
     scores: Float[np.ndarray, "m n"],  # of each attempt at each problem; the highest is handed in
-    passed: Bool[np.ndarray, "m n"],   # whether it is right
+    passed: Bool[np.ndarray, "m n"],  # whether it is right
 ) -> Float[np.ndarray, "m"]:
     "1.0 where the attempt with the highest score is right; the first of equals. ValueError for unequal shapes."
     scores, passed = np.asarray(scores, float), np.asarray(passed)
-    if scores.shape != passed.shape: raise ValueError(f"shapes {scores.shape} of scores and {passed.shape} differ")
+    if scores.shape != passed.shape:
+        raise ValueError(f"shapes {scores.shape} of scores and {passed.shape} differ")
     return np.take_along_axis(passed, scores.argmax(1)[:, None], axis=1)[:, 0].astype(float)
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c051
@@ -271,31 +354,37 @@ def shown_tests(
     doc: dict,  # a problem of HumanEval or MBPP
 ) -> str:
     "The tests that may decide which attempt is handed in, as assertions; empty when the problem shows none."
-    if "test_list" in doc: return "\n".join([doc.get("test_setup_code") or "", doc["test_list"][0]])
+    if "test_list" in doc:
+        return "\n".join([doc.get("test_setup_code") or "", doc["test_list"][0]])
     lines, parser = [], doctest.DocTestParser()
     for example in parser.get_examples(_docstring(doc.get("prompt", ""), doc.get("entry_point"))):
-        try: ast.parse(example.source.strip(), mode="eval")
-        except SyntaxError: continue
-        if example.want: lines.append(f"assert repr({example.source.strip()}) == {example.want.strip()!r}")
+        try:
+            ast.parse(example.source.strip(), mode="eval")
+        except SyntaxError:
+            continue
+        if example.want:
+            lines.append(f"assert repr({example.source.strip()}) == {example.want.strip()!r}")
     return "\n".join(lines)
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c052
 def _docstring(prompt, name):
     "What the function `name` of an unfinished program says of itself."
-    try: tree = ast.parse(prompt + "\n    pass\n")
-    except SyntaxError: return ""
+    try:
+        tree = ast.parse(prompt + "\n    pass\n")
+    except SyntaxError:
+        return ""
     found = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name == name]
     return (ast.get_docstring(found[0]) or "") if found else ""
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c054
 def choose_attempts(
     model: Responder,
-    docs: Sequence[dict],            # the problems
-    contexts: Sequence[str],         # what the model was asked
-    answers: Sequence[list[str]],    # its attempts
-    programs: Sequence[list[str]],   # what each attempt is as a program
-    passed: Sequence[list[bool]],    # all tests of the problem
-    limits: Limits | None = None,    # of the shown tests
+    docs: Sequence[dict],  # the problems
+    contexts: Sequence[str],  # what the model was asked
+    answers: Sequence[list[str]],  # its attempts
+    programs: Sequence[list[str]],  # what each attempt is as a program
+    passed: Sequence[list[bool]],  # all tests of the problem
+    limits: Limits | None = None,  # of the shown tests
 ) -> dict[str, Float[np.ndarray, "m"]]:
     "Best of n by likelihood and by shown tests, one value a problem. SandboxError without a box."
     pairs = [(context, answer) for context, some in zip(contexts, answers) for answer in some]
@@ -304,7 +393,9 @@ def choose_attempts(
     for i, (total, _) in zip(real, model.loglikelihood([pairs[i] for i in real])):
         likely[i] = total / max(1, len(model.tokenizer.encode(pairs[i][1])))
     jobs = [(program, shown_tests(doc)) for doc, some in zip(docs, programs) for program in some]
-    shown = np.array([bool(test) and r.passed for (_, test), r in zip(jobs, run_many(jobs, limits))])
+    shown = np.array(
+        [bool(test) and r.passed for (_, test), r in zip(jobs, run_many(jobs, limits))]
+    )
     likely, shown = likely.reshape(len(docs), -1), shown.reshape(len(docs), -1)
     by_tests = np.where(shown, 1e6, 0.0) + np.maximum(likely, -1e5)
     return {"likelihood": best_of(likely, passed), "tests": best_of(by_tests, passed)}

@@ -25,8 +25,16 @@ from .scores import bootstrap, measure
 from .lm_eval import Responder, front_of, lm_eval_model
 from .sandbox import Limits
 from ..core.files import parse_json
-from .code_tasks import (
-    CODE_EVAL, Attempts, Loaded, choose_attempts, data_folder, load_task, pass_at_k, quiet)
+from nash_lab.evals.code_tasks import (
+    CODE_EVAL,
+    Attempts,
+    Loaded,
+    choose_attempts,
+    data_folder,
+    load_task,
+    pass_at_k,
+    quiet,
+)
 from ..core.configs import to_json
 from ..model.transformer import LM, parameter_count
 from ..run.rundir import environment
@@ -35,70 +43,109 @@ from ..run.rundir import environment
 def ask(
     loaded: Loaded,
     model: Responder,
-    limit: int = 0,   # first problems; 0: all
-) -> list[dict]:      # lm-eval's record of each problem under each filter
+    limit: int = 0,  # first problems; 0: all
+) -> list[dict]:  # lm-eval's record of each problem under each filter
     "The model's answers to a task, scored."
     from lm_eval.evaluator import evaluate
+
     CODE_EVAL.log.clear()
     name = loaded.task.config.task
-    with quiet(): found = evaluate(
-        lm=lm_eval_model(model), task_dict={"tasks": {name: loaded.task}}, limit=limit or None, log_samples=True,
-        bootstrap_iters=0, confirm_run_unsafe_code=True)  # boxed, `load_task` has checked
+    with quiet():
+        found = evaluate(
+            lm=lm_eval_model(model),
+            task_dict={"tasks": {name: loaded.task}},
+            limit=limit or None,
+            log_samples=True,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=True,
+        )  # boxed, `load_task` has checked
     return found["samples"][name]
 
 # %% ../../nbs/evals/55_compare.ipynb #c007
 def items_of(
     records: Sequence[dict],  # from `ask`
-) -> list[dict]:              # id, problem, prompt, answers, scores
+) -> list[dict]:  # id, problem, prompt, answers, scores
     "One entry a problem, with the scores of all filters."
     items = {}
     for r in records:
-        item = items.setdefault(r["doc_id"], {"id": r["doc_id"], "problem": r["doc_hash"], "prompt": r["prompt_hash"],
-                                              "answers": list(r["resps"][0]), "scores": {}})
-        if isinstance(item["answers"][0], tuple): item["answers"] = [x[0][0] for x in r["resps"]]  # likelihoods
+        item = items.setdefault(
+            r["doc_id"],
+            {
+                "id": r["doc_id"],
+                "problem": r["doc_hash"],
+                "prompt": r["prompt_hash"],
+                "answers": list(r["resps"][0]),
+                "scores": {},
+            },
+        )
+        if isinstance(item["answers"][0], tuple):
+            item["answers"] = [x[0][0] for x in r["resps"]]  # likelihoods
         for metric in r["metrics"]:
             name = metric if r["filter"] == "none" else f"{metric},{r['filter']}"
-            if np.ndim(r[metric]) == 0: item["scores"][name] = float(r[metric])
+            if np.ndim(r[metric]) == 0:
+                item["scores"][name] = float(r[metric])
     return list(items.values())
 
 # %% ../../nbs/evals/55_compare.ipynb #c008
 def score_code(
-    items: list[dict],        # from `items_of`; their scores are replaced
+    items: list[dict],  # from `items_of`; their scores are replaced
     records: Sequence[dict],  # from `ask`
     model: Responder,
     attempts: Attempts,
-    limits: Limits,           # of the shown tests
+    limits: Limits,  # of the shown tests
 ) -> None:
     "pass@k of every problem, and the best of its attempts."
     programs, passed = zip(*CODE_EVAL.log)
     for item, some, good in zip(items, programs, passed):
         item["scores"] = {f"pass@{k}": pass_at_k(len(some), sum(good), k) for k in attempts.k}
-    if attempts.samples == 1: return
+    if attempts.samples == 1:
+        return
     docs, contexts = [r["doc"] for r in records], [r["arguments"][0][0] for r in records]
-    chosen = choose_attempts(model, docs, contexts, [i["answers"] for i in items], programs, passed, limits)
+    chosen = choose_attempts(
+        model, docs, contexts, [i["answers"] for i in items], programs, passed, limits
+    )
     for how, values in chosen.items():
-        for item, value in zip(items, values): item["scores"][f"best of {attempts.samples} by {how}"] = float(value)
+        for item, value in zip(items, values):
+            item["scores"][f"best of {attempts.samples} by {how}"] = float(value)
 
 # %% ../../nbs/evals/55_compare.ipynb #c010
 @dataclass(frozen=True)
 class EvalConfig:
     "What is asked and how; ValueError for values out of range."
-    tasks: tuple[str, ...] = ("gsm8k", "hellaswag", "arc_easy", "humaneval")  # also arc_challenge, mbpp; hub: any
-    limit: tuple[int, ...] = (0,)  # first problems: one number for all tasks or one for each; 0 for all problems
-    shots: int | None = None  # examples before each problem, where the task can have them; None for the task's number
-    data: str = ""  # folder with the files, or hub; empty for the environment variable NASH_LAB_DATA
+
+    tasks: tuple[str, ...] = (
+        "gsm8k",
+        "hellaswag",
+        "arc_easy",
+        "humaneval",
+    )  # also arc_challenge, mbpp; hub: any
+    limit: tuple[int, ...] = (
+        0,
+    )  # first problems: one number for all tasks or one for each; 0 for all problems
+    shots: int | None = (
+        None  # examples before each problem, where the task can have them; None for the task's number
+    )
+    data: str = (
+        ""  # folder with the files, or hub; empty for the environment variable NASH_LAB_DATA
+    )
     batch_size: int = 16  # requests at once
     max_new_tokens: int = 0  # bound on the tokens of an answer; 0 for the task's own
     seed: int = 0  # of the choice of examples, of drawn answers and of intervals
-    answers: str = ""  # file that keeps answers, so that an interrupted evaluation goes on; none when empty
+    answers: str = (
+        ""  # file that keeps answers, so that an interrupted evaluation goes on; none when empty
+    )
     attempts: Attempts = field(default_factory=Attempts)  # at code problems
     limits: Limits = field(default_factory=Limits)  # of the box that runs model-written code
 
     def __post_init__(self):
-        if not self.names: raise ValueError("EvalConfig.tasks is empty, expected at least one task")
-        if len(set(self.names)) < len(self.names): raise ValueError(f"EvalConfig.tasks={self.tasks}: one comes twice")
+        if not self.names:
+            raise ValueError("EvalConfig.tasks is empty, expected at least one task")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"EvalConfig.tasks={self.tasks}: one comes twice")
         if len(self.limit) not in (1, len(self.names)) or min(self.limit) < 0:
-            raise ValueError(f"EvalConfig.limit={self.limit}, expected one number from 0, or one for each task")
+            raise ValueError(
+                f"EvalConfig.limit={self.limit}, expected one number from 0, or one for each task"
+            )
         for name, least in (("max_new_tokens", 0), ("batch_size", 1), ("shots", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"EvalConfig.{name}={value}, expected {least} or more")
@@ -117,26 +164,38 @@ COUNTS = ("requests", "contexts cut", "answers with less room")  # of a `Respond
 
 # %% ../../nbs/evals/55_compare.ipynb #c012
 def run_task(
-    name: str,         # of a task
+    name: str,  # of a task
     model: Responder,
     cfg: EvalConfig,
-) -> dict:             # JSON values
+) -> dict:  # JSON values
     "One task's part of the report."
     folder = data_folder(cfg.data)
     loaded = load_task(name, folder, shots=cfg.shots, seed=cfg.seed, attempts=cfg.attempts)
     CODE_EVAL.limits, before = cfg.limits, model.counts.copy()
     records = ask(loaded, model, cfg.limit_of(name))
     items, left_out = items_of(records), dict(loaded.data.left_out) if loaded.data else {}
-    if loaded.code: score_code(items, records, model, cfg.attempts, cfg.limits)
-    if beyond := len(loaded.task.eval_docs) - len(items): left_out["beyond the limit"] = beyond
-    metrics = {m: to_json(measure([i["scores"][m] for i in items], cfg.seed)) for m in items[0]["scores"]}
+    if loaded.code:
+        score_code(items, records, model, cfg.attempts, cfg.limits)
+    if beyond := len(loaded.task.eval_docs) - len(items):
+        left_out["beyond the limit"] = beyond
+    metrics = {
+        m: to_json(measure([i["scores"][m] for i in items], cfg.seed)) for m in items[0]["scores"]
+    }
     higher = loaded.task.higher_is_better()
     lower = sorted(m for m in metrics if higher.get(m.split(",")[0]) is False)
     settings = {"shots": loaded.task.config.num_fewshot, "max_new_tokens": cfg.max_new_tokens}
-    if loaded.code: settings["attempts"] = to_json(cfg.attempts)
-    return {"metrics": metrics, "lower_is_better": lower, "version": str(loaded.task.VERSION), "settings": settings,
-            "counts": {"problems": len(items), "left out": left_out} | {k: model.counts[k] - before[k] for k in COUNTS},
-            "files": loaded.data.files if loaded.data else {}, "items": items}
+    if loaded.code:
+        settings["attempts"] = to_json(cfg.attempts)
+    return {
+        "metrics": metrics,
+        "lower_is_better": lower,
+        "version": str(loaded.task.VERSION),
+        "settings": settings,
+        "counts": {"problems": len(items), "left out": left_out}
+        | {k: model.counts[k] - before[k] for k in COUNTS},
+        "files": loaded.data.files if loaded.data else {},
+        "items": items,
+    }
 
 # %% ../../nbs/evals/55_compare.ipynb #c013
 FORMAT = "nash_lab eval 1"
@@ -148,18 +207,36 @@ def evaluate_tasks(
     cfg: EvalConfig,
     *,
     documents: Literal["cross", "mask"] = "mask",  # `loader.documents` of the run, see `front_of`
-    name: str = "",                                # of the model, for readers
+    name: str = "",  # of the model, for readers
 ) -> dict:  # JSON values: a report
     "Every task of the config. ValueError, FileNotFoundError or SandboxError in one line for what cannot be asked."
-    model = Responder(lm, tokenizer, front=front_of(tokenizer, documents), batch_size=cfg.batch_size, seed=cfg.seed,
-                      answers=cfg.answers or None, most_new=cfg.max_new_tokens)
+    model = Responder(
+        lm,
+        tokenizer,
+        front=front_of(tokenizer, documents),
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        answers=cfg.answers or None,
+        most_new=cfg.max_new_tokens,
+    )
     settings = json.dumps([to_json(cfg), to_json(lm.cfg)], sort_keys=True)
-    about = {"name": name, "weights": model.weights, "tokenizer": tokenizer.hash, "front": model.front,
-             "parameters": parameter_count(lm.cfg), "window": lm.cfg.max_len}
-    return {"format": FORMAT, "model": about, "config": to_json(cfg), "seed": cfg.seed,
-            "config_hash": hashlib.sha256(settings.encode()).hexdigest(),
-            "environment": environment() | {"lm_eval": importlib.metadata.version("lm-eval")},
-            "tasks": {task: run_task(task, model, cfg) for task in cfg.names}}
+    about = {
+        "name": name,
+        "weights": model.weights,
+        "tokenizer": tokenizer.hash,
+        "front": model.front,
+        "parameters": parameter_count(lm.cfg),
+        "window": lm.cfg.max_len,
+    }
+    return {
+        "format": FORMAT,
+        "model": about,
+        "config": to_json(cfg),
+        "seed": cfg.seed,
+        "config_hash": hashlib.sha256(settings.encode()).hexdigest(),
+        "environment": environment() | {"lm_eval": importlib.metadata.version("lm-eval")},
+        "tasks": {task: run_task(task, model, cfg) for task in cfg.names},
+    }
 
 # %% ../../nbs/evals/55_compare.ipynb #c015
 def describe_report(
@@ -168,7 +245,9 @@ def describe_report(
     "One line a metric."
     return "\n".join(
         f"{task} {metric}: {m['value']:.4f} (95 % {m['low']:.4f} to {m['high']:.4f}, {m['items']} problems)"
-        for task, part in report["tasks"].items() for metric, m in part["metrics"].items())
+        for task, part in report["tasks"].items()
+        for metric, m in part["metrics"].items()
+    )
 
 # %% ../../nbs/evals/55_compare.ipynb #c027
 def mcnemar(
@@ -176,19 +255,24 @@ def mcnemar(
     only_b: int,  # items that only B gets right
 ) -> float:
     "Two-sided exact p-value (McNemar 1947, binomial form); 1 without a disagreement."
-    n, least = int(only_a) + int(only_b), min(int(only_a), int(only_b))  # numpy's integers would overflow in 2**n
+    n, least = (
+        int(only_a) + int(only_b),
+        min(int(only_a), int(only_b)),
+    )  # numpy's integers would overflow in 2**n
     return min(1.0, 2 * sum(math.comb(n, j) for j in range(least + 1)) / 2**n)
 
 # %% ../../nbs/evals/55_compare.ipynb #c028
 def sign_flip(
     differences: Float[np.ndarray, "m"],  # one an item
-    draws: int = 10_000,                  # patterns of signs, in hundreds; the smallest p-value is one over this
+    draws: int = 10_000,  # patterns of signs, in hundreds; the smallest p-value is one over this
     seed: int = 0,
 ) -> float:
     "Two-sided p-value of a mean of zero, from random patterns of signs; the one that was seen is counted too."
     d = np.asarray(differences, float)
     rng = np.random.default_rng(seed)
-    sums = np.concatenate([rng.choice([-1.0, 1.0], (100, len(d))) @ d for _ in range(draws // 100)])  # in parts: memory
+    sums = np.concatenate(
+        [rng.choice([-1.0, 1.0], (100, len(d))) @ d for _ in range(draws // 100)]
+    )  # in parts: memory
     return float((1 + (np.abs(sums) >= abs(d.sum()) - 1e-12).sum()) / (1 + len(sums)))
 
 # %% ../../nbs/evals/55_compare.ipynb #c036
@@ -206,16 +290,17 @@ def holm(
 @dataclass(frozen=True)
 class Paired:
     "One metric of one task, in both reports."
+
     task: str
     metric: str
-    items: int       # problems in both
-    a: float         # mean of A
-    b: float         # mean of B
-    effect: float    # b - a
-    low: float       # 95 % interval of the effect, items drawn in pairs
+    items: int  # problems in both
+    a: float  # mean of A
+    b: float  # mean of B
+    effect: float  # b - a
+    low: float  # 95 % interval of the effect, items drawn in pairs
     high: float
-    test: str        # mcnemar or sign flip
-    p: float         # of no difference
+    test: str  # mcnemar or sign flip
+    p: float  # of no difference
     adjusted: float  # after Holm's rule over all rows
     verdict: Literal["A is better", "B is better", "no difference shown"]
 
@@ -223,44 +308,51 @@ class Paired:
 @dataclass(frozen=True)
 class Comparison:
     "Two models, item by item."
-    a: dict                     # what A is: name, weights, tokenizer
+
+    a: dict  # what A is: name, weights, tokenizer
     b: dict
     rows: tuple[Paired, ...]
-    left_out: tuple[str, ...]   # tasks and metrics that only one report has
+    left_out: tuple[str, ...]  # tasks and metrics that only one report has
 
 # %% ../../nbs/evals/55_compare.ipynb #c041
 def read_report(
     path: str | Path,  # written from `evaluate_tasks`
 ) -> dict:
     "A report. FileNotFoundError or ValueError names the file."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such report")
-    try: report = parse_json(Path(path).read_bytes())
-    except ValueError as error: raise ValueError(f"{path}: {error}") from None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such report")
+    try:
+        report = parse_json(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     found = report.get("format") if isinstance(report, dict) else None
-    if found != FORMAT: raise ValueError(f"{path}: format {found!r}, expected {FORMAT!r}")
+    if found != FORMAT:
+        raise ValueError(f"{path}: format {found!r}, expected {FORMAT!r}")
     return report
 
 # %% ../../nbs/evals/55_compare.ipynb #c042
 def check_same(
     task: str,  # in both reports
-    a: dict,    # its part in A
-    b: dict,    # its part in B
+    a: dict,  # its part in A
+    b: dict,  # its part in B
 ) -> None:
     "ValueError with the first thing in which two evaluations of a task differ."
     for key in ("version", "settings"):
-        if a[key] != b[key]: raise ValueError(f"{task}: {key} differ: {a[key]} and {b[key]}")
+        if a[key] != b[key]:
+            raise ValueError(f"{task}: {key} differ: {a[key]} and {b[key]}")
     if len(a["items"]) != len(b["items"]):
         raise ValueError(f"{task}: {len(a['items'])} and {len(b['items'])} problems")
     for x, y in zip(a["items"], b["items"]):
         for key in ("id", "problem", "prompt"):
-            if x[key] != y[key]: raise ValueError(f"{task}: item {x['id']}: another {key} in the second report")
+            if x[key] != y[key]:
+                raise ValueError(f"{task}: item {x['id']}: another {key} in the second report")
 
 # %% ../../nbs/evals/55_compare.ipynb #c043
 def pair(
     task: str,
     metric: str,
-    a: dict,    # the task's part in A
-    b: dict,    # the task's part in B
+    a: dict,  # the task's part in A
+    b: dict,  # the task's part in B
     seed: int,  # of the bootstrap and of the signs
 ) -> dict:
     "The row of a metric, without what depends on the other rows."
@@ -268,37 +360,61 @@ def pair(
     d, binary = y - x, bool(np.isin([x, y], (0, 1)).all())
     p = mcnemar(int((d < 0).sum()), int((d > 0).sum())) if binary else sign_flip(d, seed=seed)
     low, high = bootstrap(d, np.ones_like(d), seed=seed)
-    return dict(task=task, metric=metric, items=len(d), a=float(x.mean()), b=float(y.mean()), effect=float(d.mean()),
-                low=low, high=high, test="mcnemar" if binary else "sign flip", p=p)
+    return dict(
+        task=task,
+        metric=metric,
+        items=len(d),
+        a=float(x.mean()),
+        b=float(y.mean()),
+        effect=float(d.mean()),
+        low=low,
+        high=high,
+        test="mcnemar" if binary else "sign flip",
+        p=p,
+    )
 
 # %% ../../nbs/evals/55_compare.ipynb #c044
 def compare(
     a: dict | str | Path,  # a report or its file
     b: dict | str | Path,
-    seed: int = 0,         # of the intervals
-    level: float = 0.05,   # a verdict has a smaller adjusted p-value
+    seed: int = 0,  # of the intervals
+    level: float = 0.05,  # a verdict has a smaller adjusted p-value
 ) -> Comparison:
     "Which is better, on what they share. ValueError when they share nothing or asked different things."
     a, b = (r if isinstance(r, dict) else read_report(r) for r in (a, b))
     names = [task for task in a["tasks"] if task in b["tasks"]]
-    for task in names: check_same(task, a["tasks"][task], b["tasks"][task])
+    for task in names:
+        check_same(task, a["tasks"][task], b["tasks"][task])
     have = [{(t, m) for t, part in r["tasks"].items() for m in part["metrics"]} for r in (a, b)]
     shared = [(t, m) for t in names for m in a["tasks"][t]["metrics"] if (t, m) in have[1]]
-    if not shared: raise ValueError(f"no task in common: {', '.join(a['tasks'])} and {', '.join(b['tasks'])}")
+    if not shared:
+        raise ValueError(f"no task in common: {', '.join(a['tasks'])} and {', '.join(b['tasks'])}")
     rows = [pair(t, m, a["tasks"][t], b["tasks"][t], seed) for t, m in shared]
+
     def verdict(row, p):
-        if p >= level or not row["effect"]: return "no difference shown"
+        if p >= level or not row["effect"]:
+            return "no difference shown"
         lower = row["metric"] in a["tasks"][row["task"]]["lower_is_better"]
         return "B is better" if (row["effect"] > 0) != lower else "A is better"
-    done = tuple(Paired(**r, adjusted=p, verdict=verdict(r, p)) for r, p in zip(rows, holm([r["p"] for r in rows])))
-    return Comparison(a["model"], b["model"], done, tuple(" ".join(x) for x in sorted(have[0] ^ have[1])))
+
+    done = tuple(
+        Paired(**r, adjusted=p, verdict=verdict(r, p))
+        for r, p in zip(rows, holm([r["p"] for r in rows]))
+    )
+    return Comparison(
+        a["model"], b["model"], done, tuple(" ".join(x) for x in sorted(have[0] ^ have[1]))
+    )
 
 # %% ../../nbs/evals/55_compare.ipynb #c045
 def describe_comparison(
     found: Comparison,
 ) -> str:
     "One line a row, then what was left out."
-    lines = [f"{r.task} {r.metric}: A {r.a:.4f}, B {r.b:.4f}, B - A {r.effect:+.4f} "
-             f"(95 % {r.low:+.4f} to {r.high:+.4f}), {r.test} p {r.adjusted:.2g} over {r.items} problems: {r.verdict}"
-             for r in found.rows]
-    return "\n".join([*lines, *(f"left out, only in one report: {name}" for name in found.left_out)])
+    lines = [
+        f"{r.task} {r.metric}: A {r.a:.4f}, B {r.b:.4f}, B - A {r.effect:+.4f} "
+        f"(95 % {r.low:+.4f} to {r.high:+.4f}), {r.test} p {r.adjusted:.2g} over {r.items} problems: {r.verdict}"
+        for r in found.rows
+    ]
+    return "\n".join(
+        [*lines, *(f"left out, only in one report: {name}" for name in found.left_out)]
+    )

@@ -21,17 +21,19 @@ import sys
 # %% ../../nbs/evals/50_confine.ipynb #c009
 def kernel(
     number: int,  # of the system call
-    *args,        # integers, None, or bytes that are passed by address
+    *args,  # integers, None, or bytes that are passed by address
 ) -> int:
     "A system call; raises OSError with the kernel's reason."
     libc = ctypes.CDLL(None, use_errno=True)
     words = [ctypes.c_char_p(a) if isinstance(a, bytes) else ctypes.c_void_p(a) for a in args]
     result = libc.syscall(ctypes.c_long(number), *words)
-    if result < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 
 # %% ../../nbs/evals/50_confine.ipynb #c010
 _PRCTL = {"x86_64": 157, "aarch64": 167}
+
 
 def prctl(
     option: int,  # what to set on this process
@@ -40,22 +42,33 @@ def prctl(
 ):
     "Changes a property of this process; raises OSError, on other processors as well."
     machine = os.uname().machine
-    if machine not in _PRCTL: raise OSError(errno.ENOSYS, f"no system call numbers for {machine}")
+    if machine not in _PRCTL:
+        raise OSError(errno.ENOSYS, f"no system call numbers for {machine}")
     kernel(_PRCTL[machine], option, value, extra, 0, 0)
 
 # %% ../../nbs/evals/50_confine.ipynb #c012
 def set_limits(
-    memory_mb: int,       # address space, which bounds memory from above
-    cpu_s: int,           # seconds of processor time; a second later the kernel kills
-    files: int,           # open descriptors
-    threads: int | None,  # of this user; None leaves the limit alone: it would count the caller's other processes
+    memory_mb: int,  # address space, which bounds memory from above
+    cpu_s: int,  # seconds of processor time; a second later the kernel kills
+    files: int,  # open descriptors
+    threads: int
+    | None,  # of this user; None leaves the limit alone: it would count the caller's other processes
 ):
     "Resource limits of this process and its heirs. Raises ValueError when a limit is above the one in force."
-    table = {"AS": memory_mb << 20, "NOFILE": files, "FSIZE": 0, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
+    table = {
+        "AS": memory_mb << 20,
+        "NOFILE": files,
+        "FSIZE": 0,
+        "CORE": 0,
+        "MEMLOCK": 0,
+        "MSGQUEUE": 0,
+    }
     for name, value in table.items():
-        if hasattr(resource, f"RLIMIT_{name}"): resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        if hasattr(resource, f"RLIMIT_{name}"):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
-    if threads is not None: resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
+    if threads is not None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
 
 # %% ../../nbs/evals/50_confine.ipynb #c017
 def landlock(
@@ -64,7 +77,9 @@ def landlock(
     "Refuses every access to files but reading below `readable`. Raises OSError without Landlock in the kernel."
     prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
     version = kernel(444, None, 0, 1)
-    kinds = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # read, write, make, remove, truncate, ...
+    kinds = (
+        1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
+    ) - 1  # read, write, make, remove, truncate, ...
     handled = struct.pack("QQQ", kinds, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
     rules = kernel(444, handled, len(handled), 0)
     for path in filter(os.path.exists, readable):
@@ -81,17 +96,28 @@ def become(
 ):
     "Gives up all groups and becomes `uid`, keeping the standard library importable. Raises OSError if that fails."
     held = {folder: os.open(folder, os.O_PATH) for folder in sys.path if os.path.isdir(folder)}
-    os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
-    moved = {folder: f"/proc/self/fd/{fd}" for folder, fd in held.items() if not os.access(folder, os.R_OK | os.X_OK)}
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    moved = {
+        folder: f"/proc/self/fd/{fd}"
+        for folder, fd in held.items()
+        if not os.access(folder, os.R_OK | os.X_OK)
+    }
     for folder, fd in held.items():
-        if folder not in moved: os.close(fd)
-        elif not os.access(moved[folder], os.R_OK): raise OSError(errno.EACCES, f"user {uid} cannot read {folder}")
+        if folder not in moved:
+            os.close(fd)
+        elif not os.access(moved[folder], os.R_OK):
+            raise OSError(errno.EACCES, f"user {uid} cannot read {folder}")
     sys.path[:] = [moved.get(folder, folder) for folder in sys.path]
     sys.path_importer_cache.clear()
-    for module in list(sys.modules.values()):  # packages that are loaded in part look for the rest where they were
+    for module in list(
+        sys.modules.values()
+    ):  # packages that are loaded in part look for the rest where they were
         for i, place in enumerate(where := getattr(module, "__path__", [])):
             home = next((f for f in moved if place.startswith(f + "/")), None)
-            if home: where[i] = moved[home] + place[len(home):]
+            if home:
+                where[i] = moved[home] + place[len(home) :]
 
 # %% ../../nbs/evals/50_confine.ipynb #c025
 REFUSED = {
@@ -128,15 +154,19 @@ def numbers(
     machine: str,  # as `os.uname().machine` gives it
 ) -> list[int]:
     "The refused calls on this processor. ValueError for one without a column in the list."
-    if machine not in _PRCTL: raise ValueError(f"{machine=}: no system call numbers, expected one of {list(_PRCTL)}")
+    if machine not in _PRCTL:
+        raise ValueError(f"{machine=}: no system call numbers, expected one of {list(_PRCTL)}")
     words = " ".join(REFUSED.values()).split()
     column = 1 + list(_PRCTL).index(machine)
     return [int(number) for number in words[column::3] if number != "-"]
 
 # %% ../../nbs/evals/50_confine.ipynb #c029
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000  # and a file without a name
+WRITING = (
+    os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000
+)  # and a file without a name
 LOAD, EQUAL, ABOVE, BITS, RETURN = 0x20, 0x15, 0x25, 0x45, 0x06  # classic BPF instructions
 ALLOW, KILL = 0x7FFF0000, 0x80000000
+
 
 def refuse(
     reason: int = errno.EPERM,  # the error
@@ -144,12 +174,13 @@ def refuse(
     "The instruction that answers a call with an error."
     return RETURN, 0, 0, 0x00050000 | reason
 
+
 def only_if(
-    number: int,    # of the call
+    number: int,  # of the call
     argument: int,  # its position, from 0
-    test: int,      # EQUAL or BITS
-    value: int,     # to compare with
-    wanted: bool,   # allowed when the test says this
+    test: int,  # EQUAL or BITS
+    value: int,  # to compare with
+    wanted: bool,  # allowed when the test says this
     reason: int = errno.EPERM,  # the error otherwise
 ) -> list[tuple]:
     "Instructions that allow a call by one of its arguments."
@@ -160,24 +191,31 @@ def only_if(
 # %% ../../nbs/evals/50_confine.ipynb #c030
 def program(
     machine: str,  # processor
-    pid: int,      # the box, as it sees itself
-    threads: bool, # may it have any?
+    pid: int,  # the box, as it sees itself
+    threads: bool,  # may it have any?
 ) -> list[tuple]:
     "The filter: instructions of (operation, jump if true, jump if false, constant). ValueError as `numbers`."
     arm = machine == "aarch64"
     refused = numbers(machine)
     open_, openat, clone, kill, tgkill, limit, ioctl = (
-        (None, 56, 220, 129, 131, 261, 29) if arm else (2, 257, 56, 62, 234, 302, 16))
+        (None, 56, 220, 129, 131, 261, 29) if arm else (2, 257, 56, 62, 234, 302, 16)
+    )
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, 0xC00000B7 if arm else 0xC000003E), (RETURN, 0, 0, KILL)]
     code += [(LOAD, 0, 0, 0), (ABOVE, 0, 1, LAST), refuse(errno.ENOSYS)]
-    for number in refused: code += [(EQUAL, 0, 1, number), refuse()]
-    for number in (435, 437): code += [(EQUAL, 0, 1, number), refuse(errno.ENOSYS)]  # clone3, openat2: by address
-    if open_: code += only_if(open_, 1, BITS, WRITING, False)
+    for number in refused:
+        code += [(EQUAL, 0, 1, number), refuse()]
+    for number in (435, 437):
+        code += [(EQUAL, 0, 1, number), refuse(errno.ENOSYS)]  # clone3, openat2: by address
+    if open_:
+        code += only_if(open_, 1, BITS, WRITING, False)
     code += only_if(openat, 2, BITS, WRITING, False)
     code += only_if(clone, 0, BITS, 0x10000, True) if threads else [(EQUAL, 0, 1, clone), refuse()]
-    for number in (kill, tgkill): code += only_if(number, 0, EQUAL, pid, True)
+    for number in (kill, tgkill):
+        code += only_if(number, 0, EQUAL, pid, True)
     code += only_if(limit, 0, EQUAL, 0, True) + only_if(_PRCTL[machine], 0, EQUAL, 1, False)
-    code += only_if(ioctl, 1, EQUAL, 0x5421, True, errno.ENOTTY)  # FIONBIO; Python takes ENOTTY for "use fcntl"
+    code += only_if(
+        ioctl, 1, EQUAL, 0x5421, True, errno.ENOTTY
+    )  # FIONBIO; Python takes ENOTTY for "use fcntl"
     return code + [(RETURN, 0, 0, ALLOW)]
 
 # %% ../../nbs/evals/50_confine.ipynb #c036
@@ -186,50 +224,61 @@ def seccomp(
 ):
     "Refuses the calls of `program` from now on. Raises OSError without seccomp in the kernel."
     prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
-    code = b"".join(struct.pack("HBBI", *step) for step in program(os.uname().machine, os.getpid(), threads))
+    code = b"".join(
+        struct.pack("HBBI", *step) for step in program(os.uname().machine, os.getpid(), threads)
+    )
     buffer = ctypes.create_string_buffer(code)
-    head = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer)))
+    head = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+    )
     prctl(22, 2, ctypes.addressof(head))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 # %% ../../nbs/evals/50_confine.ipynb #c039
 def close_box(
-    limits: dict,        # keywords of `set_limits`
+    limits: dict,  # keywords of `set_limits`
     readable: list[str] | None,  # for `landlock`; None without it
-    uid: int | None,     # for `become`; None keeps the user
-    filtered: bool,      # seccomp?
+    uid: int | None,  # for `become`; None keeps the user
+    filtered: bool,  # seccomp?
     parent: int | None,  # its process id; None where it cannot be seen from here
     packages: list[str],  # folders to import from, beside the standard library
 ):
     "Applies the guards that are asked for. Raises OSError or ValueError, naming the reason."
     sys.path += packages
     set_limits(**limits)
-    if readable is not None: landlock(readable)
-    if uid is not None: become(uid)
+    if readable is not None:
+        landlock(readable)
+    if uid is not None:
+        become(uid)
     if parent is not None:
         prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-        if os.getppid() != parent: os._exit(1)
-    if filtered: seccomp(threads=uid is not None)
+        if os.getppid() != parent:
+            os._exit(1)
+    if filtered:
+        seccomp(threads=uid is not None)
 
 # %% ../../nbs/evals/50_confine.ipynb #c041
 def describe(
     error: BaseException,  # whatever the code raised; its own methods may misbehave
 ) -> str:
     "Type and message of an exception, on one line of at most 500 characters."
-    try: text = f"{type(error).__name__}: {error}"
-    except BaseException: text = "an exception that cannot be described"
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException:
+        text = "an exception that cannot be described"
     return " ".join(text.split())[:500]
 
 # %% ../../nbs/evals/50_confine.ipynb #c042
 def _plain(value):
     "Arrays of numpy as lists, for JSON."
-    if hasattr(value, "tolist"): return value.tolist()
+    if hasattr(value, "tolist"):
+        return value.tolist()
     raise TypeError(f"a {type(value).__name__} is no JSON value")
 
 # %% ../../nbs/evals/50_confine.ipynb #c043
 def judge(
-    code: str,           # a module
-    tests: str | None,   # assertions, run after it
-    calls: list[str],    # expressions, evaluated after it
+    code: str,  # a module
+    tests: str | None,  # assertions, run after it
+    calls: list[str],  # expressions, evaluated after it
 ) -> dict:  # status, error, values: JSON text of each call
     "Runs code, then tests; nothing that is raised gets out."
     module = sys.modules["candidate"] = type(sys)("candidate")
@@ -237,25 +286,37 @@ def judge(
     status, values = "error", []
     try:
         exec(compile(code, "<code>", "exec"), vars(module))
-        sys.settrace(None); sys.setprofile(None)
-        for names, old in before: names.update(old)
+        sys.settrace(None)
+        sys.setprofile(None)
+        for names, old in before:
+            names.update(old)
         status = "failed"
-        own = {k: v for k, v in vars(module).items() if not k.startswith("__") and not isinstance(v, type(sys))}
-        hides = own.keys() & vars(builtins).keys() if len(own) > 1 else ()  # a lone `sum` is what the tests are about
+        own = {
+            k: v
+            for k, v in vars(module).items()
+            if not k.startswith("__") and not isinstance(v, type(sys))
+        }
+        hides = (
+            own.keys() & vars(builtins).keys() if len(own) > 1 else ()
+        )  # a lone `sum` is what the tests are about
         space = {k: v for k, v in vars(module).items() if k not in hides and not k.startswith("__")}
-        if tests is not None: exec(compile(tests, "<tests>", "exec"), space)
-        for call in calls: values.append(json.dumps(eval(call, space), allow_nan=False, default=_plain))
-    except BaseException as error: return {"status": status, "error": describe(error), "values": []}
+        if tests is not None:
+            exec(compile(tests, "<tests>", "exec"), space)
+        for call in calls:
+            values.append(json.dumps(eval(call, space), allow_nan=False, default=_plain))
+    except BaseException as error:
+        return {"status": status, "error": describe(error), "values": []}
     return {"status": "passed", "error": "", "values": values}
 
 # %% ../../nbs/evals/50_confine.ipynb #c050
 def send(
-    fd: int,       # a pipe to the parent
+    fd: int,  # a pipe to the parent
     message: dict,
 ):
     "One line of JSON, written whole."
     data = (json.dumps(message) + "\n").encode()
-    while data: data = data[os.write(fd, data):]
+    while data:
+        data = data[os.write(fd, data) :]
 
 # %% ../../nbs/evals/50_confine.ipynb #c051
 def main(
@@ -268,17 +329,22 @@ def main(
     empty, into = os.pipe()
     os.dup2(empty, 0)  # nothing more to read; the box may lack /dev/null
     for other in range(3, 256):
-        if other not in (fd, go): os.closerange(other, other + 1)
-    try: close_box(**request["box"])
+        if other not in (fd, go):
+            os.closerange(other, other + 1)
+    try:
+        close_box(**request["box"])
     except Exception as error:
         send(fd, {"refused": describe(error)})
         os._exit(1)
     send(fd, {"ready": True})
-    if not os.read(go, 1): os._exit(1)
+    if not os.read(go, 1):
+        os._exit(1)
     os.close(go)
     verdict = judge(**request["job"])
     for stream in (out, err):
-        try: stream.flush()
-        except Exception: pass
+        try:
+            stream.flush()
+        except Exception:
+            pass
     send(fd, {"nonce": request["nonce"], **verdict})
     os._exit(0)

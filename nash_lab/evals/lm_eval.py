@@ -40,26 +40,36 @@ from ..run.rundir import read_metrics
 # %% ../../nbs/evals/53_lm_eval.ipynb #c008
 def front_of(
     tokenizer: Tokenizer,
-    documents: Literal["cross", "mask"] = "mask",  # how the run was packed; only matters for our own tokenizers
+    documents: Literal[
+        "cross", "mask"
+    ] = "mask",  # how the run was packed; only matters for our own tokenizers
 ) -> list[int]:  # ids
     "What stood before every text in training: the tokenizer's own rule, or EOS where documents were joined."
-    if isinstance(tokenizer, Tokenizer): return [EOS] if documents == "cross" else []
+    if isinstance(tokenizer, Tokenizer):
+        return [EOS] if documents == "cross" else []
     around = tokenizers.Tokenizer.from_file(str(tokenizer.path)).encode("a")
-    return [i for i, _ in itertools.takewhile(lambda pair: pair[1], zip(around.ids, around.special_tokens_mask))]
+    return [
+        i
+        for i, _ in itertools.takewhile(
+            lambda pair: pair[1], zip(around.ids, around.special_tokens_mask)
+        )
+    ]
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c014
 def split_pair(
     encode: Callable[[str], list[int]],  # text to ids, with what stands before every text
-    context: str,                        # may be empty
-    continuation: str,                   # not empty
-    empty: int,                          # the id to condition on when there is no context
-) -> tuple[list[int], list[int]]:        # ids before, ids to score
+    context: str,  # may be empty
+    continuation: str,  # not empty
+    empty: int,  # the id to condition on when there is no context
+) -> tuple[list[int], list[int]]:  # ids before, ids to score
     "Ids of a context and its continuation. ValueError when the continuation has no token of its own."
     kept = context.rstrip()
     whole, before = encode(context + continuation), encode(kept)
-    if not kept: before = before or [empty]
-    after = whole[len(before):] if kept or whole[: len(before)] == before else whole
-    if not after: raise ValueError(f"the continuation {continuation[:40]!r} has no token of its own")
+    if not kept:
+        before = before or [empty]
+    after = whole[len(before) :] if kept or whole[: len(before)] == before else whole
+    if not after:
+        raise ValueError(f"the continuation {continuation[:40]!r} has no token of its own")
     return before, after
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c021
@@ -68,16 +78,18 @@ def _continuations(graphdef, weights, tokens, at, targets):
     "Loss of the targets at positions `at` [b c] of the rows, and whether each was the most likely token."
     lm = nnx.merge(graphdef, weights)
     hidden = jnp.take_along_axis(lm.hidden(tokens), at[..., None], axis=1)
+
     def one(place):
         z = lm.logits(place[0])
         return jax.nn.logsumexp(z) - z[place[1]], z.argmax() == place[1]
+
     flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     return tuple(x.reshape(targets.shape) for x in jax.lax.map(one, flat, batch_size=256))
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c022
 def _arrays(pairs, most: int):
     "Tokens, positions of the scored ones and targets of pairs, in arrays whose sides are powers of two."
-    rows = [(before + after)[-most - 1:] for before, after in pairs]
+    rows = [(before + after)[-most - 1 :] for before, after in pairs]
     b, t = 1 << (len(rows) - 1).bit_length(), bucket(max(map(len, rows)) - 1, most)
     c = bucket(max(len(after) for _, after in pairs), t)
     tokens, at, targets = (np.zeros((b, n), np.int32) for n in (t, c, c))
@@ -89,17 +101,24 @@ def _arrays(pairs, most: int):
 # %% ../../nbs/evals/53_lm_eval.ipynb #c023
 def score_pairs(
     lm: LM,
-    pairs: Sequence[tuple[list[int], list[int]]],  # ids before, ids to score; contexts are cut on the left to fit
-    batch_size: int = 16,                          # rows at once
-) -> Iterator[tuple[int, tuple[float, bool]]]:     # index of the pair; log-likelihood in nats, is it the greedy answer
+    pairs: Sequence[
+        tuple[list[int], list[int]]
+    ],  # ids before, ids to score; contexts are cut on the left to fit
+    batch_size: int = 16,  # rows at once
+) -> Iterator[
+    tuple[int, tuple[float, bool]]
+]:  # index of the pair; log-likelihood in nats, is it the greedy answer
     "Scores, the longest pairs first. ValueError for a continuation longer than the window."
     most, model = lm.cfg.max_len, nnx.split(lm)
     long = max((len(after) for _, after in pairs), default=0)
-    if long > most: raise ValueError(f"a continuation of {long} tokens, the model reads at most {most}")
+    if long > most:
+        raise ValueError(f"a continuation of {long} tokens, the model reads at most {most}")
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
-        nats, best = map(np.asarray, _continuations(*model, *_arrays([pairs[i] for i in some], most)))
+        nats, best = map(
+            np.asarray, _continuations(*model, *_arrays([pairs[i] for i in some], most))
+        )
         for i, row, top in zip(some, nats, best):
             n = len(pairs[i][1])
             yield i, (-float(row[:n].sum(dtype=np.float64)), bool(top[:n].all()))
@@ -107,8 +126,8 @@ def score_pairs(
 # %% ../../nbs/evals/53_lm_eval.ipynb #c030
 def windows(
     ids: Sequence[int],  # to score
-    prefix: int,         # stands before the first
-    length: int,         # L, tokens the model reads at once
+    prefix: int,  # stands before the first
+    length: int,  # L, tokens the model reads at once
 ) -> list[tuple[list[int], list[int]]]:  # pairs for `score_pairs`
     "Disjoint continuations that cover `ids`, each with the longest context."
     whole = [prefix, *ids]  # whole[i + 1] is ids[i]
@@ -132,25 +151,34 @@ FIRST = 32  # tokens of the first stretch; every following one is twice as long
 # %% ../../nbs/evals/53_lm_eval.ipynb #c038
 def continue_until(
     lm: LM,
-    prompts: Sequence[list[int]],                # ids
-    limits: Sequence[int],                       # new tokens of each at most; with the prompt, they fit the window
-    finished: Callable[[int, list[int]], bool],  # row and its new tokens so far: has it found its end?
-    how: SampleConfig,                           # its max_new_tokens is not used
-    key: Array,                                  # of the draws
+    prompts: Sequence[list[int]],  # ids
+    limits: Sequence[int],  # new tokens of each at most; with the prompt, they fit the window
+    finished: Callable[
+        [int, list[int]], bool
+    ],  # row and its new tokens so far: has it found its end?
+    how: SampleConfig,  # its max_new_tokens is not used
+    key: Array,  # of the draws
 ) -> list[list[int]]:
     "New tokens of every prompt; what stands behind the end is for the caller to cut."
     new, live = [[] for _ in prompts], list(range(len(prompts)))
     for stretch in itertools.count():
         live = [i for i in live if len(new[i]) < limits[i]]
-        if not live: return new
+        if not live:
+            return new
         n = min(FIRST << stretch, *(limits[i] - len(new[i]) for i in live))
         cfg, so_far = replace(how, max_new_tokens=n), [prompts[i] + new[i] for i in live]
         drawn = rollout(lm, so_far, cfg, jax.random.fold_in(key, stretch))
-        for i, ids in zip(live, unpad(drawn.tokens, drawn.lengths)): new[i] += ids
+        for i, ids in zip(live, unpad(drawn.tokens, drawn.lengths)):
+            new[i] += ids
         live = [i for i in live if new[i][-1] != how.eos_id and not finished(i, new[i])]
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c042
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing
+LIMITS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # names of one thing
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c043
 def read_settings(
@@ -162,22 +190,30 @@ def read_settings(
     limit = next((int(n) for name in LIMITS if (n := rest.pop(name, None)) is not None), 256)
     sampling = {name: rest.pop(name) for name in ("top_p", "top_k", "min_p") if name in rest}
     temperature = float(rest.pop("temperature", 1.0 if draws else 0.0)) * (draws is not False)
-    for name in LIMITS: rest.pop(name, None)
-    if rest: raise ValueError(f"generation setting {min(rest)!r} is not known here")
-    return [until] if isinstance(until, str) else until, limit, SampleConfig(1, temperature, **sampling)
+    for name in LIMITS:
+        rest.pop(name, None)
+    if rest:
+        raise ValueError(f"generation setting {min(rest)!r} is not known here")
+    return (
+        [until] if isinstance(until, str) else until,
+        limit,
+        SampleConfig(1, temperature, **sampling),
+    )
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c046
 class Answers:
     "What a model has answered so far."
+
     def __init__(
         self,
-        owner: str,                     # everything an answer depends on beside the question
-        path: str | Path | None = None, # JSONL file to read and to extend; None: memory only
+        owner: str,  # everything an answer depends on beside the question
+        path: str | Path | None = None,  # JSONL file to read and to extend; None: memory only
     ):
         self.owner, self.path, self.found = owner, Path(path) if path else None, 0
         rows = read_metrics(self.path) if self.path and self.path.exists() else []
         self.known = {row["key"]: row["answer"] for row in rows}
-        if self.path: write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if self.path:
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def key(self, question: Any) -> str:  # JSON values
         "Name of a question to this model."
@@ -185,9 +221,11 @@ class Answers:
 
     def ask(
         self,
-        questions: Sequence[Any],                                     # JSON values
-        answer: Callable[[list[Any]], Iterator[tuple[int, Any]]],     # indices and answers, in any order
-        what: str = "",                                               # for the progress bar
+        questions: Sequence[Any],  # JSON values
+        answer: Callable[
+            [list[Any]], Iterator[tuple[int, Any]]
+        ],  # indices and answers, in any order
+        what: str = "",  # for the progress bar
     ) -> list[Any]:
         "An answer to each question; `answer` sees only what is new, and that once."
         keys = list(map(self.key, questions))
@@ -197,29 +235,40 @@ class Answers:
         with open(self.path, "a", encoding="utf-8") if keep else nullcontext() as file:
             for i, reply in tqdm(answer(list(new.values())), what, len(new), disable=None):
                 self.known[names[i]] = reply
-                if file: print(json.dumps({"key": names[i], "answer": reply}), file=file, flush=True)
+                if file:
+                    print(json.dumps({"key": names[i], "answer": reply}), file=file, flush=True)
         return [self.known[k] for k in keys]
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c050
 class Responder:
     "A model and its tokenizer behind the three requests of lm-eval, in text."
+
     def __init__(
         self,
         lm: LM,
         tokenizer: Tokenizer,
         *,
-        front: Sequence[int] | None = None, # ids before every text; None: `front_of` the tokenizer
-        batch_size: int = 16,               # requests at once
-        seed: int = 0,                      # of answers that are drawn
+        front: Sequence[int] | None = None,  # ids before every text; None: `front_of` the tokenizer
+        batch_size: int = 16,  # requests at once
+        seed: int = 0,  # of answers that are drawn
         answers: str | Path | None = None,  # file that keeps them; None: memory only
-        most_new: int = 0,                  # bound on the tokens of an answer; 0: what the task says
+        most_new: int = 0,  # bound on the tokens of an answer; 0: what the task says
     ):
         if tokenizer.vocab_size > lm.cfg.vocab_size:
-            raise ValueError(f"a tokenizer of {tokenizer.vocab_size} pieces, the model has {lm.cfg.vocab_size}")
-        self.lm, self.tokenizer, self.batch_size, self.most_new = lm, tokenizer, batch_size, most_new
+            raise ValueError(
+                f"a tokenizer of {tokenizer.vocab_size} pieces, the model has {lm.cfg.vocab_size}"
+            )
+        self.lm, self.tokenizer, self.batch_size, self.most_new = (
+            lm,
+            tokenizer,
+            batch_size,
+            most_new,
+        )
         self.front = front_of(tokenizer) if front is None else list(front)
         self.lead, self.counts = "".join(map(tokenizer.piece, self.front)), Counter()
-        begin = None if isinstance(tokenizer, Tokenizer) else tokenizer.bos_id  # our runs never see their BOS
+        begin = (
+            None if isinstance(tokenizer, Tokenizer) else tokenizer.bos_id
+        )  # our runs never see their BOS
         self.empty = next((i for i in (*self.front, begin) if i is not None), tokenizer.eos_id)
         self.weights, self.key = weights_hash(lm), named_key(jax.random.key(seed), "answers")
         owner = [self.weights, to_json(lm.cfg), tokenizer.hash, self.front, most_new]
@@ -230,11 +279,15 @@ class Responder:
         bare = text.removeprefix(self.lead) if self.lead else text
         return [*self.front, *self.tokenizer.encode(bare)]
 
-    def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:  # contexts, continuations
+    def loglikelihood(
+        self, requests: Sequence[tuple[str, str]]
+    ) -> list[tuple[float, bool]]:  # contexts, continuations
         "Log-likelihood in nats of each continuation, and whether it is the greedy one."
         pairs = [split_pair(self.encode, *request, self.empty) for request in requests]
         self.counts["requests"] += len(pairs)
-        self.counts["contexts cut"] += sum(len(a) + len(b) > self.lm.cfg.max_len + 1 for a, b in pairs)
+        self.counts["contexts cut"] += sum(
+            len(a) + len(b) > self.lm.cfg.max_len + 1 for a, b in pairs
+        )
         score = partial(score_pairs, self.lm, batch_size=self.batch_size)
         return list(map(tuple, self.answers.ask(pairs, score, "likelihoods")))
 
@@ -270,9 +323,14 @@ def replies(
         _, wanted, how = read_settings(settings)
         ids, wanted = model.encode(context), min(wanted, model.most_new or wanted)
         kept, room = fit(ids, wanted, model.lm.cfg.max_len)
-        model.counts.update({"contexts cut": len(kept) < len(ids), "answers with less room": room < wanted})
+        model.counts.update(
+            {"contexts cut": len(kept) < len(ids), "answers with less room": room < wanted}
+        )
         drawn.append(bool(how.temperature))
-    sure, free = ([list(r) for r, chance in zip(requests, drawn) if chance is wanted] for wanted in (False, True))
+    sure, free = (
+        [list(r) for r, chance in zip(requests, drawn) if chance is wanted]
+        for wanted in (False, True)
+    )
     kept = iter(model.answers.ask(sure, partial(write, model), "answers"))
     fresh = iter([reply for _, reply in sorted(write(model, free))])
     return [next(fresh if chance else kept) for chance in drawn]
@@ -280,29 +338,33 @@ def replies(
 # %% ../../nbs/evals/53_lm_eval.ipynb #c053
 def fit(
     prompt: list[int],  # ids
-    wanted: int,        # new tokens the task asks for
-    most: int,          # L
+    wanted: int,  # new tokens the task asks for
+    most: int,  # L
 ) -> tuple[list[int], int]:
     "The end of the prompt and the new tokens that fit; the prompt keeps at least half of the window."
-    kept = prompt[-(most - min(wanted, most // 2)):]
+    kept = prompt[-(most - min(wanted, most // 2)) :]
     return kept, min(wanted, most - len(kept))
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c056
 def write(
     model: Responder,
     requests: Sequence[tuple[str, dict]],  # contexts and settings
-) -> Iterator[tuple[int, str]]:            # index of the request, and its answer
+) -> Iterator[tuple[int, str]]:  # index of the request, and its answer
     "Answers, batch by batch: requests with the same settings together, the longest first."
     groups = {}
     for i, (context, settings) in enumerate(requests):
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((i, model.encode(context)))
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(
+            (i, model.encode(context))
+        )
     for name, group in groups.items():
         until, wanted, how = read_settings(json.loads(name))
         wanted = min(wanted, model.most_new or wanted)
         group.sort(key=lambda pair: -len(pair[1]))
         for start in range(0, len(group), model.batch_size):
             some = group[start : start + model.batch_size]
-            yield from zip((i for i, _ in some), _batch(model, [ids for _, ids in some], until, wanted, how))
+            yield from zip(
+                (i for i, _ in some), _batch(model, [ids for _, ids in some], until, wanted, how)
+            )
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c057
 def _batch(model, prompts, until, wanted, how) -> list[str]:
@@ -323,26 +385,42 @@ def score_texts(
 ) -> Score:
     "Bits per byte and perplexity of whole documents, of any length. ValueError without a text."
     ids = [model.tokenizer.encode(text) for text in texts]
-    if not ids or not all(ids): raise ValueError(f"{len(ids)} documents, {sum(not i for i in ids)} of them empty")
+    if not ids or not all(ids):
+        raise ValueError(f"{len(ids)} documents, {sum(not i for i in ids)} of them empty")
     nats = -np.asarray(document_sums(model, ids), np.float64)
     size = np.asarray([len(text.encode("utf-8")) for text in texts], np.float64)
     n, total, bits = sum(map(len, ids)), float(nats.sum()), nats / math.log(2)
-    return Score(n, float(size.sum()), total / n, math.exp(min(total / n, 700.0)), float(bits.sum() / size.sum()),
-                 *bootstrap(bits, size))
+    return Score(
+        n,
+        float(size.sum()),
+        total / n,
+        math.exp(min(total / n, 700.0)),
+        float(bits.sum() / size.sum()),
+        *bootstrap(bits, size),
+    )
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c067
 def lm_eval_model(
     model: Responder,
 ) -> Any:  # an lm_eval.api.model.LM, for lm_eval.simple_evaluate(model=...)
     "The model as lm-eval takes it. ValueError when lm-eval is not installed."
-    try: from lm_eval.api.model import LM as Base
-    except ImportError as error: raise ValueError(f"pip install 'nash_lab[eval]' for this: {error}") from None
+    try:
+        from lm_eval.api.model import LM as Base
+    except ImportError as error:
+        raise ValueError(f"pip install 'nash_lab[eval]' for this: {error}") from None
 
     class NashLM(Base):
         "Hands every request on."
+
         tokenizer_name = model.tokenizer.hash
 
-        def loglikelihood(self, requests, **_): return model.loglikelihood([r.args for r in requests])
-        def loglikelihood_rolling(self, requests, **_): return model.rolling([r.args[0] for r in requests])
-        def generate_until(self, requests, **_): return model.generate([r.args for r in requests])
+        def loglikelihood(self, requests, **_):
+            return model.loglikelihood([r.args for r in requests])
+
+        def loglikelihood_rolling(self, requests, **_):
+            return model.rolling([r.args[0] for r in requests])
+
+        def generate_until(self, requests, **_):
+            return model.generate([r.args for r in requests])
+
     return NashLM()

@@ -36,21 +36,27 @@ from ..core.files import parse_json
 @dataclass(frozen=True)
 class Limits:
     "Bounds of one run. ValueError for a bound that is not positive, or level 0 without `unsafe`."
-    wall_s: float = 5.0              # seconds from the moment the box is closed; enforced by the parent
-    cpu_s: int = 5                   # seconds of processor time; enforced by the kernel
-    memory_mb: int = 512             # address space of the box, which is one process
-    threads: int = 16                # at most, where the box has a user of its own; elsewhere it has one thread
-    files: int = 64                  # open descriptors
-    output_bytes: int = 1_000_000    # kept of each of output, errors and verdict; the rest is read and dropped
-    packages: tuple[str, ...] = ()   # folders to import from beside the standard library, for example site-packages
-    level: int | None = None         # the isolation to use; None: the best on this machine
-    start_s: float = 60.0            # for the interpreter to start, which can be slow on a crowded machine
-    unsafe: bool = False             # accept level 0, limits alone, where the machine offers nothing better
+
+    wall_s: float = 5.0  # seconds from the moment the box is closed; enforced by the parent
+    cpu_s: int = 5  # seconds of processor time; enforced by the kernel
+    memory_mb: int = 512  # address space of the box, which is one process
+    threads: int = 16  # at most, where the box has a user of its own; elsewhere it has one thread
+    files: int = 64  # open descriptors
+    output_bytes: int = (
+        1_000_000  # kept of each of output, errors and verdict; the rest is read and dropped
+    )
+    packages: tuple[
+        str, ...
+    ] = ()  # folders to import from beside the standard library, for example site-packages
+    level: int | None = None  # the isolation to use; None: the best on this machine
+    start_s: float = 60.0  # for the interpreter to start, which can be slow on a crowded machine
+    unsafe: bool = False  # accept level 0, limits alone, where the machine offers nothing better
 
     def __post_init__(self):
         for name in ("wall_s", "cpu_s", "memory_mb", "threads", "files", "output_bytes", "start_s"):
             value = getattr(self, name)
-            if not value > 0: raise ValueError(f"Limits.{name}={value!r}, expected more than 0")
+            if not value > 0:
+                raise ValueError(f"Limits.{name}={value!r}, expected more than 0")
         if self.level not in (None, 0, 1, 2, 3):
             raise ValueError(f"Limits.level={self.level!r}, expected 0 to 3 or None")
         if self.level == 0 and not self.unsafe:
@@ -60,26 +66,32 @@ class Limits:
 @dataclass(frozen=True)
 class Result:
     "What became of one run. Texts come from the box: show them, believe only `passed`."
-    passed: bool              # the tests ran to their end and held
-    status: str               # passed, failed (tests), error (code), timeout, crashed (no verdict), invalid (forged)
-    error: str                # one line: the exception, or how the run ended
-    values: tuple[Any, ...]   # of the expressions, in their order, when tests were expressions
-    stdout: str               # UTF-8 with replacements, cut at the limit
-    stderr: str               # likewise
-    truncated: bool           # was either cut?
-    wall_s: float             # seconds with the start of the interpreter
-    exit_code: int            # of the outermost process; negative: a signal
-    level: int                # the isolation it ran under
-    guards: tuple[str, ...]   # what that was made of
+
+    passed: bool  # the tests ran to their end and held
+    status: (
+        str  # passed, failed (tests), error (code), timeout, crashed (no verdict), invalid (forged)
+    )
+    error: str  # one line: the exception, or how the run ended
+    values: tuple[Any, ...]  # of the expressions, in their order, when tests were expressions
+    stdout: str  # UTF-8 with replacements, cut at the limit
+    stderr: str  # likewise
+    truncated: bool  # was either cut?
+    wall_s: float  # seconds with the start of the interpreter
+    exit_code: int  # of the outermost process; negative: a signal
+    level: int  # the isolation it ran under
+    guards: tuple[str, ...]  # what that was made of
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c010
 class SandboxError(OSError):
     "The box could not be closed as asked; nothing was run."
 
+
 def has_landlock() -> bool:
     "Does this kernel offer Landlock?"
-    try: return confine.kernel(444, None, 0, 1) > 0
-    except (OSError, AttributeError): return False
+    try:
+        return confine.kernel(444, None, 0, 1) > 0
+    except (OSError, AttributeError):
+        return False
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c011
 def guards_of(
@@ -87,21 +99,41 @@ def guards_of(
 ) -> tuple[str, ...]:
     "The guards that make a level on this machine. Raises SandboxError, saying what is missing."
     root, lock = os.geteuid() == 0, has_landlock()
-    if level == 3 and not shutil.which("bwrap"): raise SandboxError("level 3: bubblewrap (bwrap) is not installed")
-    if level == 2 and not lock: raise SandboxError("level 2: no Landlock in this kernel")
-    if level == 1 and not root: raise SandboxError("level 1: only the administrator can change the user")
-    names = {"bubblewrap": level == 3, "landlock": lock and level > 1, "user": root, "seccomp": True}
+    if level == 3 and not shutil.which("bwrap"):
+        raise SandboxError("level 3: bubblewrap (bwrap) is not installed")
+    if level == 2 and not lock:
+        raise SandboxError("level 2: no Landlock in this kernel")
+    if level == 1 and not root:
+        raise SandboxError("level 1: only the administrator can change the user")
+    names = {
+        "bubblewrap": level == 3,
+        "landlock": lock and level > 1,
+        "user": root,
+        "seccomp": True,
+    }
     return (*(name for name, on in names.items() if on and level), "limits")
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c016
-_ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "JAX_PLATFORMS": "cpu",
-               "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-_INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)  # of the venv, not its link
+_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "PYTHONUTF8": "1",
+    "JAX_PLATFORMS": "cpu",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+_INTERPRETER = os.path.realpath(
+    getattr(sys, "_base_executable", None) or sys.executable
+)  # of the venv, not its link
+
 
 @cache
 def launcher() -> list[str]:
     "The command that starts a box, without the two descriptors of its pipes."
-    source = Path(confine.__file__).read_text(encoding="utf-8") + "\nmain(int(sys.argv[1]), int(sys.argv[2]))\n"
+    source = (
+        Path(confine.__file__).read_text(encoding="utf-8")
+        + "\nmain(int(sys.argv[1]), int(sys.argv[2]))\n"
+    )
     return [_INTERPRETER, "-s", "-S", "-P", "-B", "-c", source]
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c017
@@ -110,20 +142,37 @@ def readable(
 ) -> list[str]:
     "What the box can read."
     system = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache"]
-    return [_INTERPRETER, os.path.realpath(sys.base_prefix + "/lib"), *system, *map(os.path.abspath, limits.packages)]
+    return [
+        _INTERPRETER,
+        os.path.realpath(sys.base_prefix + "/lib"),
+        *system,
+        *map(os.path.abspath, limits.packages),
+    ]
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c020
 def bubblewrap(
     folders: list[str],  # what the box can read
-    root: bool,          # is the caller the administrator?
+    root: bool,  # is the caller the administrator?
 ) -> list[str]:
     "The command in front of the launcher at level 3."
-    spaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    spaces = [
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+    ]
     rights = ["--cap-drop", "ALL"]
-    if root: rights += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else: spaces += ["--unshare-user", "--disable-userns"]
-    above = sorted({str(parent) for folder in folders for parent in list(Path(folder).parents)[:-1]})
-    binds = [word for parent in above for word in ("--perms", "0755", "--dir", parent)]  # /root is closed outside
+    if root:
+        rights += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        spaces += ["--unshare-user", "--disable-userns"]
+    above = sorted(
+        {str(parent) for folder in folders for parent in list(Path(folder).parents)[:-1]}
+    )
+    binds = [
+        word for parent in above for word in ("--perms", "0755", "--dir", parent)
+    ]  # /root is closed outside
     binds += [word for folder in folders for word in ("--ro-bind-try", folder, folder)]
     front = [shutil.which("bwrap") or "bwrap", *spaces, *rights]
     return [*front, "--die-with-parent", "--new-session", *binds, "--chdir", "/", "--"]
@@ -132,11 +181,17 @@ def bubblewrap(
 @contextmanager
 def private_uid():
     "A user id for one box, None for a caller who cannot change users. Raises SandboxError when all are taken."
-    if os.geteuid() != 0: yield None; return
+    if os.geteuid() != 0:
+        yield None
+        return
     with socket.socket(socket.AF_UNIX) as name:
-        for uid in range(61_184, 65_520):  # nobody's: systemd sets these aside for services without an account
-            try: name.bind(f"\0nash_lab-sandbox-{uid}")
-            except OSError: continue
+        for uid in range(
+            61_184, 65_520
+        ):  # nobody's: systemd sets these aside for services without an account
+            try:
+                name.bind(f"\0nash_lab-sandbox-{uid}")
+            except OSError:
+                continue
             yield uid
             return
         raise SandboxError("all 4,336 user ids for boxes are in use")
@@ -144,20 +199,25 @@ def private_uid():
 # %% ../../nbs/evals/51_sandbox.ipynb #c026
 def listen(
     pipes: dict[str, int],  # name -> descriptor; `result` is the one that starts the clock
-    limits: Limits,         # of time and of bytes
+    limits: Limits,  # of time and of bytes
     go: int | None = None,  # told when the clock starts
-) -> tuple[dict[str, bytes], bool]:  # what was kept, at most one byte more than the limit; is the time over?
+) -> tuple[
+    dict[str, bytes], bool
+]:  # what was kept, at most one byte more than the limit; is the time over?
     "Reads until all pipes are closed or the time is over."
     kept, deadline = {name: bytearray() for name in pipes}, time.monotonic() + limits.start_s
     with selectors.DefaultSelector() as open_:
-        for name, fd in pipes.items(): open_.register(fd, selectors.EVENT_READ, name)
+        for name, fd in pipes.items():
+            open_.register(fd, selectors.EVENT_READ, name)
         while open_.get_map() and (left := deadline - time.monotonic()) > 0:
             for key, _ in open_.select(left):
                 data = os.read(key.fd, 1 << 16)
-                if not data: open_.unregister(key.fd)
+                if not data:
+                    open_.unregister(key.fd)
                 elif key.data == "result" and not kept["result"]:
                     deadline = time.monotonic() + limits.wall_s
-                    if go is not None: os.write(go, b"g")
+                    if go is not None:
+                        os.write(go, b"g")
                 kept[key.data] += data[: limits.output_bytes + 1 - len(kept[key.data])]
         return {name: bytes(data) for name, data in kept.items()}, bool(open_.get_map())
 
@@ -168,102 +228,153 @@ def finish(
 ) -> int:  # exit code
     "Kills what is left of a box and waits until it is gone."
     if process.poll() is None:
-        try: os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError: pass
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
     code, patience = process.wait(), time.monotonic() + 2
     with selectors.DefaultSelector() as gone:
         gone.register(result, selectors.EVENT_READ)
-        while gone.select(max(0, patience - time.monotonic())) and os.read(result, 1 << 16): pass
+        while gone.select(max(0, patience - time.monotonic())) and os.read(result, 1 << 16):
+            pass
     return code
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c031
 def _once(pairs):
     "A dictionary from pairs, each key once."
-    if len(found := dict(pairs)) != len(pairs): raise ValueError("a key is given twice")
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError("a key is given twice")
     return found
+
 
 def _finite(text):
     "A float that is a number."
-    if not math.isfinite(number := float(text)): raise ValueError(f"{text} is no finite number")
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
     return number
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c035
 def read_verdict(
     data: bytes,  # all that came through the pipe: a line that the box is closed, and the verdict
-    nonce: str,   # what it must repeat
+    nonce: str,  # what it must repeat
 ) -> dict:  # status, error, values
     "The verdict of a box; raises ValueError, saying what is wrong with it."
     lines = data.split(b"\n")
-    if len(lines) != 3 or lines[2]: raise ValueError(f"{len(lines) - 2} verdicts, expected 1")
+    if len(lines) != 3 or lines[2]:
+        raise ValueError(f"{len(lines) - 2} verdicts, expected 1")
     verdict, keys = parse_json(lines[1]), {"nonce", "status", "error", "values"}
-    if not isinstance(verdict, dict) or set(verdict) != keys: raise ValueError("not a verdict")
-    if verdict.pop("nonce") != nonce: raise ValueError("a verdict with the wrong nonce")
-    if verdict["status"] not in ("passed", "failed", "error"): raise ValueError("a verdict with an unknown status")
-    if not isinstance(verdict["error"], str): raise ValueError("a verdict whose error is no text")
+    if not isinstance(verdict, dict) or set(verdict) != keys:
+        raise ValueError("not a verdict")
+    if verdict.pop("nonce") != nonce:
+        raise ValueError("a verdict with the wrong nonce")
+    if verdict["status"] not in ("passed", "failed", "error"):
+        raise ValueError("a verdict with an unknown status")
+    if not isinstance(verdict["error"], str):
+        raise ValueError("a verdict whose error is no text")
     return verdict | {"values": tuple(map(parse_json, verdict["values"]))}
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c038
 def compare(
-    verdict: dict,                # as `read_verdict` gives it
-    expected: dict | None,        # expression -> value; None when nothing is compared
-    count: int,                   # expressions that were asked
+    verdict: dict,  # as `read_verdict` gives it
+    expected: dict | None,  # expression -> value; None when nothing is compared
+    count: int,  # expressions that were asked
 ) -> dict:
     "The verdict after comparing values; 1 and 1.0 are equal, a tuple and a list too. ValueError for missing values."
-    if verdict["status"] != "passed": return verdict
-    if len(verdict["values"]) != count: raise ValueError(f"{len(verdict['values'])} values, expected {count}")
+    if verdict["status"] != "passed":
+        return verdict
+    if len(verdict["values"]) != count:
+        raise ValueError(f"{len(verdict['values'])} values, expected {count}")
     for (call, want), got in zip((expected or {}).items(), verdict["values"]):
         if got != json.loads(json.dumps(want)):
-            return verdict | {"status": "failed", "error": f"{call} is {str(got)[:200]}, expected {str(want)[:200]}"}
+            return verdict | {
+                "status": "failed",
+                "error": f"{call} is {str(got)[:200]}, expected {str(want)[:200]}",
+            }
     return verdict
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c041
 def _request(code, tests, limits, guards, uid, nonce) -> dict:
     "What the launcher reads."
     bounds = dict(memory_mb=limits.memory_mb, cpu_s=limits.cpu_s, files=limits.files)
-    seen = "seccomp" in guards and "bubblewrap" not in guards  # the parent's id means nothing in another namespace
-    box = dict(limits=bounds | {"threads": limits.threads if "user" in guards else None},
-               readable=readable(limits) if "landlock" in guards else None, uid=uid if "user" in guards else None,
-               filtered="seccomp" in guards, parent=os.getpid() if seen else None,
-               packages=list(map(os.path.abspath, limits.packages)))
-    kind = dict(tests=tests, calls=[]) if isinstance(tests, str) else dict(tests=None, calls=list(tests))
+    seen = (
+        "seccomp" in guards and "bubblewrap" not in guards
+    )  # the parent's id means nothing in another namespace
+    box = dict(
+        limits=bounds | {"threads": limits.threads if "user" in guards else None},
+        readable=readable(limits) if "landlock" in guards else None,
+        uid=uid if "user" in guards else None,
+        filtered="seccomp" in guards,
+        parent=os.getpid() if seen else None,
+        packages=list(map(os.path.abspath, limits.packages)),
+    )
+    kind = (
+        dict(tests=tests, calls=[])
+        if isinstance(tests, str)
+        else dict(tests=None, calls=list(tests))
+    )
     return {"box": box, "job": dict(code=code, **kind), "nonce": nonce}
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c042
 def _outcome(kept, late, code, nonce, tests) -> dict:
     "Status, error and values of a run that has ended."
-    if late: return dict(status="timeout", error="the time is over", values=())
+    if late:
+        return dict(status="timeout", error="the time is over", values=())
     if code in (-signal.SIGXCPU, 128 + signal.SIGXCPU):
         return dict(status="timeout", error="the processor time is over", values=())
     if kept["result"].count(b"\n") < 2 or code:
         return dict(status="crashed", error=f"ended with {code} before its verdict", values=())
-    try: return compare(read_verdict(kept["result"], nonce), tests if isinstance(tests, dict) else None,
-                        0 if isinstance(tests, str) else len(tests))
-    except (ValueError, TypeError) as error: return dict(status="invalid", error=str(error)[:500], values=())
+    try:
+        return compare(
+            read_verdict(kept["result"], nonce),
+            tests if isinstance(tests, dict) else None,
+            0 if isinstance(tests, str) else len(tests),
+        )
+    except (ValueError, TypeError) as error:
+        return dict(status="invalid", error=str(error)[:500], values=())
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c043
 def converse(
-    command: list[str],  # starts the box; the descriptors of two pipes are added: its messages, our answer
-    request: dict,       # what the launcher reads
-    limits: Limits,      # of time and of bytes
+    command: list[
+        str
+    ],  # starts the box; the descriptors of two pipes are added: its messages, our answer
+    request: dict,  # what the launcher reads
+    limits: Limits,  # of time and of bytes
 ) -> tuple[dict[str, bytes], bool, int]:  # what the pipes gave, is the time over, exit code
     "Starts a box, hands it the request, listens, ends it."
     (result, into), (go, tell) = os.pipe(), os.pipe()
-    with tempfile.TemporaryFile() as file, os.fdopen(result, "rb"), os.fdopen(go, "rb"), os.fdopen(tell, "wb"):
+    with (
+        tempfile.TemporaryFile() as file,
+        os.fdopen(result, "rb"),
+        os.fdopen(go, "rb"),
+        os.fdopen(tell, "wb"),
+    ):
         file.write(json.dumps(request).encode())
         file.seek(0)
-        try: process = subprocess.Popen([*command, str(into), str(go)], stdin=file, stdout=-1, stderr=-1, cwd="/",
-                                        env=_ENVIRONMENT, pass_fds=[into, go], start_new_session=True)
-        finally: os.close(into)
+        try:
+            process = subprocess.Popen(
+                [*command, str(into), str(go)],
+                stdin=file,
+                stdout=-1,
+                stderr=-1,
+                cwd="/",
+                env=_ENVIRONMENT,
+                pass_fds=[into, go],
+                start_new_session=True,
+            )
+        finally:
+            os.close(into)
         with process.stdout as out, process.stderr as err:
-            kept, late = listen({"result": result, "stdout": out.fileno(), "stderr": err.fileno()}, limits, tell)
+            kept, late = listen(
+                {"result": result, "stdout": out.fileno(), "stderr": err.fileno()}, limits, tell
+            )
             return kept, late, finish(process, result)
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c044
 def run_at(
-    level: int,                # 3 to 0
-    code: str,                 # a module
+    level: int,  # 3 to 0
+    code: str,  # a module
     tests: str | dict | list,  # as in `run_python`
-    limits: Limits,            # all but its level
+    limits: Limits,  # all but its level
 ) -> Result:
     "As `run_python`, at exactly this level."
     guards, nonce, start = guards_of(level), secrets.token_hex(16), time.monotonic()
@@ -271,14 +382,28 @@ def run_at(
     with private_uid() as uid:
         request = _request(code, tests, limits, guards, uid, nonce)
         kept, late, exit_code = converse([*front, *launcher()], request, limits)
-    texts = {k: kept[k][: limits.output_bytes].decode(errors="replace") for k in ("stdout", "stderr")}
+    texts = {
+        k: kept[k][: limits.output_bytes].decode(errors="replace") for k in ("stdout", "stderr")
+    }
     if not kept["result"].startswith(b'{"ready": true}\n'):
-        why = kept["result"].decode(errors="replace") or texts["stderr"] or f"the launcher ended with {exit_code}"
+        why = (
+            kept["result"].decode(errors="replace")
+            or texts["stderr"]
+            or f"the launcher ended with {exit_code}"
+        )
         raise SandboxError(f"level {level}: {why.strip().splitlines()[-1][:300]}")
     outcome = _outcome(kept, late, exit_code, nonce, tests)
     truncated = any(len(data) > limits.output_bytes for data in kept.values())
-    return Result(outcome["status"] == "passed", **outcome, **texts, truncated=truncated,
-                  wall_s=time.monotonic() - start, exit_code=exit_code, level=level, guards=guards)
+    return Result(
+        outcome["status"] == "passed",
+        **outcome,
+        **texts,
+        truncated=truncated,
+        wall_s=time.monotonic() - start,
+        exit_code=exit_code,
+        level=level,
+        guards=guards,
+    )
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c046
 @cache
@@ -286,9 +411,12 @@ def offered() -> dict[int, str]:  # level -> "", or why it is not there
     "Levels 3 to 1 on this machine, each tried once."
     found = {}
     for level in (3, 2, 1):
-        try: trial = run_at(level, "x = 1", "assert x == 1", Limits(wall_s=20.0))
-        except OSError as error: found[level] = str(error)
-        else: found[level] = "" if trial.passed else f"level {level}: {trial.error}"
+        try:
+            trial = run_at(level, "x = 1", "assert x == 1", Limits(wall_s=20.0))
+        except OSError as error:
+            found[level] = str(error)
+        else:
+            found[level] = "" if trial.passed else f"level {level}: {trial.error}"
     return found
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c047
@@ -296,17 +424,19 @@ def choose(
     limits: Limits,  # for its level, and whether none will do
 ) -> int:  # level
     "The level to run at. Raises SandboxError when there is none and `unsafe` was not said."
-    if limits.level is not None: return limits.level
+    if limits.level is not None:
+        return limits.level
     best = max((level for level, missing in offered().items() if not missing), default=0)
-    if best or limits.unsafe: return best
+    if best or limits.unsafe:
+        return best
     why = "; ".join(offered().values())
     raise SandboxError(f"no isolation on this machine ({why}); Limits(unsafe=True) runs without")
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c048
 def run_python(
-    code: str,                         # a module
-    tests: str | dict | list = "",     # assertions; or expression -> expected value; or expressions
-    limits: Limits | None = None,      # None: the defaults
+    code: str,  # a module
+    tests: str | dict | list = "",  # assertions; or expression -> expected value; or expressions
+    limits: Limits | None = None,  # None: the defaults
 ) -> Result:
     "Runs code, then tests, in a box. Raises SandboxError when the box cannot be closed as asked, nothing else."
     limits = limits or Limits()
@@ -315,8 +445,8 @@ def run_python(
 # %% ../../nbs/evals/51_sandbox.ipynb #c055
 def run_many(
     jobs: Sequence[tuple[str, str | dict | list]],  # code and tests of each
-    limits: Limits | None = None,                   # of each; None: the defaults
-    workers: int | None = None,                     # boxes at once; None: one for each processor
+    limits: Limits | None = None,  # of each; None: the defaults
+    workers: int | None = None,  # boxes at once; None: one for each processor
 ) -> list[Result]:
     "`run_python` for many jobs. Raises SandboxError as it does, before the first job."
     limits = limits or Limits()
@@ -327,17 +457,19 @@ def run_many(
 # %% ../../nbs/evals/51_sandbox.ipynb #c058
 class Overhead(NamedTuple):
     "Medians, in seconds."
-    call_s: float    # a run of an empty program
-    start_s: float   # the same interpreter, started to do nothing
-    level: int       # of the runs
+
+    call_s: float  # a run of an empty program
+    start_s: float  # the same interpreter, started to do nothing
+    level: int  # of the runs
 
     @property
     def beyond_s(self) -> float:
         "What the box adds."
         return self.call_s - self.start_s
 
+
 def overhead(
-    repeats: int = 20,             # of each
+    repeats: int = 20,  # of each
     limits: Limits | None = None,  # of each run; None: the defaults
 ) -> Overhead:
     "Times `run_python` against the bare interpreter. Raises SandboxError as it does."

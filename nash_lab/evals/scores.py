@@ -34,41 +34,52 @@ from ..core.files import read_rows
 # %% ../../nbs/evals/52_scores.ipynb #c006
 class Rows(NamedTuple):
     "Loss sums of the rows of an evaluation file; row i of every model on the same file holds the same targets."
-    nats: Float[np.ndarray, "r"]    # negative log-likelihood, summed over the row's targets
-    targets: Int[np.ndarray, "r"]   # how many
-    bytes_per_token: float          # of the file's text
+
+    nats: Float[np.ndarray, "r"]  # negative log-likelihood, summed over the row's targets
+    targets: Int[np.ndarray, "r"]  # how many
+    bytes_per_token: float  # of the file's text
 
 # %% ../../nbs/evals/52_scores.ipynb #c007
 @partial(jax.jit, static_argnames="graphdef")
 def _row_nats(graphdef, weights, tokens, targets, mask):
     "Summed negative log-likelihood of each row."
-    return jax.numpy.where(mask, nnx.merge(graphdef, weights).token_nats(tokens, targets), 0.0).sum(1)
+    return jax.numpy.where(mask, nnx.merge(graphdef, weights).token_nats(tokens, targets), 0.0).sum(
+        1
+    )
 
 
 def model_rows(
     lm: LM,
     packed: PackedTokens,
     *,
-    seq_len: int = 128,          # tokens of context at most; longer rows give lower losses
-    batch_size: int = 16,        # rows at once
+    seq_len: int = 128,  # tokens of context at most; longer rows give lower losses
+    batch_size: int = 16,  # rows at once
     batches: int | None = None,  # None or 0: the whole file
 ) -> Rows:
     "Loss of a model on a packed file, in order. ValueError when model and file do not fit."
-    if seq_len > lm.cfg.max_len: raise ValueError(f"{seq_len=} is longer than the model's max_len={lm.cfg.max_len}")
+    if seq_len > lm.cfg.max_len:
+        raise ValueError(f"{seq_len=} is longer than the model's max_len={lm.cfg.max_len}")
     if packed.meta.vocab_size > lm.cfg.vocab_size:
-        raise ValueError(f"{packed.path}: vocabulary of {packed.meta.vocab_size}, the model has {lm.cfg.vocab_size}")
+        raise ValueError(
+            f"{packed.path}: vocabulary of {packed.meta.vocab_size}, the model has {lm.cfg.vocab_size}"
+        )
     model, sums = nnx.split(lm), []
     for batch in eval_batches(packed, seq_len, batch_size, batches or None):
-        sums.append((_row_nats(*model, batch["tokens"], batch["targets"], batch["mask"]), batch["mask"].sum(1)))
+        sums.append(
+            (
+                _row_nats(*model, batch["tokens"], batch["targets"], batch["mask"]),
+                batch["mask"].sum(1),
+            )
+        )
     nats, targets = (np.concatenate([np.asarray(s[i]) for s in sums]) for i in (0, 1))
     return Rows(nats[targets > 0].astype(np.float64), targets[targets > 0], packed.bytes_per_token)
 
 # %% ../../nbs/evals/52_scores.ipynb #c009
 def bootstrap(
-    top: Float[np.ndarray, "r"],     # numerator of each row
+    top: Float[np.ndarray, "r"],  # numerator of each row
     bottom: Float[np.ndarray, "r"],  # denominator of each row
-    draws: int = 1000,               # resamples: the ends are then good to a few percent of the width
-    seed: int = 0,                   # the same interval every time
+    draws: int = 1000,  # resamples: the ends are then good to a few percent of the width
+    seed: int = 0,  # the same interval every time
 ) -> tuple[float, float]:
     "95 % percentile interval of sum(top) / sum(bottom) when rows are drawn with replacement (Efron 1979)."
     rng, n = np.random.default_rng(seed), len(top)
@@ -80,12 +91,13 @@ def bootstrap(
 @dataclass(frozen=True)
 class Score:
     "How well a text was predicted."
-    tokens: int            # targets scored
-    text_bytes: float      # UTF-8 bytes they stand for
+
+    tokens: int  # targets scored
+    text_bytes: float  # UTF-8 bytes they stand for
     nats_per_token: float  # mean loss
-    perplexity: float      # exp of it; depends on the tokenizer
-    bits_per_byte: float   # does not
-    low: float             # 95 % interval of bits_per_byte over rows
+    perplexity: float  # exp of it; depends on the tokenizer
+    bits_per_byte: float  # does not
+    low: float  # 95 % interval of bits_per_byte over rows
     high: float
 
 
@@ -94,12 +106,19 @@ def score(rows: Rows) -> Score:
     nats, n = float(rows.nats.sum()), int(rows.targets.sum())
     text_bytes = n * rows.bytes_per_token
     interval = bootstrap(rows.nats / math.log(2), rows.targets * rows.bytes_per_token)
-    return Score(n, text_bytes, nats / n, math.exp(min(nats / n, 700.0)), nats / math.log(2) / text_bytes, *interval)
+    return Score(
+        n,
+        text_bytes,
+        nats / n,
+        math.exp(min(nats / n, 700.0)),
+        nats / math.log(2) / text_bytes,
+        *interval,
+    )
 
 # %% ../../nbs/evals/52_scores.ipynb #c015
 def unigram(
     tokens: Int[np.ndarray, "n"],  # training tokens
-    vocab_size: int,               # v
+    vocab_size: int,  # v
 ) -> Float[np.ndarray, "v"]:
     "Log-probability of every token, add-one smoothed."
     counts = np.bincount(tokens, minlength=vocab_size)
@@ -112,24 +131,29 @@ def discounts(
     "D of pairs seen 0, 1, 2 and 3 or more times (Chen and Goodman 1998, Eq. 17), kept inside (0, k) for tiny texts."
     n = np.bincount(np.minimum(counts, 5), minlength=6).astype(float)
     y, k = n[1] / max(n[1] + 2 * n[2], 1), np.arange(1, 4)
-    return np.concatenate([[0.0], np.clip(k - (k + 1) * y * n[2:5] / np.maximum(n[1:4], 1), 0.1, k - 0.1)])
+    return np.concatenate(
+        [[0.0], np.clip(k - (k + 1) * y * n[2:5] / np.maximum(n[1:4], 1), 0.1, k - 0.1)]
+    )
 
 # %% ../../nbs/evals/52_scores.ipynb #c017
 class Bigram(NamedTuple):
     "Counts of an interpolated, modified Kneser-Ney bigram model."
-    pairs: Int[np.ndarray, "m"]     # u * v + w of each pair seen, sorted
-    kept: Float[np.ndarray, "m"]    # c(uw) - D
-    total: Float[np.ndarray, "v"]   # c(u), pairs that begin with u
-    spare: Float[np.ndarray, "v"]   # sum of D over the pairs that begin with u
+
+    pairs: Int[np.ndarray, "m"]  # u * v + w of each pair seen, sorted
+    kept: Float[np.ndarray, "m"]  # c(uw) - D
+    total: Float[np.ndarray, "v"]  # c(u), pairs that begin with u
+    spare: Float[np.ndarray, "v"]  # sum of D over the pairs that begin with u
     ending: Float[np.ndarray, "v"]  # p_cont(w)
 
 
 def fit_bigram(
     tokens: Int[np.ndarray, "n"],  # training tokens
-    vocab_size: int,               # v
+    vocab_size: int,  # v
 ) -> Bigram:
     "Count pairs of neighbours."
-    pairs, counts = np.unique(tokens[:-1].astype(np.int64) * vocab_size + tokens[1:], return_counts=True)
+    pairs, counts = np.unique(
+        tokens[:-1].astype(np.int64) * vocab_size + tokens[1:], return_counts=True
+    )
     first, second = np.divmod(pairs, vocab_size)
     given_up = discounts(counts)[np.minimum(counts, 3)]
     by_context = lambda x: np.bincount(first, x, vocab_size)
@@ -140,24 +164,26 @@ def fit_bigram(
 def bigram_logprobs(
     model: Bigram,
     previous: Int[np.ndarray, "n"],  # u
-    tokens: Int[np.ndarray, "n"],    # w
+    tokens: Int[np.ndarray, "n"],  # w
 ) -> Float[np.ndarray, "n"]:
     "Log p(w | u); p_cont(w) after a token never seen in training."
     pair = previous.astype(np.int64) * len(model.total) + tokens
     at = np.minimum(np.searchsorted(model.pairs, pair), len(model.pairs) - 1)
     kept = np.where(model.pairs[at] == pair, model.kept[at], 0.0)
     total, ending = model.total[previous], model.ending[tokens]
-    return np.log(np.where(total > 0, (kept + model.spare[previous] * ending) / np.maximum(total, 1), ending))
+    return np.log(
+        np.where(total > 0, (kept + model.spare[previous] * ending) / np.maximum(total, 1), ending)
+    )
 
 # %% ../../nbs/evals/52_scores.ipynb #c023
 def table_rows(
     train: PackedTokens,
-    packed: PackedTokens,        # the file to score, packed with the same tokenizer
+    packed: PackedTokens,  # the file to score, packed with the same tokenizer
     *,
-    seq_len: int = 128,          # only groups targets into the rows of `model_rows`
-    batch_size: int = 16,        # with `batches`: the same targets as `model_rows`
+    seq_len: int = 128,  # only groups targets into the rows of `model_rows`
+    batch_size: int = 16,  # with `batches`: the same targets as `model_rows`
     batches: int | None = None,  # None or 0: the whole file
-    most: int = 50_000_000,      # training tokens to count, from the start; bounds the memory
+    most: int = 50_000_000,  # training tokens to count, from the start; bounds the memory
 ) -> dict[str, Rows]:
     "Uniform, unigram and bigram tables on the targets of `model_rows`. ValueError for files of two tokenizers."
     if train.meta.tokenizer_hash != packed.meta.tokenizer_hash:
@@ -165,36 +191,49 @@ def table_rows(
     v, seen = packed.meta.vocab_size, np.asarray(train.tokens[:most]).astype(np.int64)
     end = batches * batch_size * seq_len + 1 if batches else None
     text = np.asarray(packed.tokens[:end]).astype(np.int64)
-    logprobs = {"uniform": np.full(len(text) - 1, -math.log(v)), "unigram": unigram(seen, v)[text[1:]],
-                "bigram": bigram_logprobs(fit_bigram(seen, v), text[:-1], text[1:])}
+    logprobs = {
+        "uniform": np.full(len(text) - 1, -math.log(v)),
+        "unigram": unigram(seen, v)[text[1:]],
+        "bigram": bigram_logprobs(fit_bigram(seen, v), text[:-1], text[1:]),
+    }
     row = np.arange(len(text) - 1) // seq_len
-    return {k: Rows(np.bincount(row, -x), np.bincount(row), packed.bytes_per_token) for k, x in logprobs.items()}
+    return {
+        k: Rows(np.bincount(row, -x), np.bincount(row), packed.bytes_per_token)
+        for k, x in logprobs.items()
+    }
 
 # %% ../../nbs/evals/52_scores.ipynb #c040
 @dataclass(frozen=True)
 class Probe:
     "A prompt whose continuation is right or wrong. ValueError for an empty target or a bad pattern."
+
     prompt: str  # text to continue
     target: str  # text or pattern
-    kind: Literal["exact", "contains", "regex"] = "contains"  # how the target is found in the answer
+    kind: Literal["exact", "contains", "regex"] = (
+        "contains"  # how the target is found in the answer
+    )
 
     def __post_init__(self):
         if self.kind not in ("exact", "contains", "regex"):
             raise ValueError(f"Probe.kind={self.kind!r}, expected exact, contains or regex")
-        if not self.target: raise ValueError("Probe.target is empty, every answer would be right")
+        if not self.target:
+            raise ValueError("Probe.target is empty, every answer would be right")
         if self.kind == "regex":
-            try: re.compile(self.target)
-            except re.error as error: raise ValueError(f"Probe.target={self.target!r} is no pattern: {error}") from None
+            try:
+                re.compile(self.target)
+            except re.error as error:
+                raise ValueError(f"Probe.target={self.target!r} is no pattern: {error}") from None
 
     def passes(self, answer: str) -> bool:
         "Is the answer right?"
-        if self.kind == "exact": return answer.strip() == self.target.strip()
-        if self.kind == "contains": return self.target in answer
+        if self.kind == "exact":
+            return answer.strip() == self.target.strip()
+        if self.kind == "contains":
+            return self.target in answer
         return re.search(self.target, answer) is not None
 
 # %% ../../nbs/evals/52_scores.ipynb #c041
 LARGEST = 1 << 30  # bytes that a file of rows may unpack to: a short .gz can be a terabyte
-
 
 
 def load_probes(path: str | Path) -> list[Probe]:
@@ -208,29 +247,35 @@ def wilson(
     z: float = 1.96,  # 95 %
 ) -> tuple[float, float]:
     "Interval of a proportion that is sound for few trials and near 0 or 1 (Wilson 1927). ValueError without trials."
-    if not 0 <= passed <= total or not total: raise ValueError(f"{passed=} of {total=} is no proportion")
+    if not 0 <= passed <= total or not total:
+        raise ValueError(f"{passed=} of {total=} is no proportion")
     p, shrink = passed / total, 1 + z * z / total
-    middle, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
+    middle, half = (
+        p + z * z / (2 * total),
+        z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
+    )
     return max(0.0, (middle - half) / shrink), min(1.0, (middle + half) / shrink)
 
 # %% ../../nbs/evals/52_scores.ipynb #c050
 @dataclass(frozen=True)
 class Measured:
     "The mean of a metric over items."
+
     value: float
-    low: float     # 95 % interval
+    low: float  # 95 % interval
     high: float
-    items: int     # how many
+    items: int  # how many
     interval: str  # how it was made: wilson or bootstrap
 
 
 def measure(
     values: Sequence[float],  # one an item
-    seed: int = 0,            # of the bootstrap
+    seed: int = 0,  # of the bootstrap
 ) -> Measured:
     "Mean and interval; ValueError without items or for a value that is not finite."
     x = np.asarray(values, np.float64)
-    if not len(x) or not np.isfinite(x).all(): raise ValueError(f"{len(x)} values, expected at least 1, all finite")
+    if not len(x) or not np.isfinite(x).all():
+        raise ValueError(f"{len(x)} values, expected at least 1, all finite")
     binary = bool(np.isin(x, (0, 1)).all())
     ends = wilson(int(x.sum()), len(x)) if binary else bootstrap(x, np.ones_like(x), seed=seed)
     return Measured(float(x.mean()), *ends, len(x), "wilson" if binary else "bootstrap")
@@ -239,6 +284,7 @@ def measure(
 @dataclass(frozen=True)
 class ProbeResult:
     "One probe and what the model answered."
+
     probe: Probe
     answer: str
     passed: bool
@@ -247,16 +293,19 @@ class ProbeResult:
 @dataclass(frozen=True)
 class ProbeReport:
     "All probes of a run."
+
     passed: int
     total: int
-    share: float                    # passed / total
-    low: float                      # 95 % Wilson interval of the share
+    share: float  # passed / total
+    low: float  # 95 % Wilson interval of the share
     high: float
     items: tuple[ProbeResult, ...]  # in the order given
 
 
 def run_probes(
-    generate_text: Callable[[list[str]], list[str]],  # prompts -> continuations, for example `Model.generate` of a run
+    generate_text: Callable[
+        [list[str]], list[str]
+    ],  # prompts -> continuations, for example `Model.generate` of a run
     probes: Sequence[Probe],
     batch_size: int = 16,  # prompts a call
 ) -> ProbeReport:
@@ -265,7 +314,8 @@ def run_probes(
     for start in range(0, len(probes), batch_size):
         some = [p.prompt for p in probes[start : start + batch_size]]
         got = list(generate_text(some))
-        if len(got) != len(some): raise ValueError(f"{len(got)} answers to {len(some)} prompts")
+        if len(got) != len(some):
+            raise ValueError(f"{len(got)} answers to {len(some)} prompts")
         answers += got
     items = tuple(ProbeResult(p, a, p.passes(a)) for p, a in zip(probes, answers))
     passed = sum(i.passed for i in items)
@@ -278,7 +328,10 @@ def weights_hash(
 ) -> str:
     "SHA-256 over name, type, shape and bytes of all weights."
     total, state = hashlib.sha256(), nnx.to_pure_dict(nnx.state(lm, nnx.Param))
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    leaves = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
     for name in sorted(leaves):
         a = np.asarray(leaves[name])
         total.update(f"{name} {a.dtype} {a.shape}".encode() + np.ascontiguousarray(a).tobytes())
@@ -288,25 +341,31 @@ def weights_hash(
 @dataclass(frozen=True)
 class EvalReport:
     "A model, the tables it has to beat, and its answers."
+
     model: Score
-    tables: dict[str, Score]    # uniform, unigram, bigram; empty without training tokens
+    tables: dict[str, Score]  # uniform, unigram, bigram; empty without training tokens
     probes: ProbeReport | None
 
 
 def evaluate(
     lm: LM,
-    packed: PackedTokens,               # validation tokens
+    packed: PackedTokens,  # validation tokens
     *,
     train: PackedTokens | None = None,  # for the tables; None: no tables
-    seq_len: int = 128,                 # as in `model_rows`
-    batch_size: int = 16,               # as in `model_rows`
-    batches: int | None = None,         # None or 0: the whole file
-    probes: Sequence[Probe] = (),       # needs `generate_text`
+    seq_len: int = 128,  # as in `model_rows`
+    batch_size: int = 16,  # as in `model_rows`
+    batches: int | None = None,  # None or 0: the whole file
+    probes: Sequence[Probe] = (),  # needs `generate_text`
     generate_text: Callable[[list[str]], list[str]] | None = None,  # prompts -> continuations
 ) -> EvalReport:
     "Score a model. ValueError when model, files and probes do not fit together."
-    if probes and generate_text is None: raise ValueError(f"{len(probes)} probes need generate_text")
+    if probes and generate_text is None:
+        raise ValueError(f"{len(probes)} probes need generate_text")
     where = dict(seq_len=seq_len, batch_size=batch_size, batches=batches)
-    tables = {} if train is None else {k: score(r) for k, r in table_rows(train, packed, **where).items()}
+    tables = (
+        {}
+        if train is None
+        else {k: score(r) for k, r in table_rows(train, packed, **where).items()}
+    )
     answers = run_probes(generate_text, probes) if probes else None
     return EvalReport(score(model_rows(lm, packed, **where)), tables, answers)

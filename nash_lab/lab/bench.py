@@ -35,8 +35,14 @@ from ..train.step import fresh_state, make_train_step
 @dataclass(frozen=True)
 class BenchConfig:
     "What to measure; raises ValueError on a count below 1."
-    what: tuple[Literal["residual", "decode", "speculative", "ablation"], ...] = ("residual", "decode")  # in this order
-    model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("demo"))  # its plain twin is the peer
+
+    what: tuple[Literal["residual", "decode", "speculative", "ablation"], ...] = (
+        "residual",
+        "decode",
+    )  # in this order
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig.preset("demo")
+    )  # its plain twin is the peer
     batch_size: int = 16  # rows of a train step
     seq_len: int = 128  # tokens a row of a train step
     rounds: int = 7  # turns of every contestant; the median counts
@@ -44,25 +50,34 @@ class BenchConfig:
     new_tokens: int = 256  # tokens that decoding makes
     prompts: int = 1  # rows that decoding continues
     run: str = ""  # speculative only: a run whose model has MTP heads
-    ablation: AblationConfig = field(default_factory=AblationConfig)  # switches against each other, long
+    ablation: AblationConfig = field(
+        default_factory=AblationConfig
+    )  # switches against each other, long
     out: str = ""  # JSON file for the rows; none when empty
 
     def __post_init__(self):
         for name in ("batch_size", "seq_len", "rounds", "steps", "new_tokens", "prompts"):
             value = getattr(self, name)
-            if value < 1: raise ValueError(f"BenchConfig.{name}={value}, expected at least 1")
+            if value < 1:
+                raise ValueError(f"BenchConfig.{name}={value}, expected at least 1")
         for name in self.what:
-            if name not in COMPARISONS: raise ValueError(f"BenchConfig.what={name!r}, expected one of {[*COMPARISONS]}")
+            if name not in COMPARISONS:
+                raise ValueError(f"BenchConfig.what={name!r}, expected one of {[*COMPARISONS]}")
         if "speculative" in self.what and not self.run:
-            raise ValueError("BenchConfig.run='': speculative needs the run of a model trained with MTP heads")
+            raise ValueError(
+                "BenchConfig.run='': speculative needs the run of a model trained with MTP heads"
+            )
 
 # %% ../../nbs/lab/83_bench.ipynb #c008
 def take_turns(
-    contestants: dict[str, Callable[[], None]],  # each does one turn of work and waits for the device
+    contestants: dict[
+        str, Callable[[], None]
+    ],  # each does one turn of work and waits for the device
     rounds: int,  # turns that count
 ) -> dict[str, list[float]]:
     "Seconds of every turn of every contestant; one turn before the first round, for compilation, does not count."
-    for work in contestants.values(): work()
+    for work in contestants.values():
+        work()
     seconds = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, work in contestants.items():
@@ -81,9 +96,17 @@ def rows_of(
     peer, rows = next(iter(seconds.values())), []
     for name, turns in seconds.items():
         middle = float(np.median(turns))
-        rows.append({"what": what, "name": name, "ms": 1e3 * middle, "tokens_per_s": tokens / middle,
-                     "time_ratio": middle / float(np.median(peer)), "best_ratio": min(turns) / min(peer),
-                     "speed_ratio": float(np.median(peer)) / middle})
+        rows.append(
+            {
+                "what": what,
+                "name": name,
+                "ms": 1e3 * middle,
+                "tokens_per_s": tokens / middle,
+                "time_ratio": middle / float(np.median(peer)),
+                "best_ratio": min(turns) / min(peer),
+                "speed_ratio": float(np.median(peer)) / middle,
+            }
+        )
     return rows
 
 # %% ../../nbs/lab/83_bench.ipynb #c013
@@ -94,12 +117,19 @@ def train_turn(
     "A turn of whole train steps (forward, backward, clipping, AdamW) on random tokens."
     graphdef, params = nnx.split(LM(model), nnx.Param)
     tx = optimizer(OptimConfig(), 1000)
-    step, key, holder = make_train_step(graphdef, tx), jax.random.key(0), [fresh_state(nnx.to_pure_dict(params), tx)]
+    step, key, holder = (
+        make_train_step(graphdef, tx),
+        jax.random.key(0),
+        [fresh_state(nnx.to_pure_dict(params), tx)],
+    )
     ids = jax.random.randint(key, (cfg.batch_size, cfg.seq_len + 1), 0, model.vocab_size)
     batch = dict(tokens=ids[:, :-1], targets=ids[:, 1:], mask=jnp.ones(ids[:, 1:].shape, bool))
+
     def turn():
-        for _ in range(cfg.steps): holder[0], metrics = step(holder[0], batch, key)
+        for _ in range(cfg.steps):
+            holder[0], metrics = step(holder[0], batch, key)
         jax.block_until_ready(metrics)
+
     return turn
 
 # %% ../../nbs/lab/83_bench.ipynb #c014
@@ -107,9 +137,13 @@ def bench_residual(cfg: BenchConfig) -> list[dict]:  # preset and sizes
     "A train step with plain residual, and with mHC in its three modes."
     models = {"plain": cfg.model.plain()}
     for mode in ("sinkhorn", "lite", "identity"):
-        models[f"mhc {mode}"] = replace(cfg.model, residual="mhc", mhc=replace(cfg.model.mhc, h_res=mode))
+        models[f"mhc {mode}"] = replace(
+            cfg.model, residual="mhc", mhc=replace(cfg.model.mhc, h_res=mode)
+        )
     contestants = {name: train_turn(model, cfg) for name, model in models.items()}
-    return rows_of("residual", take_turns(contestants, cfg.rounds), cfg.steps * cfg.batch_size * cfg.seq_len)
+    return rows_of(
+        "residual", take_turns(contestants, cfg.rounds), cfg.steps * cfg.batch_size * cfg.seq_len
+    )
 
 # %% ../../nbs/lab/83_bench.ipynb #c016
 def forward_turn(
@@ -120,29 +154,46 @@ def forward_turn(
     "Greedy decoding by running the whole forward pass for every token; returns the new tokens."
     graphdef, weights = nnx.split(lm)
     start = len(prompts[0])
+
     @jax.jit
     def extend(weights, tokens, at):
         model = nnx.merge(graphdef, weights)
         last = jax.lax.dynamic_index_in_dim(model.hidden(tokens), at - 1, axis=1, keepdims=False)
         token = jnp.argmax(model.logits(last), -1).astype(jnp.int32)
         return jax.lax.dynamic_update_index_in_dim(tokens, token, at, axis=1)
+
     def turn():
         tokens = jnp.pad(jnp.asarray(prompts, jnp.int32), ((0, 0), (0, new_tokens)))
-        for at in range(start, start + new_tokens): tokens = extend(weights, tokens, at)
+        for at in range(start, start + new_tokens):
+            tokens = extend(weights, tokens, at)
         return np.asarray(tokens[:, start:])
+
     return turn
 
 # %% ../../nbs/lab/83_bench.ipynb #c017
 def bench_decode(cfg: BenchConfig) -> list[dict]:  # preset and sizes
     "Greedy tokens by the full forward pass for every token, and by the compiled cached loop."
     lm, prompts = LM(cfg.model), [[5 + i] * 8 for i in range(cfg.prompts)]
-    contestants = {"full forward per token": forward_turn(lm, prompts, cfg.new_tokens),
-                   "cached loop": lambda: generate(lm, prompts, max_new_tokens=cfg.new_tokens, temperature=0.0)}
+    contestants = {
+        "full forward per token": forward_turn(lm, prompts, cfg.new_tokens),
+        "cached loop": lambda: generate(
+            lm, prompts, max_new_tokens=cfg.new_tokens, temperature=0.0
+        ),
+    }
     return rows_of("decode", take_turns(contestants, cfg.rounds), cfg.new_tokens * cfg.prompts)
 
 # %% ../../nbs/lab/83_bench.ipynb #c019
-CODE = ("import os\n\ndef ", "class Node:\n    def __init__(self", "for name in sorted(", "def test(self):\n        ",
-        "try:\n    import ", "    if not isinstance(", "from collections import ", "        self.assertEqual(")
+CODE = (
+    "import os\n\ndef ",
+    "class Node:\n    def __init__(self",
+    "for name in sorted(",
+    "def test(self):\n        ",
+    "try:\n    import ",
+    "    if not isinstance(",
+    "from collections import ",
+    "        self.assertEqual(",
+)
+
 
 def bench_speculative(cfg: BenchConfig) -> list[dict]:  # cfg.run, prompts and new_tokens
     "Greedy tokens by the cached loop and by drafting with the model's own heads, on beginnings of Python code."
@@ -151,7 +202,10 @@ def bench_speculative(cfg: BenchConfig) -> list[dict]:  # cfg.run, prompts and n
     how = SampleConfig(max_new_tokens=cfg.new_tokens, temperature=0)
     _, stats = speculate(lm, prompts, how)
     ours = f"drafts {stats.acceptance:.0%}, {stats.tokens_per_call:.2f} a call"
-    contestants = {"cached loop": lambda: rollout(lm, prompts, how), ours: lambda: speculate(lm, prompts, how)}
+    contestants = {
+        "cached loop": lambda: rollout(lm, prompts, how),
+        ours: lambda: speculate(lm, prompts, how),
+    }
     return rows_of("speculative", take_turns(contestants, cfg.rounds), cfg.new_tokens * cfg.prompts)
 
 # %% ../../nbs/lab/83_bench.ipynb #c021
@@ -160,12 +214,19 @@ def write_rows(
     rows: list[dict],  # so far
 ):
     "Write the rows to cfg.out with the configuration and the device; nothing when it is empty."
-    where = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "jax": jax.__version__}
-    if cfg.out: write_json(Path(cfg.out), {"config": to_json(cfg), "where": where, "rows": rows})
+    where = {
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "jax": jax.__version__,
+    }
+    if cfg.out:
+        write_json(Path(cfg.out), {"config": to_json(cfg), "where": where, "rows": rows})
+
 
 def scored_before(cfg: BenchConfig) -> dict[str, list[float]]:  # cfg.out and cfg.ablation count
     "Scores by variant in the file, empty when it is not there or of another ablation."
-    if not cfg.out or not Path(cfg.out).exists(): return {}
+    if not cfg.out or not Path(cfg.out).exists():
+        return {}
     found = json.loads(Path(cfg.out).read_text())
     same = found.get("config", {}).get("ablation") == json.loads(json.dumps(to_json(cfg.ablation)))
     return {row["name"]: row["scores"] for row in found["rows"] if "scores" in row} if same else {}
@@ -178,7 +239,11 @@ def bench_ablation(cfg: BenchConfig) -> list[dict]:  # cfg.ablation holds the sw
     with tempfile.TemporaryDirectory() as folder:
         scored = ablate(cfg.ablation, Path(folder), known, lambda rows: write_rows(cfg, rows))
     contestants = {name: train_turn(model, small) for name, model in variants(cfg.ablation).items()}
-    timed = rows_of("ablation", take_turns(contestants, cfg.rounds), small.steps * small.batch_size * small.seq_len)
+    timed = rows_of(
+        "ablation",
+        take_turns(contestants, cfg.rounds),
+        small.steps * small.batch_size * small.seq_len,
+    )
     rows = [score | time for score, time in zip(scored, timed, strict=True)]
     print(score_table(rows))
     return rows
@@ -186,24 +251,37 @@ def bench_ablation(cfg: BenchConfig) -> list[dict]:  # cfg.ablation holds the sw
 # %% ../../nbs/lab/83_bench.ipynb #c023
 def score_table(rows: list[dict]) -> str:  # from bench_ablation
     "Bits per byte with spread over seeds, paired difference to the first row, size, FLOPs and time ratio, aligned."
-    head = (f"{'variant':<22}{'bits/byte':>10}{'+-':>7}{'delta':>9}{'+-':>7}"
-            f"{'parameters':>12}{'MFLOP/token':>13}{'time ratio':>12}")
-    line = lambda r: (f"{r['name']:<22}{r['bpb']:>10.3f}{r['bpb_std']:>7.3f}{r['delta']:>+9.3f}{r['delta_std']:>7.3f}"
-                      f"{r['parameters']:>12,}{r['flops_per_token'] / 1e6:>13.2f}{r['time_ratio']:>12.2f}")
+    head = (
+        f"{'variant':<22}{'bits/byte':>10}{'+-':>7}{'delta':>9}{'+-':>7}"
+        f"{'parameters':>12}{'MFLOP/token':>13}{'time ratio':>12}"
+    )
+    line = lambda r: (
+        f"{r['name']:<22}{r['bpb']:>10.3f}{r['bpb_std']:>7.3f}{r['delta']:>+9.3f}{r['delta_std']:>7.3f}"
+        f"{r['parameters']:>12,}{r['flops_per_token'] / 1e6:>13.2f}{r['time_ratio']:>12.2f}"
+    )
     return "\n".join([head, *map(line, rows)])
 
 # %% ../../nbs/lab/83_bench.ipynb #c025
-COMPARISONS = {"residual": bench_residual, "decode": bench_decode, "speculative": bench_speculative,
-               "ablation": bench_ablation}
+COMPARISONS = {
+    "residual": bench_residual,
+    "decode": bench_decode,
+    "speculative": bench_speculative,
+    "ablation": bench_ablation,
+}
 
 # %% ../../nbs/lab/83_bench.ipynb #c029
 def table(rows: list[dict]) -> str:  # from rows_of
     "The rows as aligned text."
-    head = (f"{'comparison':<12}{'contestant':<25}{'ms a turn':>11}{'tokens/s':>11}"
-            f"{'time ratio':>12}{'best turns':>12}{'speed':>8}")
-    line = lambda r: (f"{r['what']:<12}{r['name']:<25}{r['ms']:>11.1f}{r['tokens_per_s']:>11,.0f}"
-                      f"{r['time_ratio']:>12.2f}{r['best_ratio']:>12.2f}{r['speed_ratio']:>7.2f}x")
+    head = (
+        f"{'comparison':<12}{'contestant':<25}{'ms a turn':>11}{'tokens/s':>11}"
+        f"{'time ratio':>12}{'best turns':>12}{'speed':>8}"
+    )
+    line = lambda r: (
+        f"{r['what']:<12}{r['name']:<25}{r['ms']:>11.1f}{r['tokens_per_s']:>11,.0f}"
+        f"{r['time_ratio']:>12.2f}{r['best_ratio']:>12.2f}{r['speed_ratio']:>7.2f}x"
+    )
     return "\n".join([head, *map(line, rows)])
+
 
 def bench(cfg: BenchConfig) -> list[dict]:  # what to compare, and where to write it
     "Measure, print the table, and write it to cfg.out when given."

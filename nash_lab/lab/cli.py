@@ -29,14 +29,32 @@ from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from ..studies.arms import ArmsConfig
 from ..discover.consolidate import ConsolidateConfig
 from ..discover.ttt import DiscoverConfig
-from ..evals.compare import (
-    EvalConfig, compare, describe_comparison, describe_report, evaluate_tasks)
+from nash_lab.evals.compare import (
+    EvalConfig,
+    compare,
+    describe_comparison,
+    describe_report,
+    evaluate_tasks,
+)
 from ..evals.scores import evaluate, load_probes
 from .bench import BenchConfig, bench
 from .demo import DemoConfig, demo, pack_split
-from .jobs import (
-    ApplyJob, ExportHFJob, ExportJob, ImportJob, MergeJob, run_apply, run_arms, run_consolidate, run_discover,
-    run_export, run_export_hf, run_import, run_merge, run_sdft)
+from nash_lab.lab.jobs import (
+    ApplyJob,
+    ExportHFJob,
+    ExportJob,
+    ImportJob,
+    MergeJob,
+    run_apply,
+    run_arms,
+    run_consolidate,
+    run_discover,
+    run_export,
+    run_export_hf,
+    run_import,
+    run_merge,
+    run_sdft,
+)
 from .report import write_report
 from .run import load
 from ..core.configs import from_json, to_json
@@ -51,6 +69,7 @@ from ..train.pretrain import pretrain
 @dataclass(frozen=True)
 class TokenizerJob:
     "Train a SentencePiece tokenizer on the training split of a corpus."
+
     out: str = "data/tokenizer.model"  # file to write
     corpus: CorpusConfig = field(default_factory=CorpusConfig)  # where the text comes from
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # size and kind
@@ -58,7 +77,9 @@ class TokenizerJob:
 # %% ../../nbs/lab/86_cli.ipynb #c007
 def run_tokenizer(job: TokenizerJob) -> Tokenizer:  # corpus, size, where to
     "Train, write and describe a tokenizer."
-    texts = (d.text for d in tqdm(documents(job.corpus), desc="reading", unit=" documents", disable=None))
+    texts = (
+        d.text for d in tqdm(documents(job.corpus), desc="reading", unit=" documents", disable=None)
+    )
     tokenizer = train_tokenizer(texts, Path(job.out), job.tokenizer)
     print(f"{job.out}: {tokenizer.vocab_size} pieces, hash {tokenizer.hash[:12]}")
     return tokenizer
@@ -67,9 +88,12 @@ def run_tokenizer(job: TokenizerJob) -> Tokenizer:  # corpus, size, where to
 @dataclass(frozen=True)
 class PackJob:
     "Encode both splits of a corpus into train.bin and validation.bin."
+
     tokenizer: str = "data/tokenizer.model"  # tokenizer to encode with
     out: str = "data"  # folder for the packed files
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)  # the corpus the tokenizer was trained on, or another
+    corpus: CorpusConfig = field(
+        default_factory=CorpusConfig
+    )  # the corpus the tokenizer was trained on, or another
 
 # %% ../../nbs/lab/86_cli.ipynb #c009
 def run_pack(job: PackJob) -> None:  # corpus, tokenizer, where to
@@ -77,7 +101,9 @@ def run_pack(job: PackJob) -> None:  # corpus, tokenizer, where to
     tokenizer = load_tokenizer(job.tokenizer)
     old = Path(job.out) / "validation.bin"
     if not job.corpus.holdout and old.exists():
-        raise ValueError(f"{old}: of an earlier packing with a holdout; its documents would be trained on, delete it")
+        raise ValueError(
+            f"{old}: of an earlier packing with a holdout; its documents would be trained on, delete it"
+        )
     for split in ("train", "validation") if job.corpus.holdout else ("train",):
         print(pack_split(job.corpus, split, tokenizer, Path(job.out)))
 
@@ -85,6 +111,7 @@ def run_pack(job: PackJob) -> None:  # corpus, tokenizer, where to
 @dataclass(frozen=True)
 class GenerateJob:
     "Continue prompts with a trained model."
+
     run: str = "runs/demo"  # run directory
     prompt: tuple[str, ...] = ("def ",)  # one or more prompts
     max_new_tokens: int = 64  # tokens to add at most
@@ -98,13 +125,18 @@ class GenerateJob:
 def run_generate(job: GenerateJob) -> None:  # run, prompts, sampling
     "Print every prompt with its continuation."
     model = load(job.run)
-    how = {name: getattr(job, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed")}
-    for prompt in job.prompt: print(prompt + model.generate(prompt, **how))
+    how = {
+        name: getattr(job, name)
+        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+    }
+    for prompt in job.prompt:
+        print(prompt + model.generate(prompt, **how))
 
 # %% ../../nbs/lab/86_cli.ipynb #c012
 @dataclass(frozen=True)
 class ReportJob:
     "Write the HTML report of a run."
+
     run: str = "runs/demo"  # run directory
     out: str = ""  # file to write; report.html of the run when empty
 
@@ -117,17 +149,26 @@ def run_report(job: ReportJob) -> None:  # run, where to
 @dataclass(frozen=True)
 class EvalJob:
     "Bits per byte of a run on packed tokens, with probes; or benchmarks with --tasks; or two reports with --compare."
+
     run: str = "runs/demo"  # run directory; for benchmarks also a folder that transformers wrote
     data: str = ""  # packed tokens; the run's own validation file when empty
     batches: int = 0  # batches to score; 0 for the whole file
-    tables: bool = False  # also score uniform, unigram and bigram tables fitted on the run's training file
+    tables: bool = (
+        False  # also score uniform, unigram and bigram tables fitted on the run's training file
+    )
     probes: str = ""  # JSONL file of probes; none when empty
     probe_tokens: int = 16  # tokens of an answer at most
-    tasks: tuple[str, ...] = ()  # gsm8k, hellaswag, arc_easy, arc_challenge, humaneval, mbpp; none: packed tokens
-    limit: tuple[int, ...] = (0,)  # first problems: one number for all tasks or one for each; 0 for all problems
+    tasks: tuple[
+        str, ...
+    ] = ()  # gsm8k, hellaswag, arc_easy, arc_challenge, humaneval, mbpp; none: packed tokens
+    limit: tuple[int, ...] = (
+        0,
+    )  # first problems: one number for all tasks or one for each; 0 for all problems
     shots: int | None = None  # examples before each problem; None for the task's number
     compare: tuple[str, ...] = ()  # two reports of benchmarks: which is better, and is it chance?
-    ask: EvalConfig = field(default_factory=EvalConfig)  # how benchmarks are asked; the three above stand over its own
+    ask: EvalConfig = field(
+        default_factory=EvalConfig
+    )  # how benchmarks are asked; the three above stand over its own
     out: str = ""  # JSON file for the report; none when empty
 
 # %% ../../nbs/lab/86_cli.ipynb #c015
@@ -136,13 +177,27 @@ def eval_packed(job: EvalJob) -> dict:  # run, data, probes
     model = load(job.run)
     cfg, probes = model.config, load_probes(job.probes) if job.probes else ()
     packed = PackedTokens.open(job.data or cfg.val_bin, tokenizer_hash=model.tokenizer.hash)
-    answer = lambda prompts: model.generate(prompts, max_new_tokens=job.probe_tokens, temperature=0.0)
-    report = to_json(evaluate(model.lm, packed, seq_len=cfg.loader.seq_len, batches=job.batches, probes=probes,
-                              generate_text=answer, train=PackedTokens.open(cfg.train_bin) if job.tables else None))
+    answer = lambda prompts: model.generate(
+        prompts, max_new_tokens=job.probe_tokens, temperature=0.0
+    )
+    report = to_json(
+        evaluate(
+            model.lm,
+            packed,
+            seq_len=cfg.loader.seq_len,
+            batches=job.batches,
+            probes=probes,
+            generate_text=answer,
+            train=PackedTokens.open(cfg.train_bin) if job.tables else None,
+        )
+    )
     for name, score in {"model": report["model"], **report["tables"]}.items():
-        print(f"{name}: {score['bits_per_byte']:.4f} bits per byte (95 % {score['low']:.4f} to {score['high']:.4f}), "
-              f"{score['nats_per_token']:.4f} nats per token over {score['tokens']:,} tokens")
-    if probes: print(f"probes: {report['probes']['passed']} of {report['probes']['total']} passed")
+        print(
+            f"{name}: {score['bits_per_byte']:.4f} bits per byte (95 % {score['low']:.4f} to {score['high']:.4f}), "
+            f"{score['nats_per_token']:.4f} nats per token over {score['tokens']:,} tokens"
+        )
+    if probes:
+        print(f"probes: {report['probes']['passed']} of {report['probes']['total']} passed")
     return report
 
 # %% ../../nbs/lab/86_cli.ipynb #c016
@@ -163,33 +218,45 @@ def eval_tasks(job: EvalJob) -> dict:  # run or folder, tasks, limits
 def run_eval(job: EvalJob) -> None:  # one of its three kinds
     "Score, ask or compare."
     if job.compare:
-        if len(job.compare) != 2: raise ValueError(f"eval --compare: {len(job.compare)} reports, expected two")
+        if len(job.compare) != 2:
+            raise ValueError(f"eval --compare: {len(job.compare)} reports, expected two")
         return print(describe_comparison(compare(*job.compare)))
     report = eval_tasks(job) if job.tasks else eval_packed(job)
-    if job.out: write_json(Path(job.out), report)
+    if job.out:
+        write_json(Path(job.out), report)
 
 # %% ../../nbs/lab/86_cli.ipynb #c017
 def run_pretrain(job: TrainConfig) -> None:  # the whole run
     "Join the other processes if there are any, train, and print what was reached."
     initialize(job.processes)
     r = pretrain(job)
-    if not is_main_process(): return
-    val = "" if r.val_loss is None else f", validation {r.val_loss:.4f} nats per token, {r.val_bpb:.4f} bits per byte"
-    print(f"{r.run}: step {r.step}{val}, {r.time_s:.0f} s of training, {r.tokens_per_s:,.0f} tokens/s")
+    if not is_main_process():
+        return
+    val = (
+        ""
+        if r.val_loss is None
+        else f", validation {r.val_loss:.4f} nats per token, {r.val_bpb:.4f} bits per byte"
+    )
+    print(
+        f"{r.run}: step {r.step}{val}, {r.time_s:.0f} s of training, {r.tokens_per_s:,.0f} tokens/s"
+    )
 
 # %% ../../nbs/lab/86_cli.ipynb #c019
 def run_preflight(job: PreflightConfig) -> None:  # what, and for which chips
     "Print what is needed and what there is; ValueError when it does not fit."
     code, text = report(job)
     print(text)
-    if code: raise ValueError(f"{job.target}: does not fit, what to change stands above")
+    if code:
+        raise ValueError(f"{job.target}: does not fit, what to change stands above")
 
 # %% ../../nbs/lab/86_cli.ipynb #c021
 class Verb(NamedTuple):
     "A command: its dataclass and the function that runs it."
+
     job: type
     run: Callable[[Any], Any]
     help: str  # one line of `nash_lab --help`
+
 
 VERBS = {
     "tokenizer": Verb(TokenizerJob, run_tokenizer, "train a tokenizer on a corpus"),
@@ -197,24 +264,39 @@ VERBS = {
     "pretrain": Verb(TrainConfig, run_pretrain, "train a model, or continue an interrupted run"),
     "generate": Verb(GenerateJob, run_generate, "continue prompts with a trained model"),
     "eval": Verb(EvalJob, run_eval, "bits per byte, benchmarks, or two reports side by side"),
-    "preflight": Verb(PreflightConfig, run_preflight, "does it fit a chip, and how fast can it be; no chip is needed"),
+    "preflight": Verb(
+        PreflightConfig,
+        run_preflight,
+        "does it fit a chip, and how fast can it be; no chip is needed",
+    ),
     "hf import": Verb(ImportJob, run_import, "make a run of a LLaMA, Qwen2 or Qwen3 folder"),
     "hf export": Verb(ExportHFJob, run_export_hf, "write a run as a folder for transformers"),
     "lora apply": Verb(ApplyJob, run_apply, "continue prompts with adapters beside the weights"),
     "lora merge": Verb(MergeJob, run_merge, "write a run whose weights contain adapters"),
-    "lora export": Verb(ExportJob, run_export, "write a PEFT folder, of adapters or of what a run has learned"),
-    "sdft": Verb(ContinualConfig, run_sdft, "learn from demonstrations, behind gates that may refuse"),
+    "lora export": Verb(
+        ExportJob, run_export, "write a PEFT folder, of adapters or of what a run has learned"
+    ),
+    "sdft": Verb(
+        ContinualConfig, run_sdft, "learn from demonstrations, behind gates that may refuse"
+    ),
     "discover": Verb(DiscoverConfig, run_discover, "search a problem with test-time training"),
-    "discover arms": Verb(ArmsConfig, run_arms, "compare the search with its parts at equal numbers of answers"),
-    "consolidate": Verb(ConsolidateConfig, run_consolidate, "search, then teach what was found, behind gates"),
+    "discover arms": Verb(
+        ArmsConfig, run_arms, "compare the search with its parts at equal numbers of answers"
+    ),
+    "consolidate": Verb(
+        ConsolidateConfig, run_consolidate, "search, then teach what was found, behind gates"
+    ),
     "report": Verb(ReportJob, run_report, "write the HTML report of a run"),
-    "bench": Verb(BenchConfig, bench, "step time of mHC against plain, cached against uncached decoding"),
+    "bench": Verb(
+        BenchConfig, bench, "step time of mHC against plain, cached against uncached decoding"
+    ),
     "demo": Verb(DemoConfig, demo, "the whole life of a small model on this machine"),
 }
 
 # %% ../../nbs/lab/86_cli.ipynb #c023
 class Usage(ValueError):
     "The command line itself is wrong: exit code 2."
+
 
 def take_flag(
     args: list[str],  # changed in place
@@ -226,19 +308,24 @@ def take_flag(
     if joined:
         args.remove(joined[-1])
         return joined[-1].partition("=")[2]
-    if flag not in args: return None if value else False
+    if flag not in args:
+        return None if value else False
     at = args.index(flag)
-    if not value: return bool(args.pop(at))
-    if at + 1 >= len(args) or args[at + 1].startswith("--"): raise Usage(f"{flag} needs a value")
+    if not value:
+        return bool(args.pop(at))
+    if at + 1 >= len(args) or args[at + 1].startswith("--"):
+        raise Usage(f"{flag} needs a value")
     args.pop(at)
     return args.pop(at)
 
 # %% ../../nbs/lab/86_cli.ipynb #c026
 def leaves(data: Any, at: str = "") -> dict[str, Any]:  # name of data within the whole
     "Nested dictionaries as one, keys joined by dots."
-    if not isinstance(data, dict): return {at: data}
+    if not isinstance(data, dict):
+        return {at: data}
     parts = (leaves(item, f"{at}.{name}" if at else name) for name, item in data.items())
     return {path: value for part in parts for path, value in part.items()}
+
 
 def as_flags(
     wanted: dict[str, Any],  # dotted field -> value
@@ -248,15 +335,20 @@ def as_flags(
     flags = []
     for path, value in wanted.items():
         head, _, last = path.rpartition(".")
-        if path in given: continue
-        if isinstance(value, bool): flags.append(f"--{head}{'.' * bool(head)}{'' if value else 'no-'}{last}")
-        else: flags += [f"--{path}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        if path in given:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{head}{'.' * bool(head)}{'' if value else 'no-'}{last}")
+        else:
+            flags += [f"--{path}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return flags
 
 # %% ../../nbs/lab/86_cli.ipynb #c027
 def fields_set(args: Sequence[str]) -> set[str]:  # flags and values
     "Dotted names of the fields that command-line arguments set."
-    names = (a.split("=")[0].removeprefix("--").replace("-", "_") for a in args if a.startswith("--"))
+    names = (
+        a.split("=")[0].removeprefix("--").replace("-", "_") for a in args if a.startswith("--")
+    )
     return {".".join(part.removeprefix("no_") for part in name.split(".")) for name in names}
 
 # %% ../../nbs/lab/86_cli.ipynb #c029
@@ -265,10 +357,14 @@ def file_values(
     job: Any,  # defaults of the verb
 ) -> dict[str, Any]:
     "Dotted field -> value of a configuration file; Usage names what is wrong with it."
-    try: data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error: raise Usage(f"--config {path}: {error.strerror}") from None
-    except ValueError as error: raise Usage(f"--config {path}: not JSON: {error}") from None
-    if not isinstance(data, dict): raise Usage(f"--config {path}: {type(data).__name__}, expected a JSON object")
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Usage(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise Usage(f"--config {path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise Usage(f"--config {path}: {type(data).__name__}, expected a JSON object")
     values, known = leaves(data), leaves(to_json(job))
     if unknown := [key for key in values if key not in known]:
         raise Usage(f"--config {path}: unknown key {unknown[0]!r}, --dry-run prints the known ones")
@@ -280,9 +376,12 @@ def preset_values(
     job: Any,  # defaults of the verb
 ) -> dict[str, Any]:
     "Dotted field -> value of a preset; Usage when there is no such preset or no model to put it in."
-    if not hasattr(job, "model"): raise Usage(f"--preset: {type(job).__name__} holds no model")
-    try: return leaves(to_json(ModelConfig.preset(name)), "model")
-    except ValueError as error: raise Usage(f"--preset: {error}") from None
+    if not hasattr(job, "model"):
+        raise Usage(f"--preset: {type(job).__name__} holds no model")
+    try:
+        return leaves(to_json(ModelConfig.preset(name)), "model")
+    except ValueError as error:
+        raise Usage(f"--preset: {error}") from None
 
 # %% ../../nbs/lab/86_cli.ipynb #c032
 def with_rules(
@@ -291,15 +390,24 @@ def with_rules(
 ) -> tuple[Any, dict[str, Any]]:
     "The job with all lists of objects in it, and the values that are left to set; Usage when a rule is wrong."
     data, own = to_json(job), leaves(to_json(job))
-    rules = {path: value for path, value in values.items() if isinstance(value, list) and dict in map(type, value)}
+    rules = {
+        path: value
+        for path, value in values.items()
+        if isinstance(value, list) and dict in map(type, value)
+    }
     for path, value in rules.items():
         *above, last = path.split(".")
         at = data
-        for name in above: at = at[name]
+        for name in above:
+            at = at[name]
         at[last] = value
-    try: job = from_json(type(job), data) if rules else job
-    except ValueError as error: raise Usage(f"--config: {error}") from None
-    return job, {path: value for path, value in values.items() if path not in rules and value != own[path]}
+    try:
+        job = from_json(type(job), data) if rules else job
+    except ValueError as error:
+        raise Usage(f"--config: {error}") from None
+    return job, {
+        path: value for path, value in values.items() if path not in rules and value != own[path]
+    }
 
 # %% ../../nbs/lab/86_cli.ipynb #c036
 def one_line(
@@ -309,11 +417,19 @@ def one_line(
     framed, paragraphs = "│" in box, [[]]
     for line in box.splitlines():
         text = line.strip("│ ")
-        if text[:1] in ("╭", "╰") or set(text) in ({"─"}, {"-"}): paragraphs.append([])
-        elif text: paragraphs[-1].append(text)
-    said = [p for p in paragraphs if p][0 if framed else 1:]  # without a frame the title is a paragraph
-    guesses = [line.split()[0] for p in said[1:] if "meant" in p[0] for line in p if line.startswith("--")]
-    return " ".join(said[0] if said else ["bad arguments"]) + (f" (did you mean {guesses[0]}?)" if guesses else "")
+        if text[:1] in ("╭", "╰") or set(text) in ({"─"}, {"-"}):
+            paragraphs.append([])
+        elif text:
+            paragraphs[-1].append(text)
+    said = [p for p in paragraphs if p][
+        0 if framed else 1 :
+    ]  # without a frame the title is a paragraph
+    guesses = [
+        line.split()[0] for p in said[1:] if "meant" in p[0] for line in p if line.startswith("--")
+    ]
+    return " ".join(said[0] if said else ["bad arguments"]) + (
+        f" (did you mean {guesses[0]}?)" if guesses else ""
+    )
 
 # %% ../../nbs/lab/86_cli.ipynb #c037
 def parse(
@@ -325,17 +441,25 @@ def parse(
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(VERBS[verb].job, args=list(args), default=start, prog=f"nash_lab {verb}",
-                            description=help_of(verb))
+            return tyro.cli(
+                VERBS[verb].job,
+                args=list(args),
+                default=start,
+                prog=f"nash_lab {verb}",
+                description=help_of(verb),
+            )
     except SystemExit as stop:
-        if not stop.code: raise
+        if not stop.code:
+            raise
         raise Usage(one_line(box.getvalue())) from None
 
 # %% ../../nbs/lab/86_cli.ipynb #c038
 def help_of(verb: str) -> str:  # a key of VERBS
     "First paragraph of `nash_lab VERB --help`."
-    return (f"{VERBS[verb].help}. Also: --config FILE.json (start from these values), --preset NAME (model preset), "
-            "--dry-run (print the resolved configuration and stop), --debug (tracebacks).")
+    return (
+        f"{VERBS[verb].help}. Also: --config FILE.json (start from these values), --preset NAME (model preset), "
+        "--dry-run (print the resolved configuration and stop), --debug (tracebacks)."
+    )
 
 # %% ../../nbs/lab/86_cli.ipynb #c041
 def usage() -> str:
@@ -344,18 +468,24 @@ def usage() -> str:
     return f"usage: nash_lab VERB [flags]\n\n{rows}\n\nnash_lab VERB --help lists the flags of one command."
 
 # %% ../../nbs/lab/86_cli.ipynb #c042
-def find_verb(args: list[str]) -> tuple[str, list[str]]:  # verb of one or two words, flags and values
+def find_verb(
+    args: list[str],
+) -> tuple[str, list[str]]:  # verb of one or two words, flags and values
     "The verb and what follows it; Usage names the verbs there are."
     for words in (2, 1):
-        if (name := " ".join(args[:words])) in VERBS: return name, args[words:]
+        if (name := " ".join(args[:words])) in VERBS:
+            return name, args[words:]
     near = [verb for verb in VERBS if verb.split()[0] in args[:1]] or VERBS
-    raise Usage(f"expected one of {', '.join(near)}" + (f", found {' '.join(args[:2])!r}" if args else ""))
+    raise Usage(
+        f"expected one of {', '.join(near)}" + (f", found {' '.join(args[:2])!r}" if args else "")
+    )
 
 # %% ../../nbs/lab/86_cli.ipynb #c044
 def run_line(args: list[str]) -> int:  # verb, flags and values
     "Run one command line; returns 0 or raises."
     verb, rest = find_verb(args)
-    if rest and not rest[0].startswith("-"): rest.insert(0, "--run")  # a bare word is the run
+    if rest and not rest[0].startswith("-"):
+        rest.insert(0, "--run")  # a bare word is the run
     dry = take_flag(rest, "--dry-run")
     config, preset = (take_flag(rest, flag, value=True) for flag in ("--config", "--preset"))
     default, typed = VERBS[verb].job(), fields_set(rest)
@@ -364,20 +494,29 @@ def run_line(args: list[str]) -> int:  # verb, flags and values
     start, values = with_rules(default, values)
     job = parse(verb, as_flags(values, typed) + rest, start)
     print(json.dumps(to_json(job), indent=1 if dry else None))
-    if not dry: VERBS[verb].run(job)
+    if not dry:
+        VERBS[verb].run(job)
     return 0
 
 # %% ../../nbs/lab/86_cli.ipynb #c045
 def main(argv: Sequence[str] | None = None) -> int:  # sys.argv[1:] when None
     "Entry point of `nash_lab`: the exit code of one command line."
     args = list(sys.argv[1:] if argv is None else argv)
-    if args[:1] in (["-h"], ["--help"]): return print(usage()) or 0
+    if args[:1] in (["-h"], ["--help"]):
+        return print(usage()) or 0
     debug = take_flag(args, "--debug")
-    try: return run_line(args)
-    except KeyboardInterrupt as stop: code, message = getattr(stop, "exit_code", 130), str(stop) or "interrupted"
+    try:
+        return run_line(args)
+    except KeyboardInterrupt as stop:
+        code, message = getattr(stop, "exit_code", 130), str(stop) or "interrupted"
     except Exception as error:
-        if debug: raise
-        code, message = 2 if isinstance(error, Usage) else getattr(error, "exit_code", 1), " ".join(str(error).split())
-        if not isinstance(error, (ValueError, OSError)): message = f"{type(error).__name__}: {message} (see --debug)"
+        if debug:
+            raise
+        code, message = (
+            2 if isinstance(error, Usage) else getattr(error, "exit_code", 1),
+            " ".join(str(error).split()),
+        )
+        if not isinstance(error, (ValueError, OSError)):
+            message = f"{type(error).__name__}: {message} (see --debug)"
     print(f"nash_lab {args[0]}: {message}" if args else f"nash_lab: {message}", file=sys.stderr)
     return code

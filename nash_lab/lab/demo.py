@@ -40,36 +40,68 @@ from ..run.rundir import read_metrics
 @dataclass(frozen=True)
 class DemoConfig:
     "The demo: corpus, tokenizer, model and training; raises ValueError where the parts do not fit together."
+
     run: str = "runs/demo"  # run directory; the same directory again continues where it stopped
     steps: int = 800  # updates of the model, and of its twin
-    eval_batches: int = 0  # validation batches behind every bits-per-byte figure; 0 for the whole file
+    eval_batches: int = (
+        0  # validation batches behind every bits-per-byte figure; 0 for the whole file
+    )
     new_tokens: int = 96  # tokens the trained model adds to each prompt
     corpus: CorpusConfig = field(default_factory=CorpusConfig)  # the standard library
-    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=2048))  # pieces
-    model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("demo"))  # the twin is plain
+    tokenizer: TokenizerConfig = field(
+        default_factory=lambda: TokenizerConfig(vocab_size=2048)
+    )  # pieces
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig.preset("demo")
+    )  # the twin is plain
     optim: OptimConfig = field(  # Muon on the blocks' matrices, AdamW on the rest
-        default_factory=lambda: OptimConfig("muon", learning_rate=6e-3, final_scale=0.02))
+        default_factory=lambda: OptimConfig("muon", learning_rate=6e-3, final_scale=0.02)
+    )
     loader: LoaderConfig = field(default_factory=LoaderConfig)  # batches
-    night: ExampleNight = field(default_factory=ExampleNight)  # searches and a lesson of a model of their own
+    night: ExampleNight = field(
+        default_factory=ExampleNight
+    )  # searches and a lesson of a model of their own
 
     def __post_init__(self):
         model, pieces = self.model, self.tokenizer.vocab_size
         if model.vocab_size != pieces:
-            raise ValueError(f"DemoConfig: model.vocab_size={model.vocab_size} but tokenizer.vocab_size={pieces}")
-        if model.residual != "mhc": raise ValueError(f"DemoConfig: model.residual={model.residual!r}, expected 'mhc'")
-        self.training(), self.training(twin=True)  # what pretraining would refuse is refused before the first stage
+            raise ValueError(
+                f"DemoConfig: model.vocab_size={model.vocab_size} but tokenizer.vocab_size={pieces}"
+            )
+        if model.residual != "mhc":
+            raise ValueError(f"DemoConfig: model.residual={model.residual!r}, expected 'mhc'")
+        (
+            self.training(),
+            self.training(twin=True),
+        )  # what pretraining would refuse is refused before the first stage
 
     @property
-    def folder(self) -> Path: return Path(self.run)
+    def folder(self) -> Path:
+        return Path(self.run)
 
     def training(self, twin: bool = False) -> TrainConfig:  # the plain twin instead of the model
         "Pretraining of the model, or of its plain twin."
         data, every = self.folder / "data", max(1, self.steps // 10)
-        run, model = (self.folder / "twin", self.model.plain()) if twin else (self.folder, self.model)
-        files = dict(train_bin=f"{data}/train.bin", val_bin=f"{data}/validation.bin",
-                     tokenizer=f"{data}/tokenizer.model")
-        return TrainConfig(run=str(run), steps=self.steps, model=model, optim=self.optim, loader=self.loader,
-                           eval_every=every, eval_batches=16, checkpoint_every=2 * every, keep=1, **files)
+        run, model = (
+            (self.folder / "twin", self.model.plain()) if twin else (self.folder, self.model)
+        )
+        files = dict(
+            train_bin=f"{data}/train.bin",
+            val_bin=f"{data}/validation.bin",
+            tokenizer=f"{data}/tokenizer.model",
+        )
+        return TrainConfig(
+            run=str(run),
+            steps=self.steps,
+            model=model,
+            optim=self.optim,
+            loader=self.loader,
+            eval_every=every,
+            eval_batches=16,
+            checkpoint_every=2 * every,
+            keep=1,
+            **files,
+        )
 
 # %% ../../nbs/lab/84_demo.ipynb #c010
 def stage_tokenizer(
@@ -78,7 +110,10 @@ def stage_tokenizer(
     "Train the tokenizer on the training split."
     path = cfg.folder / "data" / "tokenizer.model"
     if not path.exists():
-        texts = (d.text for d in tqdm(documents(cfg.corpus), desc="tokenizer", unit=" files", disable=None))
+        texts = (
+            d.text
+            for d in tqdm(documents(cfg.corpus), desc="tokenizer", unit=" files", disable=None)
+        )
         train_tokenizer(texts, path, cfg.tokenizer)
     return f"{SentencePieceTokenizer.load(path).vocab_size} pieces"
 
@@ -105,11 +140,14 @@ def stage_pack(cfg: DemoConfig) -> str:  # of all stages
     return "; ".join(pack_split(cfg.corpus, s, tokenizer, data) for s in missing) or "there already"
 
 # %% ../../nbs/lab/84_demo.ipynb #c014
-def stage_pretrain(cfg: DemoConfig, twin: bool = False) -> str:  # the plain twin instead of the model
+def stage_pretrain(
+    cfg: DemoConfig, twin: bool = False
+) -> str:  # the plain twin instead of the model
     "Train the model, or its twin, from where its run directory left it."
     done = pretrain(cfg.training(twin))
     speed = f"{done.time_s:.0f} s, {done.tokens_per_s:,.0f} tokens/s"
     return f"{done.val_bpb:.3f} bits per byte after {done.step} steps, {speed}"
+
 
 def stage_twin(cfg: DemoConfig) -> str:  # of all stages
     "Train the twin with a plain residual on the same batches."
@@ -117,9 +155,13 @@ def stage_twin(cfg: DemoConfig) -> str:  # of all stages
 
 # %% ../../nbs/lab/84_demo.ipynb #c016
 PROBES = (
-    Probe("class Counter:\n    def __init__(", "self"), Probe("import os\nimport s", "ys"),
-    Probe("for i in ra", "nge("), Probe("    if value is No", "ne"), Probe("        raise ValueErr", "or("),
-    Probe("    return Tr", "ue"), Probe("    try:\n        x = 1\n    exce", "pt"),
+    Probe("class Counter:\n    def __init__(", "self"),
+    Probe("import os\nimport s", "ys"),
+    Probe("for i in ra", "nge("),
+    Probe("    if value is No", "ne"),
+    Probe("        raise ValueErr", "or("),
+    Probe("    return Tr", "ue"),
+    Probe("    try:\n        x = 1\n    exce", "pt"),
     Probe("    with open(path) a", "s "),
 )
 
@@ -130,7 +172,9 @@ def score_of(
     packed: PackedTokens,  # validation
 ) -> dict:
     "A model's score as plain JSON."
-    return to_json(score(model_rows(lm, packed, seq_len=cfg.loader.seq_len, batches=cfg.eval_batches)))
+    return to_json(
+        score(model_rows(lm, packed, seq_len=cfg.loader.seq_len, batches=cfg.eval_batches))
+    )
 
 # %% ../../nbs/lab/84_demo.ipynb #c018
 def stage_evaluate(cfg: DemoConfig) -> str:  # of all stages
@@ -138,42 +182,79 @@ def stage_evaluate(cfg: DemoConfig) -> str:  # of all stages
     model, data = load(cfg.run), cfg.folder / "data"
     train, packed = (PackedTokens.open(data / f"{split}.bin") for split in ("train", "validation"))
     answer = lambda prompts: model.generate(prompts, max_new_tokens=8, temperature=0.0)
-    report = to_json(evaluate(model.lm, packed, train=train, seq_len=cfg.loader.seq_len, batches=cfg.eval_batches,
-                              probes=PROBES, generate_text=answer))
-    report["tables"]["untrained"] = score_of(LM(cfg.model, nnx.Rngs(cfg.training().seed)), cfg, packed)
+    report = to_json(
+        evaluate(
+            model.lm,
+            packed,
+            train=train,
+            seq_len=cfg.loader.seq_len,
+            batches=cfg.eval_batches,
+            probes=PROBES,
+            generate_text=answer,
+        )
+    )
+    report["tables"]["untrained"] = score_of(
+        LM(cfg.model, nnx.Rngs(cfg.training().seed)), cfg, packed
+    )
     write_json(cfg.folder / "eval.json", report)
-    twin = {"model": score_of(load(cfg.folder / "twin").lm, cfg, packed), "tables": {}, "probes": None}
+    twin = {
+        "model": score_of(load(cfg.folder / "twin").lm, cfg, packed),
+        "tables": {},
+        "probes": None,
+    }
     write_json(cfg.folder / "twin" / "eval.json", twin)
     figures = {"mHC": report["model"], "plain": twin["model"], **report["tables"]}
-    return ", ".join(f"{name} {figure['bits_per_byte']:.3f}" for name, figure in figures.items()) + " bits per byte"
+    return (
+        ", ".join(f"{name} {figure['bits_per_byte']:.3f}" for name, figure in figures.items())
+        + " bits per byte"
+    )
 
 # %% ../../nbs/lab/84_demo.ipynb #c020
 def stage_night(cfg: DemoConfig) -> str:  # of all stages
     "Search three problems, consolidate, measure."
     done = consolidate(example_night(cfg.folder / "discovery", cfg.night))
-    gains = ", ".join(f"{name} {w.mean:.2f} -> {done.after[name].mean:.2f}" for name, w in done.before.items())
+    gains = ", ".join(
+        f"{name} {w.mean:.2f} -> {done.after[name].mean:.2f}" for name, w in done.before.items()
+    )
     return f"reward of one answer: {gains}; {'accepted' if done.decision.accepted else 'rejected'}"
 
 # %% ../../nbs/lab/84_demo.ipynb #c021
 def draw_night(inputs: Inputs) -> Iterable[str]:
     "What the searches found, what was kept of it, and what it cost."
     folder = inputs.folder / "discovery/night"
-    if not (folder / "consolidation.json").exists(): raise FileNotFoundError("consolidation.json is missing")
-    done = from_json(Consolidation, json.loads((folder / "consolidation.json").read_text(encoding="utf-8")))
-    rows = [(name + (" (not searched)" if name in done.siblings else ""), w.mean, done.after[name].mean)
-            for name, w in done.before.items()]
+    if not (folder / "consolidation.json").exists():
+        raise FileNotFoundError("consolidation.json is missing")
+    done = from_json(
+        Consolidation, json.loads((folder / "consolidation.json").read_text(encoding="utf-8"))
+    )
+    rows = [
+        (name + (" (not searched)" if name in done.siblings else ""), w.mean, done.after[name].mean)
+        for name, w in done.before.items()
+    ]
     yield table(rows, ("reward of one answer", "before", "after"))
     verdict = "accepted" if done.decision.accepted else "rejected"
-    yield paragraph(f"{done.demonstrations} demonstrations were taught and the lesson was {verdict}. "
-                    + "; ".join(map(str, done.decision.checks)) + ".")
+    yield paragraph(
+        f"{done.demonstrations} demonstrations were taught and the lesson was {verdict}. "
+        + "; ".join(map(str, done.decision.checks))
+        + "."
+    )
     for search in sorted(p for p in (folder / "discover").iterdir() if p.name.startswith("erdos")):
-        yield shown(inputs, "search", discovery_plot(read_metrics(search / "metrics.jsonl")),
-                    "Notice the first panel: the best value so far, smaller is better.")
-        yield shown(inputs, "archive", archive_tree(archive.load(search / "archive.json").nodes),
-                    "Notice the red line: every step of it began from a state that an earlier step had found.")
+        yield shown(
+            inputs,
+            "search",
+            discovery_plot(read_metrics(search / "metrics.jsonl")),
+            "Notice the first panel: the best value so far, smaller is better.",
+        )
+        yield shown(
+            inputs,
+            "archive",
+            archive_tree(archive.load(search / "archive.json").nodes),
+            "Notice the red line: every step of it began from a state that an earlier step had found.",
+        )
 
 # %% ../../nbs/lab/84_demo.ipynb #c023
 PROMPTS = ("def ", "class ", "import ", "    def __init__(self", "for i in range(")
+
 
 def stage_samples(cfg: DemoConfig) -> str:  # of all stages
     "Continue every prompt, drawn at temperature 0.7, and the first one greedily."
@@ -186,23 +267,35 @@ def stage_samples(cfg: DemoConfig) -> str:  # of all stages
     write_atomic(cfg.folder / "samples" / "samples.jsonl", lines.encode())
     return f"{len(rows)} texts"
 
+
 def stage_report(cfg: DemoConfig) -> str:  # of all stages
     "Write the HTML report."
     return str(write_report(cfg.run, extra=[Section("Found and kept", draw_night)]))
 
 # %% ../../nbs/lab/84_demo.ipynb #c025
 STAGES: dict[str, Callable[[DemoConfig], str]] = {
-    "tokenizer": stage_tokenizer, "pack": stage_pack, "pretrain": stage_pretrain, "twin": stage_twin,
-    "evaluate": stage_evaluate, "samples": stage_samples, "night": stage_night, "report": stage_report,
+    "tokenizer": stage_tokenizer,
+    "pack": stage_pack,
+    "pretrain": stage_pretrain,
+    "twin": stage_twin,
+    "evaluate": stage_evaluate,
+    "samples": stage_samples,
+    "night": stage_night,
+    "report": stage_report,
 }
+
 
 def claim_demo(cfg: DemoConfig) -> None:  # settings of this call
     "Write demo.json, or raise ValueError when the directory was made with other settings."
     path, new = cfg.folder / "demo.json", to_json(cfg)
     new.pop("run")  # a folder may be moved or named in another way
-    if not path.exists(): return write_json(path, new)
+    if not path.exists():
+        return write_json(path, new)
     if changes := config_changes(json.loads(path.read_text(encoding="utf-8")), new):
-        raise ValueError(f"{path}: made with other settings ({'; '.join(changes[:4])}); choose another --run")
+        raise ValueError(
+            f"{path}: made with other settings ({'; '.join(changes[:4])}); choose another --run"
+        )
+
 
 def demo(cfg: DemoConfig) -> Path:  # of all stages
     "Run every stage, say what each made and how long it took; returns the report's path."
@@ -212,5 +305,7 @@ def demo(cfg: DemoConfig) -> Path:  # of all stages
         print(f"[{i + 1}/{len(STAGES)}] {name} ...", flush=True)
         start = time.monotonic()
         print(f"      {stage(cfg)} ({time.monotonic() - start:.1f} s)", flush=True)
-    print(f"done in {(time.monotonic() - begin) / 60:.1f} minutes; open {cfg.folder / 'report.html'}")
+    print(
+        f"done in {(time.monotonic() - begin) / 60:.1f} minutes; open {cfg.folder / 'report.html'}"
+    )
     return cfg.folder / "report.html"

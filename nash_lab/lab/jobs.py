@@ -13,8 +13,16 @@ from typing import Literal
 
 from ..adapt.continual import ContinualConfig, continual
 from ..adapt.hf import import_run, save_hf
-from ..adapt.lora import (
-    LoRAConfig, attach, explained, extract_adapter, merge_adapter, read_adapters, save_merged, write_peft)
+from nash_lab.adapt.lora import (
+    LoRAConfig,
+    attach,
+    explained,
+    extract_adapter,
+    merge_adapter,
+    read_adapters,
+    save_merged,
+    write_peft,
+)
 from ..studies.arms import ArmsConfig, compare_arms, markdown
 from ..discover.consolidate import ConsolidateConfig, consolidate
 from ..discover.ttt import DiscoverConfig, discover_run
@@ -28,31 +36,41 @@ from ..train.pretrain import load_run
 @dataclass(frozen=True)
 class ImportJob:
     "Make a run of a folder that transformers wrote."
+
     folder: str = "model"  # with config.json, safetensors and perhaps tokenizer.json
     run: str = "runs/imported"  # run directory to make
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+
 
 def run_import(job: ImportJob) -> None:  # from where, where to
     "Import and say where the run is."
     print(import_run(job.folder, job.run, job.compute_dtype))
 
+
 @dataclass(frozen=True)
 class ExportHFJob:
     "Write a run as a folder that transformers loads."
+
     run: str = "runs/imported"  # run directory of a plain model with grouped queries and SwiGLU
     folder: str = "exported"  # to make
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the tensors
     shard_bytes: int = 5_000_000_000  # largest file
 
+
 def run_export_hf(job: ExportHFJob) -> None:  # run, where to
     "Export and say where the folder is."
     lm, _ = load_run(job.run)
-    print(save_hf(lm, job.folder, dtype=job.dtype, shard_bytes=job.shard_bytes, tokenizer_from=job.run))
+    print(
+        save_hf(
+            lm, job.folder, dtype=job.dtype, shard_bytes=job.shard_bytes, tokenizer_from=job.run
+        )
+    )
 
 # %% ../../nbs/lab/85_jobs.ipynb #c011
 @dataclass(frozen=True)
 class ApplyJob:
     "Continue prompts with a trained model and adapters beside its weights."
+
     run: str = "runs/demo"  # run directory of the base
     adapters: tuple[str, ...] = ("adapter",)  # PEFT folders, summed
     weights: tuple[float, ...] = ()  # of each adapter in the sum; all 1 when empty
@@ -68,12 +86,14 @@ def run_apply(job: ApplyJob) -> None:  # run, adapters, sampling
     model = load(job.run)
     model = replace(model, lm=attach(model.lm, read_adapters(model.lm, job.adapters, job.weights)))
     how = {name: getattr(job, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    for prompt in job.prompt: print(prompt + model.generate(prompt, **how))
+    for prompt in job.prompt:
+        print(prompt + model.generate(prompt, **how))
 
 # %% ../../nbs/lab/85_jobs.ipynb #c013
 @dataclass(frozen=True)
 class MergeJob:
     "Write a run whose weights contain adapters."
+
     run: str = "runs/demo"  # run directory of the base
     adapters: tuple[str, ...] = ("adapter",)  # PEFT folders, summed
     weights: tuple[float, ...] = ()  # of each adapter in the sum; all 1 when empty
@@ -83,41 +103,60 @@ class MergeJob:
 def run_merge(job: MergeJob) -> None:  # run, adapters, where to
     "Merge and say where the new run is."
     lm, _ = load_run(job.run)
-    print(save_merged(job.run, job.out, merge_adapter(lm, read_adapters(lm, job.adapters, job.weights)), to_json(job)))
+    print(
+        save_merged(
+            job.run,
+            job.out,
+            merge_adapter(lm, read_adapters(lm, job.adapters, job.weights)),
+            to_json(job),
+        )
+    )
 
 # %% ../../nbs/lab/85_jobs.ipynb #c015
 @dataclass(frozen=True)
 class ExportJob:
     "Write one PEFT folder: the sum of adapters, or what a second run learned beyond the first."
+
     run: str = "runs/demo"  # run directory of the base
     adapters: tuple[str, ...] = ()  # PEFT folders, summed; or give tuned
     weights: tuple[float, ...] = ()  # of each adapter in the sum; all 1 when empty
     tuned: str = ""  # run directory of the same model trained further; or give adapters
     out: str = "adapter"  # folder to write
-    lora: LoRAConfig = field(default_factory=LoRAConfig)  # rank and scale; with adapters, their maps are the targets
+    lora: LoRAConfig = field(
+        default_factory=LoRAConfig
+    )  # rank and scale; with adapters, their maps are the targets
 
 # %% ../../nbs/lab/85_jobs.ipynb #c016
 def run_export(job: ExportJob) -> None:  # what from, size, where to
     "Write the nearest adapter of the rank and say how much of the change it carries."
-    if bool(job.tuned) == bool(job.adapters): raise ValueError("lora export: give either --adapters or --tuned")
+    if bool(job.tuned) == bool(job.adapters):
+        raise ValueError("lora export: give either --adapters or --tuned")
     (lm, model), cfg = load_run(job.run), job.lora
     if job.tuned:
         other, theirs = load_run(job.tuned)
-        if theirs.model != model.model: raise ValueError(f"{job.tuned}: not the same model as {job.run}")
+        if theirs.model != model.model:
+            raise ValueError(f"{job.tuned}: not the same model as {job.run}")
     else:
         parts = read_adapters(lm, job.adapters, job.weights)
         other, cfg = merge_adapter(lm, parts), replace(cfg, targets=tuple(parts), skip=())
     adapter = extract_adapter(lm, other, cfg)
     write_peft(job.out, adapter, cfg, lm, base=job.run)
     share = 100 * explained(lm, other, adapter, cfg.scale)
-    print(f"{job.out}: rank {cfg.rank} beside {len(adapter)} linear maps, {share:.2f} % of the change")
+    print(
+        f"{job.out}: rank {cfg.rank} beside {len(adapter)} linear maps, {share:.2f} % of the change"
+    )
 
 # %% ../../nbs/lab/85_jobs.ipynb #c019
 def run_sdft(job: ContinualConfig) -> None:  # the whole block
     "Learn, say what the gates measured; Rejected when one of them refuses."
     decision = continual(job)
-    for check in decision.checks: print(check)
-    print(f"{job.out}: accepted" if decision.accepted else f"{job.out}: rejected, the weights of {job.run}")
+    for check in decision.checks:
+        print(check)
+    print(
+        f"{job.out}: accepted"
+        if decision.accepted
+        else f"{job.out}: rejected, the weights of {job.run}"
+    )
     decision.enforce()
 
 # %% ../../nbs/lab/85_jobs.ipynb #c023
@@ -125,7 +164,9 @@ def run_discover(job: DiscoverConfig) -> None:  # the whole search
     "Search and say what was found."
     r = discover_run(job)
     value = "" if r.value is None or r.value == r.reward else f", value {r.value:.7f}"
-    print(f"{r.folder}: reward {r.reward:.6f}{value} after {r.rollouts:,} answers\n{r.best.solution}")
+    print(
+        f"{r.folder}: reward {r.reward:.6f}{value} after {r.rollouts:,} answers\n{r.best.solution}"
+    )
 
 
 def run_arms(job: ArmsConfig) -> None:  # arms, seeds, sizes
@@ -139,9 +180,12 @@ def run_arms(job: ArmsConfig) -> None:  # arms, seeds, sizes
 def run_consolidate(job: ConsolidateConfig) -> None:  # day and night
     "Search, teach, and say what single answers are worth; Rejected when a gate refuses."
     r = consolidate(job)
-    for check in r.decision.checks: print(check)
+    for check in r.decision.checks:
+        print(check)
     for name, before in r.before.items():
         mark = " (not searched)" if name in r.siblings else ""
         print(f"{name}{mark}: one answer {before.mean:.4f} -> {r.after[name].mean:.4f}")
-    print(f"{job.out}: {r.demonstrations} demonstrations, {'accepted' if r.decision.accepted else 'rejected'}")
+    print(
+        f"{job.out}: {r.demonstrations} demonstrations, {'accepted' if r.decision.accepted else 'rejected'}"
+    )
     r.decision.enforce()

@@ -26,8 +26,15 @@ from ..data.loader import eval_batches
 from ..core.text import Tokenizer
 from ..data.tokenizer import load_tokenizer
 from ..core.files import write_atomic
-from .viz import (Picture, composite_heatmaps, drift_plot, gain_plot, loss_plot, routing_heatmaps,
-                              stream_usage)
+from nash_lab.lab.viz import (
+    Picture,
+    composite_heatmaps,
+    drift_plot,
+    gain_plot,
+    loss_plot,
+    routing_heatmaps,
+    stream_usage,
+)
 from ..core.configs import to_json
 from ..model.mhc import Routing
 from ..model.transformer import parameter_count
@@ -39,9 +46,10 @@ def paragraph(text: str, kind: str = "") -> str:  # CSS class: notice, missing o
     "A paragraph of plain text."
     return f'<p class="{kind}">{escape(text)}</p>'
 
+
 def preformatted(
-    text: str,       # shown with its own spaces and line ends
-    title: str = "", # with a title the text can be folded away
+    text: str,  # shown with its own spaces and line ends
+    title: str = "",  # with a title the text can be folded away
 ) -> str:
     "Text as it is, in a monospaced font."
     body = f"<pre>{escape(text)}</pre>"
@@ -53,9 +61,11 @@ def table(
     head: Sequence[str] = (),  # column titles
 ) -> str:
     "Rows of cells; numbers are set to the right, a missing value is a dash."
+
     def cell(value, tag="td"):
         kind = ' class="number"' if value is None or isinstance(value, (int, float)) else ""
         return f"<{tag}{kind}>{escape(number(value))}</{tag}>"
+
     lines = [f"<tr>{''.join(cell(value) for value in row)}</tr>" for row in rows]
     top = f"<thead><tr>{''.join(cell(value, 'th') for value in head)}</tr></thead>" if head else ""
     return f'<div class="wide"><table>{top}<tbody>{"".join(lines)}</tbody></table></div>'
@@ -65,14 +75,17 @@ def number(
     value: Any,  # of JSON
 ) -> str:
     "A cell as text: thousands separated, three decimals for numbers near one, a dash for nothing."
-    if value is None: return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value): return str(value)
-    if isinstance(value, int) or abs(value) >= 1000: return f"{value:,.0f}"
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
     return f"{value:.3f}" if 0.1 <= abs(value) < 100 else f"{value:.4g}"
 
 # %% ../../nbs/lab/82_report.ipynb #c011
 def figure(
-    png: bytes,   # of the file
+    png: bytes,  # of the file
     notice: str,  # what to see in it
 ) -> str:
     "A picture with its sentence."
@@ -82,32 +95,41 @@ def figure(
 # %% ../../nbs/lab/82_report.ipynb #c013
 def _json(path: Path) -> Any:
     "A JSON file; FileNotFoundError or ValueError names it."
-    if not path.exists(): raise FileNotFoundError(f"{path.name} is missing")
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path}: {error}") from None
+    if not path.exists():
+        raise FileNotFoundError(f"{path.name} is missing")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 # %% ../../nbs/lab/82_report.ipynb #c014
 class Inputs:
     "The files of a run; FileNotFoundError or ValueError for a directory that is no run."
+
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.config = saved_config(self.folder)
         path = self.folder / "metrics.jsonl"
-        if not path.exists(): raise FileNotFoundError(f"{path}: no such file, so nothing to report")
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file, so nothing to report")
         self.metrics = read_metrics(path)
-        if not self.metrics: raise ValueError(f"{path}: no line yet, so nothing to report")
+        if not self.metrics:
+            raise ValueError(f"{path}: no line yet, so nothing to report")
         self.pictures: dict[str, bytes] = {}  # drawn so far, PNG by name
 
     @cached_property
     def twin(self) -> "Inputs | None":
         "The same run with a plain residual, if it was made."
-        return Inputs(self.folder / "twin") if (self.folder / "twin/metrics.jsonl").exists() else None
+        return (
+            Inputs(self.folder / "twin") if (self.folder / "twin/metrics.jsonl").exists() else None
+        )
 
     @cached_property
     def evaluation(self) -> dict:
         "The EvalReport of the run; FileNotFoundError or ValueError."
         found = _json(self.folder / "eval.json")
-        if not isinstance(found, dict): raise ValueError(f"eval.json: {type(found).__name__}, expected an object")
+        if not isinstance(found, dict):
+            raise ValueError(f"eval.json: {type(found).__name__}, expected an object")
         return found
 
     @property
@@ -129,12 +151,16 @@ class Inputs:
     def routing(self) -> dict:
         "Statistics of the last validation; ValueError when there are none."
         rows = [row for row in self.metrics if row.get("routing")]
-        if not rows: raise ValueError("metrics.jsonl has no routing statistics: plain residual or not validated")
+        if not rows:
+            raise ValueError(
+                "metrics.jsonl has no routing statistics: plain residual or not validated"
+            )
         return rows[-1]["routing"]
 
 # %% ../../nbs/lab/82_report.ipynb #c021
 class Maps(NamedTuple):
     "All maps on a few validation texts."
+
     routing: Routing
     token: int  # position in the first text whose H_res is farthest from the mean
     piece: str  # what stands there
@@ -145,7 +171,8 @@ def probe_maps(
 ) -> Maps:
     "Maps of the newest checkpoint on validation tokens. ValueError or OSError says what is missing."
     config = inputs.config
-    if config.model.residual != "mhc": raise ValueError("the residual is plain: there are no maps")
+    if config.model.residual != "mhc":
+        raise ValueError("the residual is plain: there are no maps")
     lm, _ = load_run(inputs.folder)
     batch = next(eval_batches(PackedTokens.open(config.val_bin), config.loader.seq_len, 4, 1))
     tokens = batch["tokens"][batch["mask"].any(1)][:, :128]
@@ -157,34 +184,57 @@ def probe_maps(
 # %% ../../nbs/lab/82_report.ipynb #c025
 class Section(NamedTuple):
     "A part of the report."
+
     title: str
-    draw: Callable[[Inputs], Iterable[str]]  # run -> blocks; ValueError or OSError when something is missing
+    draw: Callable[
+        [Inputs], Iterable[str]
+    ]  # run -> blocks; ValueError or OSError when something is missing
+
 
 def blocks(
     section: Section,  # title and function
-    inputs: Inputs,    # the run
-) -> list[str]:        # HTML
+    inputs: Inputs,  # the run
+) -> list[str]:  # HTML
     "The section's blocks, or the reason why there are none."
     done = []
     try:
-        for block in section.draw(inputs): done.append(block)
-    except (ValueError, OSError) as error: done.append(paragraph(f"Not shown: {error}", "missing"))
+        for block in section.draw(inputs):
+            done.append(block)
+    except (ValueError, OSError) as error:
+        done.append(paragraph(f"Not shown: {error}", "missing"))
     return done
 
 # %% ../../nbs/lab/82_report.ipynb #c028
-NAMES = {"untrained": "untrained model", "uniform": "uniform tokens", "unigram": "unigram tokens",
-         "bigram": "bigram tokens", "plain": "plain residual", "mhc": "mHC"}
+NAMES = {
+    "untrained": "untrained model",
+    "uniform": "uniform tokens",
+    "unigram": "unigram tokens",
+    "bigram": "bigram tokens",
+    "plain": "plain residual",
+    "mhc": "mHC",
+}
+
 
 def _scored(score: Mapping) -> list:
     "Bits per byte, its interval and its source, of a Score as JSON."
     ends = [score.get("low"), score.get("high")]
-    return [score.get("bits_per_byte"), None if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}", "eval.json"]
+    return [
+        score.get("bits_per_byte"),
+        None if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}",
+        "eval.json",
+    ]
+
 
 def _trained(inputs: Inputs) -> list:
     "Table row of a trained run."
     last, checked = inputs.metrics[-1], inputs.validated[-1:]
-    score = _scored(inputs.evaluation.get("model", {})) if inputs.evaluated else [None, None, "not measured"]
-    if score[0] is None and checked: score = [checked[0]["val_bpb"], None, f"validation at step {checked[0]['step']}"]
+    score = (
+        _scored(inputs.evaluation.get("model", {}))
+        if inputs.evaluated
+        else [None, None, "not measured"]
+    )
+    if score[0] is None and checked:
+        score = [checked[0]["val_bpb"], None, f"validation at step {checked[0]['step']}"]
     tokens, seconds = last.get("tokens", 0), last.get("time_s", 0)
     speed = tokens / seconds if seconds else None
     model = inputs.config.model
@@ -193,12 +243,16 @@ def _trained(inputs: Inputs) -> list:
 # %% ../../nbs/lab/82_report.ipynb #c029
 def result_rows(
     inputs: Inputs,  # the run
-) -> list[list]:     # name, bits per byte, interval, where from, parameters, tokens, seconds, tokens per second
+) -> list[
+    list
+]:  # name, bits per byte, interval, where from, parameters, tokens, seconds, tokens per second
     "The table of results: baselines, the twin, the run."
     tables = inputs.evaluation.get("tables", {}) if inputs.evaluated else {}
     rows = [[NAMES.get(name, name), *_scored(score)] for name, score in tables.items()]
     if "untrained" not in tables and inputs.validated and inputs.validated[0]["step"] == 0:
-        rows.insert(0, [NAMES["untrained"], inputs.validated[0]["val_bpb"], None, "validation at step 0"])
+        rows.insert(
+            0, [NAMES["untrained"], inputs.validated[0]["val_bpb"], None, "validation at step 0"]
+        )
     trained = [_trained(one) for one in (inputs.twin, inputs) if one is not None]
     return [row + [None] * 4 for row in rows] + trained
 
@@ -206,24 +260,45 @@ def result_rows(
 def _draw_results(inputs: Inputs) -> Iterable[str]:
     "Bits per byte of the run and of what it is compared with."
     last, steps = inputs.metrics[-1], inputs.config.steps
-    if last["step"] < steps: yield paragraph(f"The run stopped at step {last['step']} of {steps}.", "missing")
-    if last.get("skipped"): yield paragraph(f"{last['skipped']} steps were not finite and changed nothing.", "missing")
+    if last["step"] < steps:
+        yield paragraph(f"The run stopped at step {last['step']} of {steps}.", "missing")
+    if last.get("skipped"):
+        yield paragraph(f"{last['skipped']} steps were not finite and changed nothing.", "missing")
     rows = result_rows(inputs)
     yield bars([(row[0], row[1]) for row in rows if row[1] is not None])
-    head = ["model", "bits per byte", "95 % interval", "from", "parameters", "tokens seen", "seconds", "tokens/s"]
+    head = [
+        "model",
+        "bits per byte",
+        "95 % interval",
+        "from",
+        "parameters",
+        "tokens seen",
+        "seconds",
+        "tokens/s",
+    ]
     yield table(rows, head)
-    yield paragraph("Lower is better. One run with one seed: small differences between trained models may be chance.")
-    if inputs.twin: yield from _compare(rows[-1], rows[-2])
-    else: yield paragraph("Not shown: the plain twin, because the run has no folder twin.", "missing")
+    yield paragraph(
+        "Lower is better. One run with one seed: small differences between trained models may be chance."
+    )
+    if inputs.twin:
+        yield from _compare(rows[-1], rows[-2])
+    else:
+        yield paragraph("Not shown: the plain twin, because the run has no folder twin.", "missing")
     if not inputs.evaluated:
-        yield paragraph("Not shown: unigram and bigram models, because eval.json is missing.", "missing")
+        yield paragraph(
+            "Not shown: unigram and bigram models, because eval.json is missing.", "missing"
+        )
 
 # %% ../../nbs/lab/82_report.ipynb #c031
 def _compare(ours, twin) -> Iterable[str]:
     "What mHC costs and gives beside its twin."
-    if None in (ours[1], twin[1], ours[7], twin[7]): return
-    yield paragraph(f"Against the plain twin: {ours[1] - twin[1]:+.3f} bits per byte, {ours[4] / twin[4]:.3f} times "
-                    f"the parameters, {twin[7] / ours[7]:.2f} times the time per token.", "notice")
+    if None in (ours[1], twin[1], ours[7], twin[7]):
+        return
+    yield paragraph(
+        f"Against the plain twin: {ours[1] - twin[1]:+.3f} bits per byte, {ours[4] / twin[4]:.3f} times "
+        f"the parameters, {twin[7] / ours[7]:.2f} times the time per token.",
+        "notice",
+    )
 
 # %% ../../nbs/lab/82_report.ipynb #c034
 def bars(
@@ -231,27 +306,45 @@ def bars(
 ) -> str:
     "Horizontal bars with their numbers."
     most = max((value for _, value in values), default=1) or 1
-    line = '<div class="bar"><span>{}</span><b><i style="width:{:.1f}%"></i></b><span>{}</span></div>'
-    return "".join(line.format(escape(name), 100 * value / most, f"{value:.3f}") for name, value in values)
+    line = (
+        '<div class="bar"><span>{}</span><b><i style="width:{:.1f}%"></i></b><span>{}</span></div>'
+    )
+    return "".join(
+        line.format(escape(name), 100 * value / most, f"{value:.3f}") for name, value in values
+    )
 
 # %% ../../nbs/lab/82_report.ipynb #c037
 def _draw_loss(inputs: Inputs) -> Iterable[str]:
     "Loss against tokens and against time."
-    both = {NAMES[one.config.model.residual]: one for one in (inputs, inputs.twin) if one is not None}
+    both = {
+        NAMES[one.config.model.residual]: one for one in (inputs, inputs.twin) if one is not None
+    }
     runs = {name: one.metrics for name, one in both.items()}
-    ends = ", ".join(f"{name} {one.validated[-1]['val_loss']:.3f}" for name, one in both.items() if one.validated)
-    took = ", ".join(f"{name} {one.metrics[-1].get('time_s', 0):,.0f} s" for name, one in both.items())
-    yield shown(inputs, "loss_tokens", loss_plot(runs),
-                f"Notice the last dots, validation after the same text, in nats per token: {ends or 'not validated'}.")
-    yield shown(inputs, "loss_time", loss_plot(runs, "time_s"),
-                f"Notice how far right each curve ends, the time that its steps took: {took}.")
+    ends = ", ".join(
+        f"{name} {one.validated[-1]['val_loss']:.3f}" for name, one in both.items() if one.validated
+    )
+    took = ", ".join(
+        f"{name} {one.metrics[-1].get('time_s', 0):,.0f} s" for name, one in both.items()
+    )
+    yield shown(
+        inputs,
+        "loss_tokens",
+        loss_plot(runs),
+        f"Notice the last dots, validation after the same text, in nats per token: {ends or 'not validated'}.",
+    )
+    yield shown(
+        inputs,
+        "loss_time",
+        loss_plot(runs, "time_s"),
+        f"Notice how far right each curve ends, the time that its steps took: {took}.",
+    )
 
 # %% ../../nbs/lab/82_report.ipynb #c038
 def shown(
-    inputs: Inputs,    # the run
-    name: str,         # file name in plots/, without .png
+    inputs: Inputs,  # the run
+    name: str,  # file name in plots/, without .png
     picture: Picture,  # drawn by the pictures page
-    notice: str,       # what to see in it
+    notice: str,  # what to see in it
 ) -> str:
     "The picture as a block, remembered for the run's plots folder."
     inputs.pictures[name] = picture.png(150)
@@ -265,67 +358,106 @@ def _draw_maps(inputs: Inputs) -> Iterable[str]:
     kept = np.trace(mean, axis1=-2, axis2=-1) / mean.shape[-1]
     least = int(kept.argmin())
     where = f"layer {least // 2}'s {('attention', 'FFN')[least % 2]}"
-    yield shown(inputs, "h_res_mean", routing_heatmaps(maps.routing),
-                f"Notice the diagonals: streams keep at least {kept.min():.2f} of themselves, in {where}, "
-                f"and at most {kept.max():.2f}; the rest is exchanged.")
-    yield shown(inputs, "h_res_token", routing_heatmaps(maps.routing, maps.token),
-                f"Notice what differs from the mean: at token {maps.token}, {maps.piece!r}, the maps are farthest off.")
-    yield shown(inputs, "composite", composite_heatmaps(maps.routing),
-                "Notice the last one: an even picture would mean that the residual path alone makes all streams equal.")
+    yield shown(
+        inputs,
+        "h_res_mean",
+        routing_heatmaps(maps.routing),
+        f"Notice the diagonals: streams keep at least {kept.min():.2f} of themselves, in {where}, "
+        f"and at most {kept.max():.2f}; the rest is exchanged.",
+    )
+    yield shown(
+        inputs,
+        "h_res_token",
+        routing_heatmaps(maps.routing, maps.token),
+        f"Notice what differs from the mean: at token {maps.token}, {maps.piece!r}, the maps are farthest off.",
+    )
+    yield shown(
+        inputs,
+        "composite",
+        composite_heatmaps(maps.routing),
+        "Notice the last one: an even picture would mean that the residual path alone makes all streams equal.",
+    )
 
 # %% ../../nbs/lab/82_report.ipynb #c040
 def _draw_gain(inputs: Inputs) -> Iterable[str]:
     "Row and column gain of the composite."
     stats = inputs.routing
     rows = max(abs(1 - np.array([stats["row_max"], stats["row_min"]])).ravel())
-    yield shown(inputs, "gain", gain_plot(stats),
-                f"Notice the columns: after all sublayers their sums lie between {stats['col_min'][-1]:.3f} and "
-                f"{stats['col_max'][-1]:.3f}, while rows are 1 to within {rows:.0e}.")
+    yield shown(
+        inputs,
+        "gain",
+        gain_plot(stats),
+        f"Notice the columns: after all sublayers their sums lie between {stats['col_min'][-1]:.3f} and "
+        f"{stats['col_max'][-1]:.3f}, while rows are 1 to within {rows:.0e}.",
+    )
+
 
 def _draw_drift(inputs: Inputs) -> Iterable[str]:
     "How H_res moved during training."
-    last, first = inputs.routing, next(row["routing"] for row in inputs.metrics if row.get("routing"))
+    last, first = (
+        inputs.routing,
+        next(row["routing"] for row in inputs.metrics if row.get("routing")),
+    )
     moved = np.array(last["identity"]) - np.array(first["identity"])
     k = int(abs(moved).argmax())
-    yield shown(inputs, "drift", drift_plot(inputs.metrics),
-                f"Notice sublayer {k}: it moved most, by {moved[k]:+.3f} in its distance to the identity.")
+    yield shown(
+        inputs,
+        "drift",
+        drift_plot(inputs.metrics),
+        f"Notice sublayer {k}: it moved most, by {moved[k]:+.3f} in its distance to the identity.",
+    )
 
 # %% ../../nbs/lab/82_report.ipynb #c041
 def _draw_usage(inputs: Inputs) -> Iterable[str]:
     "Which streams the sublayers read."
     effective = np.exp(inputs.routing["pre_entropy"])
-    yield shown(inputs, "usage", stream_usage(inputs.routing),
-                f"Notice uneven bars: the effective number of streams a sublayer reads, exp(entropy), "
-                f"is {effective.min():.2f} to {effective.max():.2f}.")
+    yield shown(
+        inputs,
+        "usage",
+        stream_usage(inputs.routing),
+        f"Notice uneven bars: the effective number of streams a sublayer reads, exp(entropy), "
+        f"is {effective.min():.2f} to {effective.max():.2f}.",
+    )
 
 # %% ../../nbs/lab/82_report.ipynb #c044
 def _draw_time(inputs: Inputs) -> Iterable[str]:
     "Goodput, losses by cause, changes and damaged checkpoints."
     account = _json(inputs.folder / "goodput.json")
     share, minutes = account["goodput"], account["total_s"] / 60
-    yield paragraph(f"Goodput {share:.0%} of {minutes:.1f} minutes: so much was spent in train steps. "
-                    "The rest, over all starts of the run:")
+    yield paragraph(
+        f"Goodput {share:.0%} of {minutes:.1f} minutes: so much was spent in train steps. "
+        "The rest, over all starts of the run:"
+    )
     lost = sorted(account["lost_s"].items(), key=lambda item: -item[1])
     yield table([(cause, round(s, 1)) for cause, s in lost if s >= 0.05], ("cause", "seconds"))
     changes = read_metrics(path) if (path := inputs.folder / "changes.jsonl").exists() else []
     rows = [(row["step"], change) for row in changes for change in row["changes"]]
-    if rows: yield table(rows, ("step", "changed"))
+    if rows:
+        yield table(rows, ("step", "changed"))
     aside = sorted(p.name for p in (inputs.folder / "checkpoints").glob("*.damaged*"))
-    if aside: yield paragraph(f"Damaged checkpoints, set aside: {', '.join(aside)}.", "notice")
+    if aside:
+        yield paragraph(f"Damaged checkpoints, set aside: {', '.join(aside)}.", "notice")
 
 # %% ../../nbs/lab/82_report.ipynb #c047
 def _draw_samples(inputs: Inputs) -> Iterable[str]:
     "What the model wrote."
     path = inputs.folder / "samples/samples.jsonl"
-    if not path.exists(): raise FileNotFoundError("samples/samples.jsonl is missing")
+    if not path.exists():
+        raise FileNotFoundError("samples/samples.jsonl is missing")
     for line in read_metrics(path):
-        how = ", ".join(f"{key} {value}" for key, value in line.items() if key not in ("prompt", "text"))
-        yield f"<pre><b>{escape(line['prompt'])}</b>{escape(line['text'])}</pre>" + paragraph(how, "small")
+        how = ", ".join(
+            f"{key} {value}" for key, value in line.items() if key not in ("prompt", "text")
+        )
+        yield f"<pre><b>{escape(line['prompt'])}</b>{escape(line['text'])}</pre>" + paragraph(
+            how, "small"
+        )
+
 
 def _draw_evaluation(inputs: Inputs) -> Iterable[str]:
     "What eval.json holds beside the tables that are among the results."
     rest = {name: value for name, value in inputs.evaluation.items() if name != "tables" and value}
-    if "probes" not in rest: yield paragraph("Not shown: probes, because eval.json has none.", "missing")
+    if "probes" not in rest:
+        yield paragraph("Not shown: probes, because eval.json has none.", "missing")
     for name, value in rest.items():
         yield f"<h3>{escape(name)}</h3>"
         yield from _tables(value)
@@ -333,21 +465,27 @@ def _draw_evaluation(inputs: Inputs) -> Iterable[str]:
 # %% ../../nbs/lab/82_report.ipynb #c048
 def _flat(row: Mapping) -> dict:
     "An object with the objects inside it opened."
-    opened = [_flat(value) if isinstance(value, dict) else {name: value} for name, value in row.items()]
+    opened = [
+        _flat(value) if isinstance(value, dict) else {name: value} for name, value in row.items()
+    ]
     return {name: value for one in opened for name, value in one.items()}
 
 # %% ../../nbs/lab/82_report.ipynb #c049
 def _tables(value: Any) -> Iterable[str]:
     "Tables of nested JSON: numbers together, every list of objects on its own."
-    if not isinstance(value, dict): value = {"": value}
+    if not isinstance(value, dict):
+        value = {"": value}
     plain = {name: v for name, v in value.items() if not isinstance(v, (list, dict))}
-    if plain: yield table(plain.items())
+    if plain:
+        yield table(plain.items())
     for name, items in value.items():
-        if isinstance(items, dict): yield from _tables(items)
+        if isinstance(items, dict):
+            yield from _tables(items)
         elif isinstance(items, list) and items and isinstance(items[0], dict):
             rows = [_flat(row) for row in items]
             yield table([[row.get(key) for key in rows[0]] for row in rows], list(rows[0]))
-        elif isinstance(items, list): yield table([[name, ", ".join(number(item) for item in items)]])
+        elif isinstance(items, list):
+            yield table([[name, ", ".join(number(item) for item in items)]])
 
 # %% ../../nbs/lab/82_report.ipynb #c052
 def _draw_settings(inputs: Inputs) -> Iterable[str]:
@@ -357,13 +495,20 @@ def _draw_settings(inputs: Inputs) -> Iterable[str]:
     yield preformatted(environment.get("command", "not recorded"), "command")
     yield preformatted(json.dumps(environment, indent=1), "environment.json")
     demo = inputs.folder / "demo.json"
-    if demo.exists(): yield preformatted(json.dumps(_json(demo), indent=1), demo.name)
+    if demo.exists():
+        yield preformatted(json.dumps(_json(demo), indent=1), demo.name)
+
 
 SECTIONS = [
-    Section("Results", _draw_results), Section("Loss", _draw_loss), Section("How the streams mix", _draw_maps),
-    Section("Gain over depth", _draw_gain), Section("Drift during training", _draw_drift),
-    Section("Which streams are read", _draw_usage), Section("Samples", _draw_samples),
-    Section("Evaluation and probes", _draw_evaluation), Section("Where the time went", _draw_time),
+    Section("Results", _draw_results),
+    Section("Loss", _draw_loss),
+    Section("How the streams mix", _draw_maps),
+    Section("Gain over depth", _draw_gain),
+    Section("Drift during training", _draw_drift),
+    Section("Which streams are read", _draw_usage),
+    Section("Samples", _draw_samples),
+    Section("Evaluation and probes", _draw_evaluation),
+    Section("Where the time went", _draw_time),
 ]
 SETTINGS = Section("How to make it again", _draw_settings)
 
@@ -420,30 +565,41 @@ def _section(index: int, title: str, done: Sequence[str]) -> str:
 
 # %% ../../nbs/lab/82_report.ipynb #c056
 def page(
-    inputs: Inputs,               # the run
+    inputs: Inputs,  # the run
     sections: Sequence[Section],  # in reading order
 ) -> str:
     "The whole report as HTML."
     config, model = inputs.config, inputs.config.model
     parts = [(section.title, blocks(section, inputs)) for section in sections]
-    lead = paragraph(f"{NAMES[model.residual]}, {model.layers} layers of width {model.width}, "
-                     f"{parameter_count(model):,} parameters, {config.steps:,} steps.")
-    contents = " ".join(f'<a href="#s{i}">{escape(title)}</a>' for i, (title, _) in enumerate(parts))
+    lead = paragraph(
+        f"{NAMES[model.residual]}, {model.layers} layers of width {model.width}, "
+        f"{parameter_count(model):,} parameters, {config.steps:,} steps."
+    )
+    contents = " ".join(
+        f'<a href="#s{i}">{escape(title)}</a>' for i, (title, _) in enumerate(parts)
+    )
     body = "\n".join(_section(i, title, done) for i, (title, done) in enumerate(parts))
-    return PAGE.substitute(title=escape(f"Run {inputs.folder.resolve().name}"), style=STYLE, lead=lead,
-                           contents=contents, body=body, version=__version__)
+    return PAGE.substitute(
+        title=escape(f"Run {inputs.folder.resolve().name}"),
+        style=STYLE,
+        lead=lead,
+        contents=contents,
+        body=body,
+        version=__version__,
+    )
 
 # %% ../../nbs/lab/82_report.ipynb #c057
 def write_report(
-    run_dir: str | Path,               # run directory; its plots/ gets every picture as PNG
-    out: str | Path | None = None,     # HTML file; report.html in the run directory if None
-    extra: Sequence[Section] = (),     # sections of later stages, after the built-in ones
+    run_dir: str | Path,  # run directory; its plots/ gets every picture as PNG
+    out: str | Path | None = None,  # HTML file; report.html in the run directory if None
+    extra: Sequence[Section] = (),  # sections of later stages, after the built-in ones
 ) -> Path:
     "Write the report of a run as one file. FileNotFoundError or ValueError for a directory that is no run."
     inputs = Inputs(run_dir)
     html = page(inputs, [*SECTIONS, *extra, SETTINGS])
     plots = inputs.folder / "plots"
-    for name, png in inputs.pictures.items(): write_atomic(plots / f"{name}.png", png)
+    for name, png in inputs.pictures.items():
+        write_atomic(plots / f"{name}.png", png)
     path = Path(out) if out else inputs.folder / "report.html"
     write_atomic(path, html.encode())
     return path

@@ -33,10 +33,11 @@ _maps = nnx.jit(lambda lm, tokens: lm.routing(tokens))
 # %% ../../nbs/lab/81_run.ipynb #c009
 def _row(
     ids: Sequence[int],  # one text
-    most: int,           # tokens the model reads
-) -> np.ndarray:         # [1, t]
+    most: int,  # tokens the model reads
+) -> np.ndarray:  # [1, t]
     "Ids as a row padded to a power of two, so that few lengths are compiled; ValueError for a text that is too long."
-    if len(ids) > most: raise ValueError(f"the text has {len(ids)} tokens, the model reads at most {most}")
+    if len(ids) > most:
+        raise ValueError(f"the text has {len(ids)} tokens, the model reads at most {most}")
     row = np.full((1, min(max(8, 1 << (len(ids) - 1).bit_length()), most)), PAD, np.int32)
     row[0, : len(ids)] = ids
     return row
@@ -47,66 +48,84 @@ def token_logprobs(
     ids: Sequence[int],  # at least two tokens; the first is only read
 ) -> Float[np.ndarray, "t"]:  # nats, one less than ids
     "log p of every token but the first, given those before it. ValueError for one token or for too many."
-    if len(ids) < 2: raise ValueError(f"scoring needs a token and one before it, found {len(ids)}")
-    return -np.asarray(_nats(lm, _row(ids[:-1], lm.cfg.max_len), _row(ids[1:], lm.cfg.max_len)))[0, : len(ids) - 1]
+    if len(ids) < 2:
+        raise ValueError(f"scoring needs a token and one before it, found {len(ids)}")
+    return -np.asarray(_nats(lm, _row(ids[:-1], lm.cfg.max_len), _row(ids[1:], lm.cfg.max_len)))[
+        0, : len(ids) - 1
+    ]
 
 # %% ../../nbs/lab/81_run.ipynb #c012
 class LogProb(NamedTuple):
     "Log-probability of a text; `float(...)` is the total."
-    total: float                      # nats
-    logprobs: Float[np.ndarray, "t"]  # nats, one a scored token
-    pieces: list[str]                 # the scored tokens as text, a space as ▁
 
-    def __float__(self): return self.total
+    total: float  # nats
+    logprobs: Float[np.ndarray, "t"]  # nats, one a scored token
+    pieces: list[str]  # the scored tokens as text, a space as ▁
+
+    def __float__(self):
+        return self.total
 
 # %% ../../nbs/lab/81_run.ipynb #c014
 @dataclass(frozen=True)
 class Model:
     "A trained language model with its tokenizer and settings."
-    lm: LM                # weights
-    config: TrainConfig   # settings of the run
-    tokenizer: Tokenizer  # the one the run was trained with
-    run: Path             # run directory
 
-    def __repr__(self): return f"Model({self.config.run!r}, {parameter_count(self.lm.cfg):,} parameters)"
+    lm: LM  # weights
+    config: TrainConfig  # settings of the run
+    tokenizer: Tokenizer  # the one the run was trained with
+    run: Path  # run directory
+
+    def __repr__(self):
+        return f"Model({self.config.run!r}, {parameter_count(self.lm.cfg):,} parameters)"
 
     @property
     def metrics(self) -> list[dict]:
         "The lines of metrics.jsonl; a half-written last one is left out."
         return read_metrics(self.run / "metrics.jsonl")
 
-    def encode(self,
+    def encode(
+        self,
         text: str,  # the start of a document
-    ) -> list[int]: # ids, EOS before them unless the run masked document boundaries
+    ) -> list[int]:  # ids, EOS before them unless the run masked document boundaries
         "Ids as the model reads them."
-        return [self.tokenizer.eos_id] * (self.config.loader.documents == "cross") + self.tokenizer.encode(text)
+        return [self.tokenizer.eos_id] * (
+            self.config.loader.documents == "cross"
+        ) + self.tokenizer.encode(text)
 
-    def generate(self,
+    def generate(
+        self,
         text: str | Sequence[str],  # starts of documents
         *,
-        seed: int = 0,              # of the draw
-        **sampling: Any,            # max_new_tokens, temperature, top_p ... of `model.generate.rollout`
-    ) -> str | list[str]:           # new text only, one for each given
+        seed: int = 0,  # of the draw
+        **sampling: Any,  # max_new_tokens, temperature, top_p ... of `model.generate.rollout`
+    ) -> str | list[str]:  # new text only, one for each given
         "What the model writes after `text`. ValueError for a bad setting or too little room."
         return _continue(self, text, seed, sampling)
 
-    def logprob(self,
+    def logprob(
+        self,
         text: str,  # the start of a document
     ) -> LogProb:
         "How likely the model finds `text`. ValueError when it is longer than the model reads."
         logprobs = token_logprobs(self.lm, ids := self.encode(text))
-        return LogProb(float(logprobs.sum(dtype=np.float64)), logprobs, [self.tokenizer.piece(i) for i in ids[1:]])
+        return LogProb(
+            float(logprobs.sum(dtype=np.float64)),
+            logprobs,
+            [self.tokenizer.piece(i) for i in ids[1:]],
+        )
 
-    def routing(self,
+    def routing(
+        self,
         text: str,  # the start of a document
-    ) -> Routing:   # [l 2 1 t ...]
+    ) -> Routing:  # [l 2 1 t ...]
         "All maps while `text` is read. ValueError for a plain residual or a text that is too long."
         maps = _maps(self.lm, _row(ids := self.encode(text), self.lm.cfg.max_len))
         return jax.tree.map(lambda x: x[:, :, :, : len(ids)], maps)
 
-    def heatmap(self,
-        text: str,                  # the start of a document
-        token: int | None = None,   # position in it; None for the mean
+    def heatmap(
+        self,
+        text: str,  # the start of a document
+        token: int | None = None,  # position in it; None for the mean
     ) -> Picture:
         "H_res of every layer while `text` is read. ValueError as `routing`."
         return routing_heatmaps(self.routing(text), token)
@@ -115,7 +134,12 @@ class Model:
 def _continue(model, text, seed, sampling):
     texts = [text] if isinstance(text, str) else list(text)
     key, words = named_key(jax.random.key(seed), "generate"), model.tokenizer
-    never = {words.pad_id, words.bos_id, words.unk_id, *range(words.vocab_size, model.lm.cfg.vocab_size)}
+    never = {
+        words.pad_id,
+        words.bos_id,
+        words.unk_id,
+        *range(words.vocab_size, model.lm.cfg.vocab_size),
+    }
     never = tuple(sorted(never - {None, words.eos_id}))
     how = {"eos_id": words.eos_id, "forbidden": never, "key": key} | sampling
     tokens, lengths = generate(model.lm, [model.encode(t) for t in texts], **how)
@@ -124,16 +148,19 @@ def _continue(model, text, seed, sampling):
 
 # %% ../../nbs/lab/81_run.ipynb #c017
 def load(
-    run_dir: str | Path,     # as written by pretraining
-    step: int | None = None, # a saved step; the newest if None
+    run_dir: str | Path,  # as written by pretraining
+    step: int | None = None,  # a saved step; the newest if None
     *,
     tokenizer: str | Path | None = None,  # a `.model` file; the run's own copy if None
 ) -> Model:
     "The model of a run, every byte verified. FileNotFoundError, or ValueError, also for another tokenizer."
     lm, config = load_run(run_dir, step, tokenizer)
     path = tokenizer or own_tokenizer(run_dir) or config.tokenizer
-    if not path: raise ValueError(f"{run_dir}: the run has no tokenizer, expected tokenizer=FILE")
+    if not path:
+        raise ValueError(f"{run_dir}: the run has no tokenizer, expected tokenizer=FILE")
     pieces = load_tokenizer(path)
     if pieces.vocab_size > lm.cfg.vocab_size:
-        raise ValueError(f"{path}: {pieces.vocab_size} pieces, the model of {run_dir} has {lm.cfg.vocab_size}")
+        raise ValueError(
+            f"{path}: {pieces.vocab_size} pieces, the model of {run_dir} has {lm.cfg.vocab_size}"
+        )
     return Model(lm, config, pieces, Path(run_dir))

@@ -22,19 +22,36 @@ from ..maths.birkhoff import composite
 from ..model.mhc import Routing
 
 # %% ../../nbs/lab/80_viz.ipynb #c006
-_WIDTH = 4.8  # inches; at 9 points the letters stay readable when a phone shows this across its width
+_WIDTH = (
+    4.8  # inches; at 9 points the letters stay readable when a phone shows this across its width
+)
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # blue ... vermillion
 STYLE = {
-    "font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.4,
-    "axes.axisbelow": True, "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6,
-    "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.4,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
 }
 
 # %% ../../nbs/lab/80_viz.ipynb #c008
 class Picture(Figure):
     "A figure that shows itself in a notebook, once."
+
     def png(
         self,
         dpi: float = 100,  # dots per inch; 150 for a report that is read on dense screens
@@ -44,13 +61,15 @@ class Picture(Figure):
         self.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
         return file.getvalue()
 
-    def _repr_png_(self): return self.png(80)
+    def _repr_png_(self):
+        return self.png(80)
 
 # %% ../../nbs/lab/80_viz.ipynb #c009
 def styled(
     draw: Callable[..., Picture],  # makes a picture
 ) -> Callable[..., Picture]:
     "Runs `draw` and lays its picture out with the style in force; the global style stays as it was."
+
     @wraps(draw)
     def run(*args, **options):
         with rc_context(STYLE):
@@ -58,6 +77,7 @@ def styled(
             picture.draw_without_rendering()  # ticks are made here: later they would have the global style
             picture.set_layout_engine("none")  # every further drawing would move things a little
             return picture
+
     return run
 
 # %% ../../nbs/lab/80_viz.ipynb #c011
@@ -69,23 +89,36 @@ def _matrix(ax, h, numbers: bool):
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     for (i, j), value in np.ndenumerate(h if numbers else np.zeros((0, 0))):
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black", fontsize=8)
+        ax.text(
+            j,
+            i,
+            f"{value:.2f}",
+            ha="center",
+            va="center",
+            color="white" if value < 0.6 else "black",
+            fontsize=8,
+        )
     return image
 
 # %% ../../nbs/lab/80_viz.ipynb #c012
 @styled
 def heatmap(
     h: Float[Array, "n n"],  # a mixing matrix, rows are new streams
-    title: str = "H_res",    # what it is
+    title: str = "H_res",  # what it is
 ) -> Figure:
     "One mixing matrix with its entries and the extremes of its column sums. ValueError when it is not square."
     h = np.asarray(h, np.float64)
-    if h.ndim != 2 or h.shape[0] != h.shape[1]: raise ValueError(f"heatmap needs one square matrix, found {h.shape}")
+    if h.ndim != 2 or h.shape[0] != h.shape[1]:
+        raise ValueError(f"heatmap needs one square matrix, found {h.shape}")
     picture = Picture(figsize=(3.2, 3.0), layout="constrained")
     ax = picture.subplots()
     picture.colorbar(_matrix(ax, h, len(h) <= 6), ax=ax, shrink=0.8)
     sums = h.sum(0)
-    ax.set(title=title, ylabel="to stream", xlabel=f"from stream\ncolumn sums {sums.min():.3f} to {sums.max():.3f}")
+    ax.set(
+        title=title,
+        ylabel="to stream",
+        xlabel=f"from stream\ncolumn sums {sums.min():.3f} to {sums.max():.3f}",
+    )
     return picture
 
 # %% ../../nbs/lab/80_viz.ipynb #c016
@@ -94,13 +127,16 @@ def _per_sublayer(x) -> np.ndarray:
     x = np.asarray(x, np.float32)
     return x.reshape(-1, *x.shape[2:])
 
+
 def _over_tokens(
-    x: np.ndarray,      # [k b t n n]
+    x: np.ndarray,  # [k b t n n]
     token: int | None,  # position in the first text; None for the mean
 ) -> tuple[np.ndarray, str]:  # [k n n] and what it is in words
     "One matrix a sublayer; ValueError for a token that is not there."
-    if token is None: return x.mean((1, 2)), f"mean over {x.shape[1] * x.shape[2]} tokens"
-    if not 0 <= token < x.shape[2]: raise ValueError(f"{token=} is outside the text of {x.shape[2]} tokens")
+    if token is None:
+        return x.mean((1, 2)), f"mean over {x.shape[1] * x.shape[2]} tokens"
+    if not 0 <= token < x.shape[2]:
+        raise ValueError(f"{token=} is outside the text of {x.shape[2]} tokens")
     return x[:, 0, token], f"token {token}"
 
 # %% ../../nbs/lab/80_viz.ipynb #c017
@@ -112,15 +148,20 @@ def _grid(
 ) -> Picture:
     "Small heatmaps with one colour scale."
     rows, columns = (max(place[axis] for place in places) + 1 for axis in (0, 1))
-    picture = Picture(figsize=(_WIDTH * max(columns, 2) / 4 + 0.4, 0.7 + 1.22 * rows), layout="constrained")
+    picture = Picture(
+        figsize=(_WIDTH * max(columns, 2) / 4 + 0.4, 0.7 + 1.22 * rows), layout="constrained"
+    )
     axes = picture.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat: ax.set_axis_off()
+    for ax in axes.flat:
+        ax.set_axis_off()
     for h, name, place in zip(matrices, names, places):
         ax = axes[place]
         ax.set_axis_on()
         image = _matrix(ax, h, False)
         ax.set_title(name, fontsize=7, fontweight="normal")
-        ax.tick_params(labelleft=place[1] == 0, labelbottom=(place[0] + 1, place[1]) not in places, labelsize=7)
+        ax.tick_params(
+            labelleft=place[1] == 0, labelbottom=(place[0] + 1, place[1]) not in places, labelsize=7
+        )
     picture.colorbar(image, ax=axes, shrink=min(1, 1.6 / rows), aspect=12)
     picture.suptitle(title, fontsize=9, fontweight="bold", x=0.01, ha="left")
     picture.supxlabel("from stream", fontsize=8)
@@ -130,7 +171,7 @@ def _grid(
 # %% ../../nbs/lab/80_viz.ipynb #c018
 @styled
 def routing_heatmaps(
-    routing: Routing,          # from lm.routing
+    routing: Routing,  # from lm.routing
     token: int | None = None,  # position in the first text; None for the mean over all tokens
 ) -> Figure:
     "H_res of every layer: attention above, FFN below, four layers side by side. ValueError for a token out of range."
@@ -143,9 +184,9 @@ def routing_heatmaps(
 # %% ../../nbs/lab/80_viz.ipynb #c023
 @styled
 def composite_heatmaps(
-    routing: Routing,          # from lm.routing
+    routing: Routing,  # from lm.routing
     token: int | None = None,  # position in the first text; None for the mean over all tokens
-    count: int = 8,            # products shown at most, evenly spaced, first and last included
+    count: int = 8,  # products shown at most, evenly spaced, first and last included
 ) -> Figure:
     "Product of H_res over depth: what is left of each stream without the sublayers' outputs."
     h, what = _over_tokens(np.asarray(composite(_per_sublayer(routing.res))), token)
@@ -166,12 +207,19 @@ def gain_plot(
     bands = ("col", COLOURS[5], "//", "columns: backward"), ("row", COLOURS[0], "", "rows: forward")
     for name, colour, hatch, label in bands:
         low, high = gain[f"{name}_min"], gain[f"{name}_max"]
-        ax.fill_between(range(len(low)), low, high, fc=colour, ec=colour, alpha=0.3, hatch=hatch, label=label)
-        for edge in (low, high): ax.plot(edge, color=colour, marker=".")
+        ax.fill_between(
+            range(len(low)), low, high, fc=colour, ec=colour, alpha=0.3, hatch=hatch, label=label
+        )
+        for edge in (low, high):
+            ax.plot(edge, color=colour, marker=".")
     ax.axhline(1, color="black", lw=0.8)
     low, high = ax.get_ylim()
-    ax.set(ylim=(min(low, 0.9), max(high, 1.1)), xlabel="sublayers multiplied", ylabel="smallest to largest sum",
-           title="Gain of the residual path: 1 is neither growth nor loss")
+    ax.set(
+        ylim=(min(low, 0.9), max(high, 1.1)),
+        xlabel="sublayers multiplied",
+        ylabel="smallest to largest sum",
+        title="Gain of the residual path: 1 is neither growth nor loss",
+    )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
     return picture
@@ -180,7 +228,9 @@ def gain_plot(
 def _statistics(stats, *names) -> dict[str, np.ndarray]:
     "The named statistics as arrays; ValueError lists those that are missing."
     if missing := [name for name in names if name not in stats]:
-        raise ValueError(f"routing statistics lack {', '.join(missing)}, found {', '.join(stats) or 'none'}")
+        raise ValueError(
+            f"routing statistics lack {', '.join(missing)}, found {', '.join(stats) or 'none'}"
+        )
     return {name: np.asarray(stats[name], np.float64) for name in names}
 
 # %% ../../nbs/lab/80_viz.ipynb #c032
@@ -190,19 +240,35 @@ def drift_plot(
 ) -> Figure:
     "Distance of H_res to identity and to uniform over the steps, a line a sublayer. ValueError without such lines."
     rows = [row for row in metrics if row.get("routing")]
-    if not rows: raise ValueError(f"none of {len(metrics)} lines has 'routing': plain residual, or not validated")
-    steps, data = [row["step"] for row in rows], [_statistics(row["routing"], "identity", "uniform") for row in rows]
+    if not rows:
+        raise ValueError(
+            f"none of {len(metrics)} lines has 'routing': plain residual, or not validated"
+        )
+    steps, data = (
+        [row["step"] for row in rows],
+        [_statistics(row["routing"], "identity", "uniform") for row in rows],
+    )
     picture = Picture(figsize=(_WIDTH, 3.6), layout="constrained")
     axes = picture.subplots(2, 1, sharex=True)
-    for ax, name, meaning in zip(axes, ("identity", "uniform"), ("streams do not mix", "streams become equal")):
+    for ax, name, meaning in zip(
+        axes, ("identity", "uniform"), ("streams do not mix", "streams become equal")
+    ):
         lines = np.array([one[name] for one in data]).T
-        for k, line in enumerate(lines): ax.plot(steps, line, color=_depth(k, len(lines)), ls=("-", "--")[k % 2])
-        ax.set(ylim=(0, None), ylabel="Frobenius distance", title=f"Distance to {name} (0: {meaning})")
+        for k, line in enumerate(lines):
+            ax.plot(steps, line, color=_depth(k, len(lines)), ls=("-", "--")[k % 2])
+        ax.set(
+            ylim=(0, None), ylabel="Frobenius distance", title=f"Distance to {name} (0: {meaning})"
+        )
     axes[1].set(xlabel="training steps")
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     ends = axes[0].lines[:: max(len(lines) - 1, 1)]
-    picture.legend(ends, [f"sublayer {k}" for k in (0, len(lines) - 1)], loc="outside lower left", ncols=2,
-                   title="dark to light: depth; solid: attention, dashed: FFN")
+    picture.legend(
+        ends,
+        [f"sublayer {k}" for k in (0, len(lines) - 1)],
+        loc="outside lower left",
+        ncols=2,
+        title="dark to light: depth; solid: attention, dashed: FFN",
+    )
     return picture
 
 # %% ../../nbs/lab/80_viz.ipynb #c033
@@ -220,10 +286,22 @@ def stream_usage(
     picture = Picture(figsize=(_WIDTH, 2.6), layout="constrained")
     ax = picture.subplots()
     for stream, (share, below) in enumerate(zip(shares.T, (shares.cumsum(1) - shares).T)):
-        ax.bar(range(len(share)), share, bottom=below, color=COLOURS[stream % 6], edgecolor="white", label=f"{stream}")
-    for k in range(1, shares.shape[1]): ax.axhline(k / shares.shape[1], color="black", lw=0.8, ls=":")
-    ax.set(xlabel="sublayer (even: attention, odd: FFN)", ylabel="share of H_pre", ylim=(0, 1),
-           title="What each sublayer reads (dotted: equal shares)")
+        ax.bar(
+            range(len(share)),
+            share,
+            bottom=below,
+            color=COLOURS[stream % 6],
+            edgecolor="white",
+            label=f"{stream}",
+        )
+    for k in range(1, shares.shape[1]):
+        ax.axhline(k / shares.shape[1], color="black", lw=0.8, ls=":")
+    ax.set(
+        xlabel="sublayer (even: attention, odd: FFN)",
+        ylabel="share of H_pre",
+        ylim=(0, 1),
+        title="What each sublayer reads (dotted: equal shares)",
+    )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     picture.legend(loc="outside right center", title="stream")
     return picture
@@ -231,24 +309,40 @@ def stream_usage(
 # %% ../../nbs/lab/80_viz.ipynb #c040
 @styled
 def loss_plot(
-    runs: Mapping[str, Sequence[Mapping]] | Sequence[Mapping],  # lines of metrics.jsonl, or several by name
+    runs: Mapping[str, Sequence[Mapping]]
+    | Sequence[Mapping],  # lines of metrics.jsonl, or several by name
     x: Literal["tokens", "time_s"] = "tokens",  # what the loss is drawn against
 ) -> Figure:
     "Training loss (thin) and validation loss (dots). ValueError for another `x` or without a loss."
-    labels = {"tokens": ("training tokens", "Loss against tokens"), "time_s": ("training seconds", "Loss against time")}
-    if x not in labels: raise ValueError(f"{x=}, expected one of {[*labels]}")
+    labels = {
+        "tokens": ("training tokens", "Loss against tokens"),
+        "time_s": ("training seconds", "Loss against time"),
+    }
+    if x not in labels:
+        raise ValueError(f"{x=}, expected one of {[*labels]}")
     runs = runs if isinstance(runs, Mapping) else {"": runs}
     picture = Picture(figsize=(_WIDTH, 2.9), layout="constrained")
     ax = picture.subplots()
     for (name, rows), colour, marker in zip(runs.items(), COLOURS, "osD^vP"):
-        for key, look in (("loss", dict(alpha=0.6, lw=1)), ("val_loss", dict(ls="", marker=marker, ms=5))):
-            points = [(row[x], row[key]) for row in rows if row.get(key) is not None and row.get(x) is not None]
+        for key, look in (
+            ("loss", dict(alpha=0.6, lw=1)),
+            ("val_loss", dict(ls="", marker=marker, ms=5)),
+        ):
+            points = [
+                (row[x], row[key])
+                for row in rows
+                if row.get(key) is not None and row.get(x) is not None
+            ]
             label = f"{name} {'training' if key == 'loss' else 'validation'}".strip()
-            if points: ax.plot(*zip(*points), color=colour, label=label, **look)
-    if not ax.lines: raise ValueError(f"no line of {', '.join(runs) or 'no run'} has a loss and {x!r}")
+            if points:
+                ax.plot(*zip(*points), color=colour, label=label, **look)
+    if not ax.lines:
+        raise ValueError(f"no line of {', '.join(runs) or 'no run'} has a loss and {x!r}")
     ax.set(xlabel=labels[x][0], ylabel="nats per token (log scale)", title=labels[x][1])
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.set_yscale("log", base=2)  # a difference late in training would vanish beside the fall at the start
+    ax.set_yscale(
+        "log", base=2
+    )  # a difference late in training would vanish beside the fall at the start
     ax.yaxis.set_major_locator(MaxNLocator(7))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.legend()
@@ -257,22 +351,28 @@ def loss_plot(
 # %% ../../nbs/lab/80_viz.ipynb #c044
 @styled
 def discovery_plot(
-    metrics: Sequence[Mapping],         # records of a search, one a round
-    best_known: float | None = None,    # value of others, drawn as a line
+    metrics: Sequence[Mapping],  # records of a search, one a round
+    best_known: float | None = None,  # value of others, drawn as a line
 ) -> Figure:
     "Best value, shares of answers, beta and KL over the rounds. ValueError without records."
-    if not metrics: raise ValueError("no round was recorded, so there is nothing to draw")
+    if not metrics:
+        raise ValueError("no round was recorded, so there is nothing to draw")
     column = lambda name: [np.nan if row.get(name) is None else row[name] for row in metrics]
     x, picture = column("rollouts"), Picture(figsize=(_WIDTH, 4.2), layout="constrained")
     axes = picture.subplots(2, 2)
-    panels = {"Best so far": ("best_value",), "Share of answers": ("valid", "distinct", "ties"),
-              "Median beta": ("beta",), "Nats from the base": ("kl",)}
+    panels = {
+        "Best so far": ("best_value",),
+        "Share of answers": ("valid", "distinct", "ties"),
+        "Median beta": ("beta",),
+        "Nats from the base": ("kl",),
+    }
     for ax, (title, names) in zip(axes.flat, panels.items()):
         for name, colour, look in zip(names, COLOURS, ("-", "--", ":")):
             ax.plot(x, column(name), look, color=colour, label=name)
         ax.set_title(title)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if best_known is not None: axes[0, 0].axhline(best_known, color="black", lw=0.8, ls="--")
+    if best_known is not None:
+        axes[0, 0].axhline(best_known, color="black", lw=0.8, ls="--")
     axes[0, 1].set_ylim(0, 1)
     axes[0, 1].legend()
     picture.supxlabel("answers", fontsize=9)
@@ -284,40 +384,61 @@ def archive_tree(
     nodes: Sequence[Any],  # of an archive: objects or dicts with id, parent, reward, visits
 ) -> Figure:
     "Rewards of all states in order of arrival, joined to their parents. ValueError for an empty archive."
-    if not nodes: raise ValueError("an archive without states cannot be drawn")
+    if not nodes:
+        raise ValueError("an archive without states cannot be drawn")
     rows = [node if isinstance(node, Mapping) else vars(node) for node in nodes]
     line, at = set(), max(rows, key=lambda row: row["reward"])["id"]
-    while at is not None: line.add(at); at = rows[at]["parent"]
+    while at is not None:
+        line.add(at)
+        at = rows[at]["parent"]
     picture = Picture(figsize=(_WIDTH, 2.8), layout="constrained")
     ax, reward = picture.subplots(), [row["reward"] for row in rows]
     for row in (row for row in rows if row["parent"] is not None):
-        style = dict(color=COLOURS[5], lw=1.8, zorder=2) if row["id"] in line else dict(color="0.75", lw=0.6, zorder=1)
+        style = (
+            dict(color=COLOURS[5], lw=1.8, zorder=2)
+            if row["id"] in line
+            else dict(color="0.75", lw=0.6, zorder=1)
+        )
         ax.plot([row["parent"], row["id"]], [reward[row["parent"]], reward[row["id"]]], **style)
-    dots = ax.scatter(range(len(rows)), reward, c=[row["visits"] for row in rows], s=9, cmap="viridis", zorder=3)
+    dots = ax.scatter(
+        range(len(rows)), reward, c=[row["visits"] for row in rows], s=9, cmap="viridis", zorder=3
+    )
     picture.colorbar(dots, label="expansions")
     low = min([reward[i] for i in range(len(rows)) if rows[i]["parent"] is not None] or reward)
-    ax.set(xlabel="order of arrival", ylabel="reward", title="The archive, the line of its best in red",
-           ylim=(low - 0.05 * (max(reward) - low) - 1e-9, None))
+    ax.set(
+        xlabel="order of arrival",
+        ylabel="reward",
+        title="The archive, the line of its best in red",
+        ylim=(low - 0.05 * (max(reward) - low) - 1e-9, None),
+    )
     return picture
 
 # %% ../../nbs/lab/80_viz.ipynb #c050
 @styled
 def arms_plot(
-    runs: Sequence[Mapping],          # of discover.arms: arm, rollouts, best_value by round
+    runs: Sequence[Mapping],  # of discover.arms: arm, rollouts, best_value by round
     best_known: float | None = None,  # value of others, drawn as a line
 ) -> Figure:
     "Best value so far of each arm against the answers it asked for. ValueError without runs."
-    if not runs: raise ValueError("no run of any arm, so there is nothing to draw")
+    if not runs:
+        raise ValueError("no run of any arm, so there is nothing to draw")
     picture = Picture(figsize=(_WIDTH, 3.2), layout="constrained")
     ax = picture.subplots()
     for arm, colour in zip(dict.fromkeys(run["arm"] for run in runs), COLOURS):
         mine = [run for run in runs if run["arm"] == arm]
-        lines = np.array([[np.nan if v is None else v for v in run["best_value"]] for run in mine], float)
+        lines = np.array(
+            [[np.nan if v is None else v for v in run["best_value"]] for run in mine], float
+        )
         x = np.linspace(0, mine[0]["rollouts"], lines.shape[1] + 1)[1:]
         ax.plot(x, lines.mean(0), color=colour, label=arm)
         ax.fill_between(x, lines.min(0), lines.max(0), color=colour, alpha=0.15, lw=0)
-    if best_known is not None: ax.axhline(best_known, color="black", lw=0.8, ls="--", label="best known")
-    ax.set(xlabel="answers, failures included", ylabel="best value so far", title="Mean over seeds, and their range")
+    if best_known is not None:
+        ax.axhline(best_known, color="black", lw=0.8, ls="--", label="best known")
+    ax.set(
+        xlabel="answers, failures included",
+        ylabel="best value so far",
+        title="Mean over seeds, and their range",
+    )
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.legend()
     return picture

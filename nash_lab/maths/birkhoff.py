@@ -30,13 +30,15 @@ def permutations(
     n: int,  # streams; there are n! matrices, so 5 at most
 ) -> Float[Array, "p n n"]:  # float32, the identity first
     "All permutation matrices of size n, the vertices of the Birkhoff polytope. ValueError outside 1 to 5."
-    if not 1 <= n <= 5: raise ValueError(f"{n=} is outside 1 to 5: there are n! permutations")
+    if not 1 <= n <= 5:
+        raise ValueError(f"{n=} is outside 1 to 5: there are n! permutations")
     return jnp.eye(n)[jnp.array(list(itertools.permutations(range(n))))]
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c024
 def _columns(k, u):
     "sum_i K_ij u_i for every column: n slices added, because XLA's CPU code for reducing so short an axis is slow."
     return reduce(operator.add, [k[i] * u[i][None] for i in range(k.shape[0])])
+
 
 def _rows(k, v):
     "sum_j K_ij v_j for every row."
@@ -45,7 +47,9 @@ def _rows(k, v):
 # %% ../../nbs/maths/05_birkhoff.ipynb #c026
 def _start(logits):
     "Kernel with a 1 in every row and column, and the scales u, v for which u K v = exp(L)."
-    limit = 0.9 * math.log(jnp.finfo(logits.dtype).max)   # exp of it is finite, and so is 1 / exp of it
+    limit = 0.9 * math.log(
+        jnp.finfo(logits.dtype).max
+    )  # exp of it is finite, and so is 1 / exp of it
     f = logits.max(0)
     g = (logits - f[None]).max(1)
     k = jnp.exp((logits - f[None]) - g[:, None])
@@ -63,13 +67,17 @@ def _round(k, u, v, eps):
 def _sinkhorn(logits, n_iters, eps):
     "Sinkhorn of float32 or float64 logits [n, n, *m]."
     k, u, v = _start(logits)
+
     def step(_, scales):
         d, e = _round(k, *scales, eps)
         return 1 / d, 1 / e
+
     u, v = lax.fori_loop(0, n_iters, step, (u, v))
     return u[:, None] * k * v[None]
 
-def _sinkhorn_forward(logits, n_iters, eps): return _sinkhorn(logits, n_iters, eps), logits
+
+def _sinkhorn_forward(logits, n_iters, eps):
+    return _sinkhorn(logits, n_iters, eps), logits
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c033
 def _undo(k, eps, carry, scales):
@@ -87,60 +95,74 @@ def _undo(k, eps, carry, scales):
 def _sinkhorn_backward(n_iters, eps, logits, grad):
     "Compute the scales of every iteration again, then reverse the iterations, last first."
     k, u, v = _start(logits)
+
     def step(scales, _):
         d, e = _round(k, *scales, eps)
         return (1 / d, 1 / e), scales
+
     (u, v), before = lax.scan(step, (u, v), length=n_iters)
     gk = grad * (u[:, None] * v[None])
     carry = (gk * k).sum(1), (gk * k).sum(0), gk
     (_, _, gk), _ = lax.scan(partial(_undo, k, eps), carry, before, reverse=True)
     return (gk * k,)
 
+
 _sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c036
 def sinkhorn_leading(
     logits: Float[Array, "n n *m"],  # rows, columns, then any axes; a long last one vectorises best
-    n_iters: int = 20,               # iterations T (paper: 20)
-    eps: float = 0.0,                # added to every sum; 0 is the paper, 1e-6 DeepSeek's code
-) -> Float[Array, "n n *m"]:         # rows sum to 1, columns nearly; float32, or float64 for float64 logits
+    n_iters: int = 20,  # iterations T (paper: 20)
+    eps: float = 0.0,  # added to every sum; 0 is the paper, 1e-6 DeepSeek's code
+) -> Float[
+    Array, "n n *m"
+]:  # rows sum to 1, columns nearly; float32, or float64 for float64 logits
     "Sinkhorn (paper Eq. 9) with the matrix axes in front. ValueError for a matrix that is not square or `n_iters` < 1."
     if logits.ndim < 2 or logits.shape[0] != logits.shape[1]:
-        raise ValueError(f"sinkhorn needs square matrices, found {logits.shape[:2]} in shape {logits.shape}")
-    if n_iters < 1: raise ValueError(f"{n_iters=} must be at least 1")
+        raise ValueError(
+            f"sinkhorn needs square matrices, found {logits.shape[:2]} in shape {logits.shape}"
+        )
+    if n_iters < 1:
+        raise ValueError(f"{n_iters=} must be at least 1")
     dtype = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
     return _sinkhorn(logits.astype(dtype), int(n_iters), float(eps))
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c037
 def sinkhorn(
     logits: Float[Array, "*m n n"],  # any finite numbers
-    n_iters: int = 20,               # iterations T (paper: 20)
-    eps: float = 0.0,                # added to every sum; 0 is the paper, 1e-6 DeepSeek's code
-) -> Float[Array, "*m n n"]:         # rows sum to 1, columns nearly; float32, or float64 for float64 logits
+    n_iters: int = 20,  # iterations T (paper: 20)
+    eps: float = 0.0,  # added to every sum; 0 is the paper, 1e-6 DeepSeek's code
+) -> Float[
+    Array, "*m n n"
+]:  # rows sum to 1, columns nearly; float32, or float64 for float64 logits
     "Doubly stochastic matrices: exp, then columns, then rows last (paper Eq. 9). ValueError as `sinkhorn_leading`."
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
-        raise ValueError(f"sinkhorn needs square matrices, found {logits.shape[-2:]} in shape {logits.shape}")
+        raise ValueError(
+            f"sinkhorn needs square matrices, found {logits.shape[-2:]} in shape {logits.shape}"
+        )
     h = sinkhorn_leading(jnp.moveaxis(logits, (-2, -1), (0, 1)), n_iters, eps)
     return jnp.moveaxis(h, (0, 1), (-2, -1))
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c042
 def composite(
     h: Float[Array, "l *m n n"],  # one matrix a layer, first layer first
-) -> Float[Array, "l *m n n"]:    # entry i is H_i ... H_1 H_0
+) -> Float[Array, "l *m n n"]:  # entry i is H_i ... H_1 H_0
     "Running product over depth: what the residual path alone does to the streams up to each layer."
     return lax.associative_scan(lambda first, then: jnp.matmul(then, first, precision="highest"), h)
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c044
 class Gains(NamedTuple):
     "Extremes of the row sums (forward gain) and of the column sums (backward gain)."
+
     row_max: Float[Array, "*m"]
     row_min: Float[Array, "*m"]
     col_max: Float[Array, "*m"]
     col_min: Float[Array, "*m"]
 
+
 def gains(
     h: Float[Array, "*m n n"],  # non-negative matrices, often the running product of many layers
-) -> Gains:                     # 1 everywhere for doubly stochastic matrices
+) -> Gains:  # 1 everywhere for doubly stochastic matrices
     "How much a matrix amplifies or attenuates a signal (rows) and a gradient (columns); the maxima are the paper's."
     rows, cols = h.sum(-1), h.sum(-2)
     return Gains(rows.max(-1), rows.min(-1), cols.max(-1), cols.min(-1))
@@ -148,12 +170,15 @@ def gains(
 # %% ../../nbs/maths/05_birkhoff.ipynb #c047
 def distance_to_identity(
     h: Float[Array, "*m n n"],  # matrices
-) -> Float[Array, "*m"]:        # Frobenius norm of H - I; 0 to sqrt(2 n) inside the polytope
+) -> Float[Array, "*m"]:  # Frobenius norm of H - I; 0 to sqrt(2 n) inside the polytope
     "How much the streams mix: 0 means not at all."
-    return jnp.sqrt(((h - jnp.broadcast_to(jnp.eye(h.shape[-1], dtype=h.dtype), h.shape)) ** 2).sum((-2, -1)))
+    return jnp.sqrt(
+        ((h - jnp.broadcast_to(jnp.eye(h.shape[-1], dtype=h.dtype), h.shape)) ** 2).sum((-2, -1))
+    )
+
 
 def distance_to_uniform(
     h: Float[Array, "*m n n"],  # matrices
-) -> Float[Array, "*m"]:        # Frobenius norm of H - 1/n; 0 to sqrt(n - 1) inside the polytope
+) -> Float[Array, "*m"]:  # Frobenius norm of H - 1/n; 0 to sqrt(n - 1) inside the polytope
     "How different the mixed streams stay: 0 means that all become equal."
     return jnp.sqrt(((h - 1 / h.shape[-1]) ** 2).sum((-2, -1)))

@@ -12,11 +12,12 @@ from jaxtyping import Array, Bool, Float
 
 # %% ../../nbs/maths/06_nash.ipynb #c008
 def simplex_projection(
-    x: Float[Array, "*m l"],                   # any finite numbers
+    x: Float[Array, "*m l"],  # any finite numbers
     where: Bool[Array, "*m l"] | None = None,  # entries that take part, at least one in each row
-) -> Float[Array, "*m l"]:                     # not negative, sums to one; 0 where not taking part
+) -> Float[Array, "*m l"]:  # not negative, sums to one; 0 where not taking part
     "The nearest point of the probability simplex (Duchi et al. 2008, in closed form)."
-    if where is not None: x = jnp.where(where, x, -jnp.inf)
+    if where is not None:
+        x = jnp.where(where, x, -jnp.inf)
     u = jnp.flip(jnp.sort(x, axis=-1), axis=-1)
     k = jnp.broadcast_to(jnp.arange(1, x.shape[-1] + 1, dtype=x.dtype), x.shape)
     theta = jnp.max((jnp.cumsum(u, axis=-1) - 1) / k, axis=-1, keepdims=True)
@@ -25,30 +26,33 @@ def simplex_projection(
 # %% ../../nbs/maths/06_nash.ipynb #c018
 def sparsity(
     weights: Float[Array, "*m l"],  # sum to one
-) -> Float[Array, "*m"]:            # 0 at a corner, 1 - 1/L for equal weights
+) -> Float[Array, "*m"]:  # 0 at a corner, 1 - 1/L for equal weights
     "1 - sum of squares: a penalty on spread-out weights which, unlike the L1 norm, has a gradient."
     return 1 - jnp.square(weights).sum(-1)
 
 # %% ../../nbs/maths/06_nash.ipynb #c023
 def mix(
-    weights: Float[Array, "*m l"],    # of each player, sum to one
+    weights: Float[Array, "*m l"],  # of each player, sum to one
     outputs: Float[Array, "*m l c"],  # what each player proposes
-) -> Float[Array, "*m c"]:            # dtype of `outputs`
+) -> Float[Array, "*m c"]:  # dtype of `outputs`
     "The consensus: the weighted mean of the outputs, summed in the dtype of the weights."
-    return jnp.einsum("...l,...lc->...c", weights, outputs.astype(weights.dtype)).astype(outputs.dtype)
+    return jnp.einsum("...l,...lc->...c", weights, outputs.astype(weights.dtype)).astype(
+        outputs.dtype
+    )
+
 
 def best_response(
-    errors: Float[Array, "*m l"],              # of each player, not negative
-    temperature: float = 1.0,                  # tau; towards 0 the nearest player takes all
+    errors: Float[Array, "*m l"],  # of each player, not negative
+    temperature: float = 1.0,  # tau; towards 0 the nearest player takes all
     where: Bool[Array, "*m l"] | None = None,  # players that take part
-) -> Float[Array, "*m l"]:                     # sums to one; 0 where not taking part
+) -> Float[Array, "*m l"]:  # sums to one; 0 where not taking part
     "Weights that answer the errors: softmax(-errors / temperature)."
     return jax.nn.softmax(-errors / temperature, axis=-1, where=where)
 
 # %% ../../nbs/maths/06_nash.ipynb #c028
 def safe_sqrt(
     x: Float[Array, "*m"],  # squares; rounding may have made them slightly negative
-    tiny: float = 1e-12,    # at or below it the root counts as 0
+    tiny: float = 1e-12,  # at or below it the root counts as 0
 ) -> Float[Array, "*m"]:
     "Square root whose value and gradient are 0, not NaN, at zero and below."
     above = x > tiny
@@ -56,21 +60,24 @@ def safe_sqrt(
 
 # %% ../../nbs/maths/06_nash.ipynb #c031
 def gram(
-    outputs: Float[Array, "*m l c"],           # of each player
+    outputs: Float[Array, "*m l c"],  # of each player
     where: Bool[Array, "*m l"] | None = None,  # players that take part, at least one
-) -> Float[Array, "*m l l"]:                   # float32, or float64 for float64 outputs
+) -> Float[Array, "*m l l"]:  # float32, or float64 for float64 outputs
     "Inner products of the centred outputs over the mean squared length of an output: free of size and scale."
     y = outputs if outputs.dtype == jnp.float64 else outputs.astype(jnp.float32)
     share = jnp.ones(y.shape[:-1], y.dtype) if where is None else where.astype(y.dtype)
     share = share / share.sum(-1, keepdims=True)
     size = jnp.einsum("...l,...lc,...lc->...", share, y, y)[..., None, None]
     y = y - jnp.einsum("...l,...lc->...c", share, y)[..., None, :]
-    products = jnp.einsum("...lc,...jc->...lj", y, y, precision="highest")  # what is nearly equal must cancel
+    products = jnp.einsum(
+        "...lc,...jc->...lj", y, y, precision="highest"
+    )  # what is nearly equal must cancel
     return products / jnp.where(size > 0, size, 1)
+
 
 def errors(
     products: Float[Array, "*m l l"],  # from `gram`
-    weights: Float[Array, "*m l"],     # sum to one
+    weights: Float[Array, "*m l"],  # sum to one
 ) -> Float[Array, "*m l"]:
     "Distance of each output from the consensus, as a share of the size of an output."
     cross = jnp.einsum("...lj,...j->...l", products, weights)
@@ -79,14 +86,16 @@ def errors(
 
 # %% ../../nbs/maths/06_nash.ipynb #c033
 def nash_weights(
-    outputs: Float[Array, "*m l c"],           # of each player
-    steps: int = 3,                            # rounds of best responses, as in the public code
-    temperature: float = 1.0,                  # tau; at 1/2 and below there can be several equilibria
+    outputs: Float[Array, "*m l c"],  # of each player
+    steps: int = 3,  # rounds of best responses, as in the public code
+    temperature: float = 1.0,  # tau; at 1/2 and below there can be several equilibria
     where: Bool[Array, "*m l"] | None = None,  # players that take part, at least one
-) -> Float[Array, "*m l"]:                     # sums to one; 0 where not taking part; dtype of `gram`
+) -> Float[Array, "*m l"]:  # sums to one; 0 where not taking part; dtype of `gram`
     "Weights after `steps` rounds from equal ones; differentiable. ValueError for negative steps or tau not above 0."
-    if steps < 0 or not temperature > 0: raise ValueError(f"{steps=} and {temperature=}, expected >= 0 and > 0")
+    if steps < 0 or not temperature > 0:
+        raise ValueError(f"{steps=} and {temperature=}, expected >= 0 and > 0")
     products = gram(outputs, where)
     weights = best_response(jnp.zeros(products.shape[:-1], products.dtype), temperature, where)
-    for _ in range(steps): weights = best_response(errors(products, weights), temperature, where)
+    for _ in range(steps):
+        weights = best_response(errors(products, weights), temperature, where)
     return weights

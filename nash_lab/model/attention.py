@@ -18,18 +18,23 @@ from .layers import Linear, RMSNorm, RopeConfig, rope, rope_frequencies, wide
 
 # %% ../../nbs/model/11_attention.ipynb #c008
 def attention(
-    q: Float[Array, "b t h k"],     # queries
-    k: Float[Array, "b s g k"],     # keys, g divides h
-    v: Float[Array, "b s g k"],     # values
+    q: Float[Array, "b t h k"],  # queries
+    k: Float[Array, "b s g k"],  # keys, g divides h
+    v: Float[Array, "b s g k"],  # values
     mask: Bool[Array, "#b 1 t s"],  # True: visible
-) -> Float[Array, "b t h k"]:       # dtype of `q`
+) -> Float[Array, "b t h k"]:  # dtype of `q`
     "Softmax attention with grouped key/value heads (2305.13245); zeros where a query sees nothing."
     b, t, h, width = q.shape
     s, g = k.shape[1:3]
     q = q.reshape(b, t, g, h // g, width).transpose(0, 2, 3, 1, 4).reshape(b, g, h // g * t, width)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # heads first: faster on CPU than time first
+    k, v = (
+        k.transpose(0, 2, 1, 3),
+        v.transpose(0, 2, 1, 3),
+    )  # heads first: faster on CPU than time first
     score = jnp.einsum("bgtk,bgsk->bgts", q, k, preferred_element_type=wide(q).dtype) * width**-0.5
-    score = jnp.where(mask[:, :, None], score.reshape(b, g, h // g, t, s), -1e30)  # finite: no NaN in the gradient
+    score = jnp.where(
+        mask[:, :, None], score.reshape(b, g, h // g, t, s), -1e30
+    )  # finite: no NaN in the gradient
     weight = jax.nn.softmax(score, axis=-1).astype(q.dtype).reshape(b, g, h // g * t, s)
     y = jnp.einsum("bgts,bgsk->bgtk", weight, v).reshape(b, g, h // g, t, width)
     y = y.transpose(0, 3, 1, 2, 4).reshape(b, t, h, width)
@@ -38,34 +43,40 @@ def attention(
 # %% ../../nbs/model/11_attention.ipynb #c014
 def causal_mask(
     positions: Int[Array, "b t"],  # of the queries
-    length: int,                   # number of cache slots s
+    length: int,  # number of cache slots s
 ) -> Bool[Array, "b 1 t s"]:
     "Slot s is visible to position p if s <= p."
     return jnp.arange(length)[None, None, None, :] <= positions[:, None, :, None]
 
 
 def attention_mask(
-    positions: Int[Array, "b t"],                # of queries and keys, which are the same tokens
-    segments: Int[Array, "b t"] | None = None,   # document of each token, from 1; 0 is padding
+    positions: Int[Array, "b t"],  # of queries and keys, which are the same tokens
+    segments: Int[Array, "b t"] | None = None,  # document of each token, from 1; 0 is padding
 ) -> Bool[Array, "b 1 t t"]:
     "Causal within a document; padding (segment 0) neither sees nor is seen."
-    t = positions.shape[1]  # order in the array is order in time; positions may restart with each document
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool))[None, None], (positions.shape[0], 1, t, t))
-    if segments is None: return causal
+    t = positions.shape[
+        1
+    ]  # order in the array is order in time; positions may restart with each document
+    causal = jnp.broadcast_to(
+        jnp.tril(jnp.ones((t, t), bool))[None, None], (positions.shape[0], 1, t, t)
+    )
+    if segments is None:
+        return causal
     same = segments[:, None, None, :] == segments[:, None, :, None]
     return causal & same & (segments != 0)[:, None, None, :]
 
 # %% ../../nbs/model/11_attention.ipynb #c021
 class KVCache(NamedTuple):
     "Keys (already rotated) and values of the tokens so far; slot = position."
-    k: Float[Array, "*l b s g k"]        # of one layer, or of all layers with a leading axis
+
+    k: Float[Array, "*l b s g k"]  # of one layer, or of all layers with a leading axis
     v: Float[Array, "*l b s g k"]
     layer: Int[Array, ""] | None = None  # with a leading axis: the layer that is meant
 
 
 def empty_cache(
-    batch: int,     # rows
-    length: int,    # slots s, one more than the last position
+    batch: int,  # rows
+    length: int,  # slots s, one more than the last position
     kv_heads: int,  # g
     head_dim: int,  # k
     dtype: jnp.dtype = jnp.float32,  # compute dtype
@@ -75,9 +86,9 @@ def empty_cache(
 
 # %% ../../nbs/model/11_attention.ipynb #c022
 def write_cache(
-    cache: KVCache,                # old
-    k: Float[Array, "b t g k"],    # new keys
-    v: Float[Array, "b t g k"],    # new values
+    cache: KVCache,  # old
+    k: Float[Array, "b t g k"],  # new keys
+    v: Float[Array, "b t g k"],  # new values
     positions: Int[Array, "b t"],  # where to; positions past the end are dropped
 ) -> KVCache:
     "Each token into the slot of its position; nothing else is touched."
@@ -91,14 +102,15 @@ def read_cache(
     cache: KVCache,
 ) -> tuple[Float[Array, "b s g k"], Float[Array, "b s g k"]]:
     "Keys and values of the layer that is meant."
-    if cache.layer is None: return cache.k, cache.v
+    if cache.layer is None:
+        return cache.k, cache.v
     return tuple(jax.lax.dynamic_index_in_dim(a, cache.layer, keepdims=False) for a in cache[:2])
 
 
 def cache_bytes(
-    batch: int,     # rows
-    length: int,    # slots
-    layers: int,    # l
+    batch: int,  # rows
+    length: int,  # slots
+    layers: int,  # l
     kv_heads: int,  # g
     head_dim: int,  # k
     dtype: jnp.dtype = jnp.bfloat16,  # of the stored keys and values
@@ -109,22 +121,24 @@ def cache_bytes(
 # %% ../../nbs/model/11_attention.ipynb #c030
 class GQA(nnx.Module):
     "Grouped-query attention with rotary positions (2305.13245). ValueError if heads do not fit."
+
     def __init__(
         self,
-        width: int,        # d
-        heads: int,        # h
-        kv_heads: int,     # g, divides h; g = h is plain multi-head attention, g = 1 multi-query
-        head_dim: int,     # k, even
+        width: int,  # d
+        heads: int,  # h
+        kv_heads: int,  # g, divides h; g = h is plain multi-head attention, g = 1 multi-query
+        head_dim: int,  # k, even
         *,
         rope: RopeConfig,  # positions
-        std: float,        # of the query, key and value maps
-        out_std: float,    # of the output map
+        std: float,  # of the query, key and value maps
+        out_std: float,  # of the output map
         qkv_bias: bool = False,  # of the query, key and value maps, as in Qwen2
-        qk_norm: bool = False,   # RMSNorm of each query and key head before it turns, as in Qwen3
-        eps: float = 1e-6,       # inside the roots of these norms
+        qk_norm: bool = False,  # RMSNorm of each query and key head before it turns, as in Qwen3
+        eps: float = 1e-6,  # inside the roots of these norms
         rngs: nnx.Rngs,
     ):
-        if kv_heads < 1 or heads % kv_heads: raise ValueError(f"{heads=} is not divisible by {kv_heads=}")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"{heads=} is not divisible by {kv_heads=}")
         rope_frequencies(head_dim, rope)  # refuses an odd head_dim here
         self.kv_heads, self.head_dim, self.rope = kv_heads, head_dim, rope
         into = lambda n: Linear((width,), (n, head_dim), std=std, bias=qkv_bias, rngs=rngs)
@@ -134,18 +148,23 @@ class GQA(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],                   # normalised activations
+        x: Float[Array, "b t d"],  # normalised activations
         *,
-        positions: Int[Array, "#b t"],              # of each token in its row; "b t" with a cache
+        positions: Int[Array, "#b t"],  # of each token in its row; "b t" with a cache
         segments: Int[Array, "b t"] | None = None,  # documents, only without cache
-        cache: KVCache | None = None,               # holds the tokens before these
-        depth: Int[Array, ""] | None = None,        # index of the layer, which a sibling of this class asks for
+        cache: KVCache | None = None,  # holds the tokens before these
+        depth: Int[Array, ""]
+        | None = None,  # index of the layer, which a sibling of this class asks for
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         "Attend among `x` itself, or through the cache after writing `x` to it. ValueError for segments with a cache."
-        turn = lambda y, norm: rope(norm(y) if norm else y, positions, rope_frequencies(self.head_dim, self.rope))
+        turn = lambda y, norm: rope(
+            norm(y) if norm else y, positions, rope_frequencies(self.head_dim, self.rope)
+        )
         q, k, v = turn(self.q(x), self.q_norm), turn(self.k(x), self.k_norm), self.v(x)
-        if cache is None: return self.o(attention(q, k, v, attention_mask(positions, segments))), None
-        if segments is not None: raise ValueError("segments and cache exclude each other")
+        if cache is None:
+            return self.o(attention(q, k, v, attention_mask(positions, segments))), None
+        if segments is not None:
+            raise ValueError("segments and cache exclude each other")
         cache = write_cache(cache, k, v, positions)
         k, v = (a.astype(q.dtype) for a in read_cache(cache))
         return self.o(attention(q, k, v, causal_mask(positions, k.shape[1]))), cache

@@ -21,6 +21,7 @@ from .moe import MoEConfig
 @dataclass(frozen=True)
 class ModelConfig:
     "Shape and switches of a language model; ValueError with the values when they do not fit together."
+
     vocab_size: int = 32_000  # v, tokens the model can read and write
     width: int = 768  # d, size of one stream
     layers: int = 12  # l, blocks; each holds an attention and an FFN sublayer
@@ -30,9 +31,13 @@ class ModelConfig:
     ffn_width: int = 2304  # f, inner size of the FFN
     max_len: int = 2048  # longest sequence in tokens, prompt and answer together
     attention: Literal["gqa", "diff1", "diff2", "mla", "maha"] = "gqa"  # attention sublayer
-    ffn: Literal["swiglu", "gelu", "relu2", "leaky_relu2", "signed_sqrt", "moe"] = "swiglu"  # feed-forward sublayer
+    ffn: Literal["swiglu", "gelu", "relu2", "leaky_relu2", "signed_sqrt", "moe"] = (
+        "swiglu"  # feed-forward sublayer
+    )
     residual: Literal["plain", "mhc"] = "mhc"  # how sublayers are joined to the stream
-    mtp: Literal["none", "parallel", "sequential"] = "none"  # further tokens: Meta's heads, DeepSeek's modules
+    mtp: Literal["none", "parallel", "sequential"] = (
+        "none"  # further tokens: Meta's heads, DeepSeek's modules
+    )
     mtp_depth: int = 1  # tokens predicted beyond the next one, when mtp is on
     mtp_weight: float = 0.3  # of their mean loss; 0.3 at first and 0.1 at the end in DeepSeek-V3
     qkv_bias: bool = False  # biases of query, key and value maps, as in Qwen2; gqa only
@@ -43,18 +48,27 @@ class ModelConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)  # used when ffn is moe
     mhc: MHCConfig = field(default_factory=MHCConfig)  # used when residual is mhc
     rope: RopeConfig = field(default_factory=RopeConfig)  # rotary position embedding
-    norm: Literal["uncentred", "centred", "scalar", "none"] = "uncentred"  # gain of each RMSNorm: g, 1 + g, a number
+    norm: Literal["uncentred", "centred", "scalar", "none"] = (
+        "uncentred"  # gain of each RMSNorm: g, 1 + g, a number
+    )
     norm_eps: float = 1e-6  # inside the root of every RMSNorm
     casts: tuple[CastRule, ...] = ()  # dtypes of the factors of chosen matrix products, by path
     tie_embeddings: bool = True  # one matrix for reading and writing tokens
     dropout: float = 0.0  # share of sublayer outputs and embeddings zeroed while training
-    remat: Literal["none", "block", "dots"] = "none"  # backward recomputes: nothing, blocks, all but weight matmuls
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights stay float32
-    unroll: int = 1  # layers in one turn of the scan; more take longer to compile and run a little faster
+    remat: Literal["none", "block", "dots"] = (
+        "none"  # backward recomputes: nothing, blocks, all but weight matmuls
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of activations; weights stay float32
+    )
+    unroll: int = (
+        1  # layers in one turn of the scan; more take longer to compile and run a little faster
+    )
     loss_chunk: int = 128  # time steps whose logits exist at once
     init_std: float = 0.02  # standard deviation at the start
 
-    def __post_init__(self): check_shape(self)
+    def __post_init__(self):
+        check_shape(self)
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":  # a key of PRESETS, or one with -plain
@@ -66,10 +80,12 @@ class ModelConfig:
         "The model of every example on these pages, with changes."
         return replace(cls.preset("tiny"), **changes)
 
-    def plain(self) -> "ModelConfig": return replace(self, residual="plain")  # the twin
+    def plain(self) -> "ModelConfig":
+        return replace(self, residual="plain")  # the twin
 
     @property
-    def depths(self) -> int: return 0 if self.mtp == "none" else self.mtp_depth  # tokens predicted beyond the next one
+    def depths(self) -> int:
+        return 0 if self.mtp == "none" else self.mtp_depth  # tokens predicted beyond the next one
 
 # %% ../../nbs/model/18_block.ipynb #c010
 def check_shape(
@@ -77,19 +93,37 @@ def check_shape(
 ) -> None:
     "ValueError for the first field that makes no model, with its value."
     for f in fields(cfg):
-        value, known = getattr(cfg, f.name), get_args(f.type) if get_origin(f.type) is Literal else None
+        value, known = (
+            getattr(cfg, f.name),
+            get_args(f.type) if get_origin(f.type) is Literal else None,
+        )
         if known and value not in known:
             raise ValueError(f"ModelConfig: {f.name}={value!r}, expected one of {sorted(known)}")
-        if f.type is int and value < 1: raise ValueError(f"ModelConfig: {f.name}={value}, expected at least 1")
+        if f.type is int and value < 1:
+            raise ValueError(f"ModelConfig: {f.name}={value}, expected at least 1")
     for name, good, what in (
-            ("heads", cfg.heads % cfg.kv_heads == 0, f"is not divisible by kv_heads={cfg.kv_heads}"),
-            ("head_dim", cfg.head_dim % 2 == 0, "is odd, RoPE turns pairs"),
-            ("dropout", 0 <= cfg.dropout < 1, "is not in 0 <= dropout < 1"),
-            ("mtp_weight", cfg.mtp_weight >= 0, "is below 0"),
-            ("qkv_bias", not cfg.qkv_bias or cfg.attention == "gqa", f"needs attention='gqa', not {cfg.attention!r}"),
-            ("qk_norm", not cfg.qk_norm or cfg.attention == "gqa", f"needs attention='gqa', not {cfg.attention!r}"),
-            ("mtp_depth", cfg.depths < cfg.max_len - 1, f"leaves nothing to predict in max_len={cfg.max_len}")):
-        if not good: raise ValueError(f"ModelConfig: {name}={getattr(cfg, name)} {what}")
+        ("heads", cfg.heads % cfg.kv_heads == 0, f"is not divisible by kv_heads={cfg.kv_heads}"),
+        ("head_dim", cfg.head_dim % 2 == 0, "is odd, RoPE turns pairs"),
+        ("dropout", 0 <= cfg.dropout < 1, "is not in 0 <= dropout < 1"),
+        ("mtp_weight", cfg.mtp_weight >= 0, "is below 0"),
+        (
+            "qkv_bias",
+            not cfg.qkv_bias or cfg.attention == "gqa",
+            f"needs attention='gqa', not {cfg.attention!r}",
+        ),
+        (
+            "qk_norm",
+            not cfg.qk_norm or cfg.attention == "gqa",
+            f"needs attention='gqa', not {cfg.attention!r}",
+        ),
+        (
+            "mtp_depth",
+            cfg.depths < cfg.max_len - 1,
+            f"leaves nothing to predict in max_len={cfg.max_len}",
+        ),
+    ):
+        if not good:
+            raise ValueError(f"ModelConfig: {name}={getattr(cfg, name)} {what}")
     check_parts(cfg)
 
 # %% ../../nbs/model/18_block.ipynb #c011
@@ -97,55 +131,153 @@ def check_parts(
     cfg: ModelConfig,  # as given
 ) -> None:
     "ValueError of a part's own configuration when it does not fit the model."
-    shape = dict(width=cfg.width, heads=cfg.heads, kv_heads=cfg.kv_heads, head_dim=cfg.head_dim, max_len=cfg.max_len)
-    own = {"diff1": lambda: cfg.diff.check(**shape, version=1), "diff2": lambda: cfg.diff.check(**shape),
-           "mla": lambda: cfg.mla.check(**shape), "maha": lambda: cfg.maha.check(**shape)}
-    if cfg.attention in own: own[cfg.attention]()
-    if cfg.ffn == "moe": cfg.moe.check(ffn_width=cfg.ffn_width)
+    shape = dict(
+        width=cfg.width,
+        heads=cfg.heads,
+        kv_heads=cfg.kv_heads,
+        head_dim=cfg.head_dim,
+        max_len=cfg.max_len,
+    )
+    own = {
+        "diff1": lambda: cfg.diff.check(**shape, version=1),
+        "diff2": lambda: cfg.diff.check(**shape),
+        "mla": lambda: cfg.mla.check(**shape),
+        "maha": lambda: cfg.maha.check(**shape),
+    }
+    if cfg.attention in own:
+        own[cfg.attention]()
+    if cfg.ffn == "moe":
+        cfg.moe.check(ffn_width=cfg.ffn_width)
 
 # %% ../../nbs/model/18_block.ipynb #c013
 PRESETS = {
-    "tiny": dict(vocab_size=256, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_width=64,
-                 max_len=64, loss_chunk=16),
-    "demo": dict(vocab_size=2048, width=128, layers=4, heads=4, kv_heads=4, head_dim=32, ffn_width=384,
-                 max_len=512, unroll=4, loss_chunk=16, init_std=0.06),
-    "mhc-120m": dict(width=768, layers=12, heads=12, kv_heads=12, head_dim=64, ffn_width=2304,
-                     compute_dtype="bfloat16", remat="dots"),
-    "mhc-350m": dict(width=1024, layers=24, heads=16, kv_heads=16, head_dim=64, ffn_width=2816,
-                     compute_dtype="bfloat16", remat="dots"),
-    "mhc-900m": dict(width=1536, layers=28, heads=24, kv_heads=8, head_dim=64, ffn_width=4736, tie_embeddings=False,
-                     compute_dtype="bfloat16", remat="block"),
+    "tiny": dict(
+        vocab_size=256,
+        width=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        ffn_width=64,
+        max_len=64,
+        loss_chunk=16,
+    ),
+    "demo": dict(
+        vocab_size=2048,
+        width=128,
+        layers=4,
+        heads=4,
+        kv_heads=4,
+        head_dim=32,
+        ffn_width=384,
+        max_len=512,
+        unroll=4,
+        loss_chunk=16,
+        init_std=0.06,
+    ),
+    "mhc-120m": dict(
+        width=768,
+        layers=12,
+        heads=12,
+        kv_heads=12,
+        head_dim=64,
+        ffn_width=2304,
+        compute_dtype="bfloat16",
+        remat="dots",
+    ),
+    "mhc-350m": dict(
+        width=1024,
+        layers=24,
+        heads=16,
+        kv_heads=16,
+        head_dim=64,
+        ffn_width=2816,
+        compute_dtype="bfloat16",
+        remat="dots",
+    ),
+    "mhc-900m": dict(
+        width=1536,
+        layers=28,
+        heads=24,
+        kv_heads=8,
+        head_dim=64,
+        ffn_width=4736,
+        tie_embeddings=False,
+        compute_dtype="bfloat16",
+        remat="block",
+    ),
 }
+
 
 def preset_fields(
     name: str,  # a key of PRESETS, or one with -plain
 ) -> dict:
     "Fields of a named model; ValueError naming the ones there are."
     base = name.removesuffix("-plain")
-    if base in PRESETS: return PRESETS[base] if base == name else PRESETS[base] | dict(residual="plain")
-    raise ValueError(f"ModelConfig: preset {name!r}, expected one of {sorted(PRESETS)}, or one with '-plain'")
+    if base in PRESETS:
+        return PRESETS[base] if base == name else PRESETS[base] | dict(residual="plain")
+    raise ValueError(
+        f"ModelConfig: preset {name!r}, expected one of {sorted(PRESETS)}, or one with '-plain'"
+    )
 
 # %% ../../nbs/model/18_block.ipynb #c015
-_GPT = dict(width=768, layers=12, heads=6, kv_heads=6, ffn="relu2", ffn_width=3072, residual="plain",
-            tie_embeddings=False, max_len=1024, compute_dtype="bfloat16")
+_GPT = dict(
+    width=768,
+    layers=12,
+    heads=6,
+    kv_heads=6,
+    ffn="relu2",
+    ffn_width=3072,
+    residual="plain",
+    tie_embeddings=False,
+    max_len=1024,
+    compute_dtype="bfloat16",
+)
 _MACRO = _GPT | dict(vocab_size=50_432, head_dim=64, norm="centred", rope=RopeConfig(theta=2_000.0))
 _D12 = _GPT | dict(vocab_size=50_304, head_dim=128, norm="none")
 
 PRESETS |= {
     "gpt-d12": _D12,
-    "gpt-d12-mhc": _D12 | dict(residual="mhc", mhc=MHCConfig(gates=True, iterations=50, gain=False)),
+    "gpt-d12-mhc": _D12
+    | dict(residual="mhc", mhc=MHCConfig(gates=True, iterations=50, gain=False)),
     "macro-150m": _MACRO,
-    "macro-1b": _MACRO | dict(width=1536, layers=32, heads=24, kv_heads=12, ffn_width=6144, remat="dots"),
+    "macro-1b": _MACRO
+    | dict(width=1536, layers=32, heads=24, kv_heads=12, ffn_width=6144, remat="dots"),
     "pythoncoder-1b": dict(
-        vocab_size=151_808, width=1536, layers=23, heads=12, kv_heads=4, head_dim=128, ffn_width=4096, max_len=8192,
-        attention="diff1", residual="plain", mtp="sequential", dropout=0.1, tie_embeddings=False,
+        vocab_size=151_808,
+        width=1536,
+        layers=23,
+        heads=12,
+        kv_heads=4,
+        head_dim=128,
+        ffn_width=4096,
+        max_len=8192,
+        attention="diff1",
+        residual="plain",
+        mtp="sequential",
+        dropout=0.1,
+        tie_embeddings=False,
         rope=RopeConfig(theta=500_000.0, scaling="yarn", factor=4.0, original_len=2048),
-        compute_dtype="bfloat16", remat="block"),
+        compute_dtype="bfloat16",
+        remat="block",
+    ),
     "nash-3b": dict(
-        width=2560, layers=28, heads=20, kv_heads=20, head_dim=128, ffn_width=6720, max_len=4096, attention="maha",
-        maha=MAHAConfig(scales=4, aggregate="nash"), compute_dtype="bfloat16", remat="block"),
+        width=2560,
+        layers=28,
+        heads=20,
+        kv_heads=20,
+        head_dim=128,
+        ffn_width=6720,
+        max_len=4096,
+        attention="maha",
+        maha=MAHAConfig(scales=4, aggregate="nash"),
+        compute_dtype="bfloat16",
+        remat="block",
+    ),
 }
-PRESETS["nash-tiny"] = PRESETS["tiny"] | dict(attention="maha", maha=MAHAConfig(scales=3, aggregate="nash"))
+PRESETS["nash-tiny"] = PRESETS["tiny"] | dict(
+    attention="maha", maha=MAHAConfig(scales=3, aggregate="nash")
+)
 
 # %% ../../nbs/model/18_block.ipynb #c027
 from collections.abc import Callable
@@ -169,10 +301,18 @@ from .moe import MoE
 
 # %% ../../nbs/model/18_block.ipynb #c030
 ATTENTIONS = {  # class, and the field of its own configuration
-    "gqa": (GQA, None), "diff1": (DIFF1, "diff"), "diff2": (DIFF2, "diff"), "mla": (MLA, "mla"), "maha": (MAHA, "maha")}
+    "gqa": (GQA, None),
+    "diff1": (DIFF1, "diff"),
+    "diff2": (DIFF2, "diff"),
+    "mla": (MLA, "mla"),
+    "maha": (MAHA, "maha"),
+}
 
-REMATS = {"none": None, "block": jax.checkpoint_policies.nothing_saveable,
-          "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
+REMATS = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
 
 # %% ../../nbs/model/18_block.ipynb #c031
 def make_sublayers(
@@ -180,21 +320,31 @@ def make_sublayers(
     rngs: nnx.Rngs,  # draws the weights
 ) -> tuple[nnx.Module, nnx.Module]:
     "The attention and the FFN that `cfg` names."
-    std = dict(std=cfg.init_std, out_std=cfg.init_std / sqrt(2 * cfg.layers))  # 2l writes add up to init_std
+    std = dict(
+        std=cfg.init_std, out_std=cfg.init_std / sqrt(2 * cfg.layers)
+    )  # 2l writes add up to init_std
     kind, own = ATTENTIONS[cfg.attention]
     plain = dict(qkv_bias=cfg.qkv_bias, qk_norm=cfg.qk_norm, eps=cfg.norm_eps)
     extra = plain if own is None else {"cfg": getattr(cfg, own)}
-    attention = kind(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, rope=cfg.rope, rngs=rngs, **std, **extra)
-    if cfg.ffn == "moe": return attention, MoE(cfg.width, cfg.ffn_width, rngs=rngs, cfg=cfg.moe, **std)
+    attention = kind(
+        cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, rope=cfg.rope, rngs=rngs, **std, **extra
+    )
+    if cfg.ffn == "moe":
+        return attention, MoE(cfg.width, cfg.ffn_width, rngs=rngs, cfg=cfg.moe, **std)
     return attention, FFNS[cfg.ffn](cfg.width, cfg.ffn_width, rngs=rngs, **std)
 
 # %% ../../nbs/model/18_block.ipynb #c034
 def with_aux(
     layer: nnx.Module,  # a sublayer
-    *args, **kwargs,  # of its call
+    *args,
+    **kwargs,  # of its call
 ):
     "What the layer returns, and its auxiliary loss: a float32 scalar, or None if it has none."
-    return layer.with_aux(*args, **kwargs) if hasattr(layer, "with_aux") else (layer(*args, **kwargs), None)
+    return (
+        layer.with_aux(*args, **kwargs)
+        if hasattr(layer, "with_aux")
+        else (layer(*args, **kwargs), None)
+    )
 
 # %% ../../nbs/model/18_block.ipynb #c035
 def add_aux(
@@ -207,35 +357,56 @@ def add_aux(
 # %% ../../nbs/model/18_block.ipynb #c038
 class Block(nnx.Module):
     "Attention and FFN, each pre-normed and joined to the residual streams."
-    def __init__(self,
+
+    def __init__(
+        self,
         cfg: ModelConfig,  # shape and switches
-        *, rngs: nnx.Rngs,  # draws the weights
+        *,
+        rngs: nnx.Rngs,  # draws the weights
     ):
         norm = partial(RMSNorm, cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
-        hyper = partial(HyperConnection, cfg.width, cfg.mhc, rngs=rngs) if cfg.residual == "mhc" else lambda: None
+        hyper = (
+            partial(HyperConnection, cfg.width, cfg.mhc, rngs=rngs)
+            if cfg.residual == "mhc"
+            else lambda: None
+        )
         self.cfg, self.attention_norm, self.ffn_norm = cfg, norm(), norm()
         self.attention, self.ffn = make_sublayers(cfg, rngs)
         self.attention_hyper, self.ffn_hyper = hyper(), hyper()
         self.place = None  # or what keeps activations [b, ...] where their rows belong, see train/40_parallel
 
-    def __call__(self,
+    def __call__(
+        self,
         streams: tuple[Float[Array, "b t d"], ...],  # residual streams
-        *, positions: Int[Array, "b t"],  # of each token in its row
+        *,
+        positions: Int[Array, "b t"],  # of each token in its row
         segments: Int[Array, "b t"] | None = None,  # document of each token, 0 is padding
         cache: KVCache | None = None,  # this layer's keys and values
         depth: Int[Array, ""] | None = None,  # index of the block, from 0
         key: PRNGKeyArray | None = None,  # turns dropout on
     ):
         "Next streams, the updated cache, the (attention, FFN) maps (None when plain), the auxiliary loss or None."
-        if self.place: streams = tuple(map(self.place, streams))
-        drop = lambda y, name: dropout(y, self.cfg.dropout, None if key is None else named_key(key, name))
+        if self.place:
+            streams = tuple(map(self.place, streams))
+        drop = lambda y, name: dropout(
+            y, self.cfg.dropout, None if key is None else named_key(key, name)
+        )
+
         def attend(x):
-            (y, new), aux = with_aux(self.attention, self.attention_norm(x), positions=positions, segments=segments,
-                                     cache=cache, depth=depth)
+            (y, new), aux = with_aux(
+                self.attention,
+                self.attention_norm(x),
+                positions=positions,
+                segments=segments,
+                cache=cache,
+                depth=depth,
+            )
             return drop(y, "attention"), (new, aux)
+
         def feed(x):
             y, aux = with_aux(self.ffn, self.ffn_norm(x))
             return drop(y, "ffn"), aux
+
         streams, (cache, aux), first = connect(self.attention_hyper, streams, attend)
         streams, more, second = connect(self.ffn_hyper, streams, feed)
         return streams, cache, (first, second), add_aux(aux, more)
@@ -254,7 +425,8 @@ def run_stack(
     cfg: ModelConfig,  # of the blocks
     blocks: Block,  # stacked, cfg.layers of them
     streams: tuple[Float[Array, "b t d"], ...],  # residual streams
-    *, positions: Int[Array, "b t"],  # of each token in its row
+    *,
+    positions: Int[Array, "b t"],  # of each token in its row
     segments: Int[Array, "b t"] | None = None,  # document of each token, 0 is padding
     cache: KVCache | None = None,  # of all layers
     key: PRNGKeyArray | None = None,  # turns dropout on
@@ -262,14 +434,19 @@ def run_stack(
     "Scan the blocks: (streams, cache, maps of every layer, auxiliary losses summed or None)."
     graph, weights = nnx.split(blocks)
     keys = None if key is None else jax.random.split(named_key(key, "blocks"), cfg.layers)
+
     def layer(carry, own):
         (streams, cache), (weights, index, key) = carry, own
-        mine = None if cache is None else cache._replace(layer=index)  # written in place, not copied through the scan
+        mine = (
+            None if cache is None else cache._replace(layer=index)
+        )  # written in place, not copied through the scan
         block = nnx.merge(graph, weights)
         where = dict(positions=positions, segments=segments, cache=mine, depth=index, key=key)
         streams, new, maps, aux = block(streams, **where)
         return (streams, None if new is None else new._replace(layer=None)), (maps, aux)
-    if cfg.remat != "none": layer = jax.checkpoint(layer, policy=REMATS[cfg.remat], prevent_cse=False)
+
+    if cfg.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMATS[cfg.remat], prevent_cse=False)
     inputs = weights, jnp.arange(cfg.layers), keys
     (streams, cache), (maps, aux) = jax.lax.scan(layer, (streams, cache), inputs, unroll=cfg.unroll)
     return streams, cache, maps, None if aux is None else aux.sum()
@@ -303,6 +480,7 @@ def _chunks(a, chunk):  # [b, t, ...] -> [t / chunk, b, chunk, ...], zero-padded
     a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % chunk)) + ((0, 0),) * (a.ndim - 2))
     return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
 
+
 def _chunk_nats(h, head, y):  # float32 logits from matmuls in h's type
     z = jnp.einsum("btd,vd->btv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
@@ -312,7 +490,9 @@ def _chunk_nats(h, head, y):  # float32 logits from matmuls in h's type
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _nats(hidden, head, targets, weights, chunk):
     step = lambda total, hyw: (total + jnp.sum(hyw[2] * _chunk_nats(hyw[0], head, hyw[1])[0]), None)
-    return jax.lax.scan(step, jnp.float32(0), tuple(_chunks(a, chunk) for a in (hidden, targets, weights)))[0]
+    return jax.lax.scan(
+        step, jnp.float32(0), tuple(_chunks(a, chunk) for a in (hidden, targets, weights))
+    )[0]
 
 # %% ../../nbs/model/18_block.ipynb #c052
 def _nats_forward(hidden, head, targets, weights, chunk):
@@ -321,16 +501,28 @@ def _nats_forward(hidden, head, targets, weights, chunk):
         nats, z, logsum = _chunk_nats(h, head, y)
         hit = jnp.arange(z.shape[-1])[None, None] == y[..., None]
         d_z = (w[..., None] * (jnp.exp(z - logsum) - hit.astype(z.dtype))).astype(h.dtype)
-        d_head += jnp.einsum("btd,btv->dv", h, d_z, preferred_element_type=jnp.float32)  # turns the small factor
-        return (total + jnp.sum(w * nats), d_head), (jnp.einsum("btv,vd->btd", d_z, head.astype(h.dtype)), nats)
+        d_head += jnp.einsum(
+            "btd,btv->dv", h, d_z, preferred_element_type=jnp.float32
+        )  # turns the small factor
+        return (total + jnp.sum(w * nats), d_head), (
+            jnp.einsum("btv,vd->btd", d_z, head.astype(h.dtype)),
+            nats,
+        )
+
     start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
-    carry, per_token = jax.lax.scan(step, start, tuple(_chunks(a, chunk) for a in (hidden, targets, weights)))
-    whole = [jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, : targets.shape[1]] for a in per_token]
+    carry, per_token = jax.lax.scan(
+        step, start, tuple(_chunks(a, chunk) for a in (hidden, targets, weights))
+    )
+    whole = [
+        jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, : targets.shape[1]]
+        for a in per_token
+    ]
     return carry[0], (carry[1].T.astype(head.dtype), *whole)
 
 # %% ../../nbs/model/18_block.ipynb #c053
 def _nats_backward(chunk, saved, ct):
     d_head, d_hidden, nats = saved
     return d_hidden * ct.astype(d_hidden.dtype), d_head * ct.astype(d_head.dtype), None, nats * ct
+
 
 _nats.defvjp(_nats_forward, _nats_backward)

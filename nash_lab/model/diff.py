@@ -16,8 +16,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from .attention import KVCache, attention, attention_mask, causal_mask, read_cache, write_cache
-from .layers import Linear, RMSNorm, RopeConfig, normal_init, rope, rope_frequencies, wide
+from nash_lab.model.attention import (
+    KVCache,
+    attention,
+    attention_mask,
+    causal_mask,
+    read_cache,
+    write_cache,
+)
+from nash_lab.model.layers import (
+    Linear,
+    RMSNorm,
+    RopeConfig,
+    normal_init,
+    rope,
+    rope_frequencies,
+    wide,
+)
 
 # %% ../../nbs/model/12_diff.ipynb #c006
 def triangle(
@@ -26,41 +41,50 @@ def triangle(
 ) -> Bool[Array, "1 1 t s"]:
     "The causal mask of one unbroken row; ValueError if queries and keys are not as many."
     t, s = q.shape[1], k.shape[1]
-    if t != s: raise ValueError(f"{t} queries over {s} keys need a mask")
+    if t != s:
+        raise ValueError(f"{t} queries over {s} keys need a mask")
     return jnp.tril(jnp.ones((t, t), bool))[None, None]
 
 
 def attention_map(
-    q: Float[Array, "b t h k"],                   # queries
-    k: Float[Array, "b s g k"],                   # keys, g divides h
+    q: Float[Array, "b t h k"],  # queries
+    k: Float[Array, "b s g k"],  # keys, g divides h
     mask: Bool[Array, "#b 1 t s"] | None = None,  # True: visible; None: causal, t = s
-) -> Float[Array, "b h t s"]:                     # at least fp32
+) -> Float[Array, "b h t s"]:  # at least fp32
     "The softmax map itself; zeros where a query sees nothing."
     mask = triangle(q, k) if mask is None else mask
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    score = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=wide(q).dtype) * q.shape[-1] ** -0.5
-    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, score, -1e30), axis=-1), jnp.zeros_like(score))
+    score = (
+        jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=wide(q).dtype)
+        * q.shape[-1] ** -0.5
+    )
+    return jnp.where(
+        mask, jax.nn.softmax(jnp.where(mask, score, -1e30), axis=-1), jnp.zeros_like(score)
+    )
 
 # %% ../../nbs/model/12_diff.ipynb #c014
 LONG = 1024  # tokens from which `jax.nn.dot_product_attention` is asked
 
 
 def uneven_attention(
-    q: Float[Array, "b t h k"],                   # queries
-    k: Float[Array, "b s g k"],                   # keys, g divides h
-    v: Float[Array, "b s g m"],                   # values of any width
+    q: Float[Array, "b t h k"],  # queries
+    k: Float[Array, "b s g k"],  # keys, g divides h
+    v: Float[Array, "b s g m"],  # values of any width
     mask: Bool[Array, "#b 1 t s"] | None = None,  # True: visible; None: causal, t = s
     *,
-    scale: float | None = None,                   # of the scores; None is 1/sqrt(k)
-    kernel: str | None = None,                    # of the library for long rows: None its choice, "xla", "cudnn"
-) -> Float[Array, "b t h m"]:                     # dtype of `q`
+    scale: float | None = None,  # of the scores; None is 1/sqrt(k)
+    kernel: str | None = None,  # of the library for long rows: None its choice, "xla", "cudnn"
+) -> Float[Array, "b t h m"]:  # dtype of `q`
     "`attention` for values wider or narrower than keys; zeros where a query sees nothing."
     m, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
-    factor = (q.shape[-1] ** -0.5 if scale is None else scale) * width**0.5  # both routines divide by sqrt(width)
+    factor = (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    ) * width**0.5  # both routines divide by sqrt(width)
     q = q if abs(factor - 1) < 1e-12 else q * factor
     q, k, v = (jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in (q, k, v))
     visible = triangle(q, k) if mask is None else mask
-    if mask is not None or q.shape[1] < LONG: return attention(q, k, v, visible)[..., :m]
+    if mask is not None or q.shape[1] < LONG:
+        return attention(q, k, v, visible)[..., :m]
     with jax.numpy_dtype_promotion("standard"):  # the library mixes types inside
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)[..., :m]
 
@@ -68,12 +92,14 @@ def uneven_attention(
 def subtract(
     y1: Float[Array, "b t h m"],  # output of the first map
     y2: Float[Array, "b t h m"],  # output of the second
-    lam: Float[Array, "*l"],      # scalar, [h] or [b, t, h]
-) -> Float[Array, "b t h m"]:     # dtype of `y1`
+    lam: Float[Array, "*l"],  # scalar, [h] or [b, t, h]
+) -> Float[Array, "b t h m"]:  # dtype of `y1`
     "`y1 - lam * y2` in fp32; ValueError for a lambda of another shape."
     lam = jnp.asarray(lam, wide(y1).dtype)
     if lam.shape not in ((), y1.shape[2:3], y1.shape[:3]):
-        raise ValueError(f"lambda of shape {lam.shape}, expected (), {y1.shape[2:3]} or {y1.shape[:3]}")
+        raise ValueError(
+            f"lambda of shape {lam.shape}, expected (), {y1.shape[2:3]} or {y1.shape[:3]}"
+        )
     lam = jnp.broadcast_to(lam[..., None] if lam.ndim else lam, y1.shape)
     return (wide(y1) - lam * wide(y2)).astype(y1.dtype)
 
@@ -83,12 +109,12 @@ def diff_attention_v1(
     k1: Float[Array, "b s g k"],  # its keys, g divides h
     q2: Float[Array, "b t h k"],  # queries of the second map
     k2: Float[Array, "b s g k"],  # its keys
-    v: Float[Array, "b s g m"],   # values of both, m = 2k in the paper
-    lam: Float[Array, "*l"],      # scalar, or one for each head [h]
+    v: Float[Array, "b s g m"],  # values of both, m = 2k in the paper
+    lam: Float[Array, "*l"],  # scalar, or one for each head [h]
     *,
     mask: Bool[Array, "#b 1 t s"] | None = None,  # True: visible; None: causal, t = s
-    kernel: str | None = None,    # for long rows, see `uneven_attention`
-) -> Float[Array, "b t h m"]:     # dtype of `q1`
+    kernel: str | None = None,  # for long rows, see `uneven_attention`
+) -> Float[Array, "b t h m"]:  # dtype of `q1`
     "Differential attention (2410.05258, Eq. 1) before the norm of each head; ValueError as `subtract`."
     attend = lambda q, k: uneven_attention(q, k, v, mask, kernel=kernel)
     return subtract(attend(q1, k1), attend(q2, k2), lam)
@@ -102,10 +128,10 @@ def lambda_init(
 
 
 def diff_lambda(
-    q1: Float[Array, "k"],    # learned, first map
-    k1: Float[Array, "k"],    # learned, first map
-    q2: Float[Array, "k"],    # learned, second map
-    k2: Float[Array, "k"],    # learned, second map
+    q1: Float[Array, "k"],  # learned, first map
+    k1: Float[Array, "k"],  # learned, first map
+    q2: Float[Array, "k"],  # learned, second map
+    k2: Float[Array, "k"],  # learned, second map
     start: Float[Array, ""],  # `lambda_init` of the layer
 ) -> Float[Array, ""]:
     "Lambda of a layer (2410.05258, Eq. 2); not bounded."
@@ -117,11 +143,11 @@ def floored_attention(
     k1: Float[Array, "b s g k"],  # its keys, g divides h
     q2: Float[Array, "b t h k"],  # queries of the second map
     k2: Float[Array, "b s g k"],  # its keys
-    v: Float[Array, "b s g m"],   # values of both
-    lam: Float[Array, ""],        # one number
+    v: Float[Array, "b s g m"],  # values of both
+    lam: Float[Array, ""],  # one number
     *,
     mask: Bool[Array, "#b 1 t s"] | None = None,  # True: visible; None: causal, t = s
-) -> Float[Array, "b t h m"]:     # dtype of `q1`
+) -> Float[Array, "b t h m"]:  # dtype of `q1`
     "PythonCoder's form: negative entries of the difference map become zero."
     difference = attention_map(q1, k1, mask) - lam * attention_map(q2, k2, mask)
     v = jnp.repeat(v, q1.shape[2] // v.shape[2], axis=2)
@@ -131,80 +157,106 @@ def floored_attention(
 @dataclass(frozen=True)
 class DiffConfig:
     "Switches of differential attention; the default is the paper."
+
     stabilised: bool = False  # V1 only: lambda in [0, 1], map floored at 0, lambda vectors of std 0.01 instead of 0.1
-    kernel: Literal["auto", "xla", "cudnn"] = "auto"  # for rows of LONG tokens; cudnn: half precision on NVIDIA
+    kernel: Literal["auto", "xla", "cudnn"] = (
+        "auto"  # for rows of LONG tokens; cudnn: half precision on NVIDIA
+    )
 
     def __post_init__(self):
         if self.kernel not in ("auto", "xla", "cudnn"):
-            raise ValueError(f"DiffConfig.kernel={self.kernel!r}, expected 'auto', 'xla' or 'cudnn'")
+            raise ValueError(
+                f"DiffConfig.kernel={self.kernel!r}, expected 'auto', 'xla' or 'cudnn'"
+            )
         if self.stabilised and self.kernel != "auto":
-            raise ValueError(f"DiffConfig.kernel={self.kernel!r}: stabilised=True materialises its map and uses none")
+            raise ValueError(
+                f"DiffConfig.kernel={self.kernel!r}: stabilised=True materialises its map and uses none"
+            )
 
-    def check(self, *,
-        width: int,        # d, any
-        heads: int,        # h: single maps in V1, output heads in V2
-        kv_heads: int,     # g
-        head_dim: int,     # k
-        max_len: int,      # any
+    def check(
+        self,
+        *,
+        width: int,  # d, any
+        heads: int,  # h: single maps in V1, output heads in V2
+        kv_heads: int,  # g
+        head_dim: int,  # k
+        max_len: int,  # any
         version: int = 2,  # 1 pairs heads, so they must be even
     ) -> None:
         "ValueError for what does not fit the rest of the model."
-        if kv_heads < 1 or heads % kv_heads: raise ValueError(f"{heads=} is not divisible by {kv_heads=}")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"{heads=} is not divisible by {kv_heads=}")
         if version == 1 and (heads % 2 or kv_heads % 2):
             raise ValueError(f"{heads=} and {kv_heads=} must both be even: DIFF V1 pairs them")
-        if version == 2 and self.stabilised: raise ValueError("DiffConfig.stabilised=True belongs to DIFF V1")
+        if version == 2 and self.stabilised:
+            raise ValueError("DiffConfig.stabilised=True belongs to DIFF V1")
 
 # %% ../../nbs/model/12_diff.ipynb #c046
 def rotated_heads(
-    layer: nnx.Module,                    # holds maps q, k, v, the rope config and head_dim
-    x: Float[Array, "b t d"],             # normalised activations
-    positions: Int[Array, "#b t"],        # of each token in its row
-    segments: Int[Array, "b t"] | None,   # documents, only without cache
-    cache: KVCache | None,                # holds the tokens before these
+    layer: nnx.Module,  # holds maps q, k, v, the rope config and head_dim
+    x: Float[Array, "b t d"],  # normalised activations
+    positions: Int[Array, "#b t"],  # of each token in its row
+    segments: Int[Array, "b t"] | None,  # documents, only without cache
+    cache: KVCache | None,  # holds the tokens before these
 ):
     "Queries, keys, values, mask (None: one causal row) and new cache. ValueError for segments with a cache."
-    turn = lambda y: rope(y, positions, rope_frequencies(layer.head_dim, layer.rope), interleaved=True)
+    turn = lambda y: rope(
+        y, positions, rope_frequencies(layer.head_dim, layer.rope), interleaved=True
+    )
     q, k, v = turn(layer.q(x)), turn(layer.k(x)), layer.v(x)
-    if cache is None: return q, k, v, None if segments is None else attention_mask(positions, segments), None
-    if segments is not None: raise ValueError("segments and cache exclude each other")
+    if cache is None:
+        return q, k, v, None if segments is None else attention_mask(positions, segments), None
+    if segments is not None:
+        raise ValueError("segments and cache exclude each other")
     cache = write_cache(cache, k, v, positions)
     k, v = (a.astype(q.dtype) for a in read_cache(cache))
     return q, k, v, causal_mask(positions, k.shape[1]), cache
 
 # %% ../../nbs/model/12_diff.ipynb #c047
 def paired_heads(
-    q: Float[Array, "b t h2 k"],           # 2h single queries, pair i at 2i and 2i + 1
-    k: Float[Array, "b s g2 k"],           # 2g single keys
-    v: Float[Array, "b s g m"],            # one for each pair of keys
-    lam: Float[Array, ""],                 # of the layer
+    q: Float[Array, "b t h2 k"],  # 2h single queries, pair i at 2i and 2i + 1
+    k: Float[Array, "b s g2 k"],  # 2g single keys
+    v: Float[Array, "b s g m"],  # one for each pair of keys
+    lam: Float[Array, ""],  # of the layer
     mask: Bool[Array, "#b 1 t s"] | None,  # None: causal
-    cfg: DiffConfig,                       # the paper's form or the stabilised one
+    cfg: DiffConfig,  # the paper's form or the stabilised one
 ) -> Float[Array, "b t h m"]:
     "V1 on interleaved pairs, in the form `cfg` asks for."
     maps = q[:, :, 0::2], k[:, :, 0::2], q[:, :, 1::2], k[:, :, 1::2]
-    if cfg.stabilised: return floored_attention(*maps, v, jnp.clip(lam, 0, 1), mask=mask)
-    return diff_attention_v1(*maps, v, lam, mask=mask, kernel=None if cfg.kernel == "auto" else cfg.kernel)
+    if cfg.stabilised:
+        return floored_attention(*maps, v, jnp.clip(lam, 0, 1), mask=mask)
+    return diff_attention_v1(
+        *maps, v, lam, mask=mask, kernel=None if cfg.kernel == "auto" else cfg.kernel
+    )
 
 # %% ../../nbs/model/12_diff.ipynb #c049
-LAMBDAS = "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"  # parameters of DIFF1, as in the paper's code
+LAMBDAS = (
+    "lambda_q1",
+    "lambda_k1",
+    "lambda_q2",
+    "lambda_k2",
+)  # parameters of DIFF1, as in the paper's code
 
 
 class DIFF1(nnx.Module):
     "Differential attention V1 (2410.05258), paired heads and wide values. ValueError if heads do not pair."
+
     def __init__(
         self,
-        width: int,        # d
-        heads: int,        # single maps, as the plain twin has them; half as many differential heads
-        kv_heads: int,     # single key heads, divides `heads`; half as many value heads
-        head_dim: int,     # k of one map, even; values have 2k
+        width: int,  # d
+        heads: int,  # single maps, as the plain twin has them; half as many differential heads
+        kv_heads: int,  # single key heads, divides `heads`; half as many value heads
+        head_dim: int,  # k of one map, even; values have 2k
         *,
         rope: RopeConfig,  # positions
-        std: float,        # of the query, key and value maps
-        out_std: float,    # of the output map
+        std: float,  # of the query, key and value maps
+        out_std: float,  # of the output map
         rngs: nnx.Rngs,
         cfg: DiffConfig = DiffConfig(),  # the paper
     ):
-        cfg.check(width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, max_len=0, version=1)
+        cfg.check(
+            width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, max_len=0, version=1
+        )
         rope_frequencies(head_dim, rope)  # refuses an odd head_dim here
         self.cfg, self.kv_heads, self.head_dim, self.rope = cfg, kv_heads, head_dim, rope
         self.q = Linear((width,), (heads, head_dim), std=std, rngs=rngs)
@@ -213,16 +265,17 @@ class DIFF1(nnx.Module):
         self.o = Linear((heads // 2, 2 * head_dim), (width,), std=out_std, rngs=rngs)
         self.norm = RMSNorm(2 * head_dim, 1e-5, rngs=rngs)  # one gain for all heads
         vector = normal_init(0.01 if cfg.stabilised else 0.1)
-        for name in LAMBDAS: setattr(self, name, nnx.Param(vector(rngs.params(), (head_dim,), jnp.float32)))
+        for name in LAMBDAS:
+            setattr(self, name, nnx.Param(vector(rngs.params(), (head_dim,), jnp.float32)))
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],                   # normalised activations
+        x: Float[Array, "b t d"],  # normalised activations
         *,
-        positions: Int[Array, "#b t"],              # of each token in its row; "b t" with a cache
+        positions: Int[Array, "#b t"],  # of each token in its row; "b t" with a cache
         segments: Int[Array, "b t"] | None = None,  # documents, only without cache
-        cache: KVCache | None = None,               # holds the tokens before these
-        depth: Int[Array, ""] | None = None,        # of the layer from 0, for lambda_init; None is 0
+        cache: KVCache | None = None,  # holds the tokens before these
+        depth: Int[Array, ""] | None = None,  # of the layer from 0, for lambda_init; None is 0
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         "Attend among `x` itself, or through the cache after writing `x` to it. ValueError for segments with a cache."
         q, k, v, mask, cache = rotated_heads(self, x, positions, segments, cache)
@@ -234,18 +287,20 @@ class DIFF1(nnx.Module):
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
         "An empty cache of as many bytes as the plain twin's: half as many value heads, of twice the width."
         empty = lambda heads, width: jnp.zeros((batch, length, heads, width), dtype)
-        return KVCache(empty(self.kv_heads, self.head_dim), empty(self.kv_heads // 2, 2 * self.head_dim))
+        return KVCache(
+            empty(self.kv_heads, self.head_dim), empty(self.kv_heads // 2, 2 * self.head_dim)
+        )
 
 # %% ../../nbs/model/12_diff.ipynb #c058
 def diff_attention_v2(
     q: Float[Array, "b t h2 k"],  # 2h query heads; output head i is the pair 2i and 2i + 1
-    k: Float[Array, "b s g k"],   # keys, g divides h, so that a pair shares keys and values
-    v: Float[Array, "b s g m"],   # values
-    lam: Float[Array, "*l"],      # [b, t, h], for each token and output head; [h] or a scalar will do
+    k: Float[Array, "b s g k"],  # keys, g divides h, so that a pair shares keys and values
+    v: Float[Array, "b s g m"],  # values
+    lam: Float[Array, "*l"],  # [b, t, h], for each token and output head; [h] or a scalar will do
     *,
     mask: Bool[Array, "#b 1 t s"] | None = None,  # True: visible; None: causal, t = s
-    kernel: str | None = None,    # for long rows, see `uneven_attention`
-) -> Float[Array, "b t h m"]:     # dtype of `q`
+    kernel: str | None = None,  # for long rows, see `uneven_attention`
+) -> Float[Array, "b t h m"]:  # dtype of `q`
     "Differential attention V2: one call, even heads minus lambda times odd. ValueError for heads without a partner."
     if q.shape[2] % (2 * k.shape[2]):
         raise ValueError(f"{q.shape[2]} query heads make no pairs within {k.shape[2]} groups")
@@ -255,20 +310,23 @@ def diff_attention_v2(
 # %% ../../nbs/model/12_diff.ipynb #c065
 class DIFF2(nnx.Module):
     "Differential attention V2: twice the queries, a lambda for each token and head. ValueError if heads do not fit."
+
     def __init__(
         self,
-        width: int,        # d
-        heads: int,        # h output heads; there are 2h query heads
-        kv_heads: int,     # g, divides h
-        head_dim: int,     # k, even
+        width: int,  # d
+        heads: int,  # h output heads; there are 2h query heads
+        kv_heads: int,  # g, divides h
+        head_dim: int,  # k, even
         *,
         rope: RopeConfig,  # positions
-        std: float,        # of all maps but the last
-        out_std: float,    # of the output map
+        std: float,  # of all maps but the last
+        out_std: float,  # of the output map
         rngs: nnx.Rngs,
         cfg: DiffConfig = DiffConfig(),  # only the kernel; V2 has no stabilised form
     ):
-        cfg.check(width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, max_len=0, version=2)
+        cfg.check(
+            width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, max_len=0, version=2
+        )
         rope_frequencies(head_dim, rope)  # refuses an odd head_dim here
         self.cfg, self.kv_heads, self.head_dim, self.rope = cfg, kv_heads, head_dim, rope
         self.q = Linear((width,), (2 * heads, head_dim), std=std, rngs=rngs)
@@ -279,18 +337,22 @@ class DIFF2(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],                   # normalised activations
+        x: Float[Array, "b t d"],  # normalised activations
         *,
-        positions: Int[Array, "#b t"],              # of each token in its row; "b t" with a cache
+        positions: Int[Array, "#b t"],  # of each token in its row; "b t" with a cache
         segments: Int[Array, "b t"] | None = None,  # documents, only without cache
-        cache: KVCache | None = None,               # holds the tokens before these
-        depth: Int[Array, ""] | None = None,        # unused: V2 has no schedule
+        cache: KVCache | None = None,  # holds the tokens before these
+        depth: Int[Array, ""] | None = None,  # unused: V2 has no schedule
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         "Attend among `x` itself, or through the cache after writing `x` to it. ValueError for segments with a cache."
         q, k, v, mask, cache = rotated_heads(self, x, positions, segments, cache)
         kernel = None if self.cfg.kernel == "auto" else self.cfg.kernel
-        return self.o(diff_attention_v2(q, k, v, jax.nn.sigmoid(wide(self.lam(x))), mask=mask, kernel=kernel)), cache
+        return self.o(
+            diff_attention_v2(q, k, v, jax.nn.sigmoid(wide(self.lam(x))), mask=mask, kernel=kernel)
+        ), cache
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
         "An empty cache, the plain twin's."
-        return KVCache(*(jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype) for _ in "kv"))
+        return KVCache(
+            *(jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype) for _ in "kv")
+        )

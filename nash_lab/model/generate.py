@@ -23,37 +23,44 @@ from .transformer import LM
 # %% ../../nbs/model/21_generate.ipynb #c010
 class Sampling(NamedTuple):
     "How to draw the next token; every field is a traced array, so changing it does not recompile."
+
     temperature: Float[Array, ""]  # 0: the most likely token
-    top_k: Int[Array, ""]          # 0: off
-    top_p: Float[Array, ""]        # 1: off
-    min_p: Float[Array, ""]        # 0: off
-    forbidden: Bool[Array, "v"]    # True: never drawn
+    top_k: Int[Array, ""]  # 0: off
+    top_p: Float[Array, ""]  # 1: off
+    min_p: Float[Array, ""]  # 0: off
+    forbidden: Bool[Array, "v"]  # True: never drawn
 
 # %% ../../nbs/model/21_generate.ipynb #c014
 def upper_set(
-    z: Float[Array, "b v"],       # fp32 logits
+    z: Float[Array, "b v"],  # fp32 logits
     weight: Float[Array, "b v"],  # of each token, not negative
-    enough: Float[Array, ""],     # weight to reach; if all together do not reach it, all are kept
+    enough: Float[Array, ""],  # weight to reach; if all together do not reach it, all are kept
 ) -> Bool[Array, "b v"]:
     "The tokens at or above the highest edge whose upper set weighs enough."
     bits = jax.lax.bitcast_convert_type(z, jnp.uint32)
     order = jnp.where(jnp.signbit(z), ~bits, bits | jnp.uint32(1 << 31))
+
     def bit(i, edge):
         trial = edge | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         weighs = jnp.sum(jnp.where(order >= trial, weight, 0.0), axis=-1, keepdims=True)
         return jnp.where(weighs >= enough, trial, edge)
+
     return order >= jax.lax.fori_loop(0, 32, bit, jnp.zeros((z.shape[0], 1), jnp.uint32))
 
 # %% ../../nbs/model/21_generate.ipynb #c016
 def filtered_logits(
     z: Float[Array, "b v"],  # fp32 logits of the model
-    cfg: Sampling,           # settings
+    cfg: Sampling,  # settings
 ) -> Float[Array, "b v"]:
     "Logits of the distribution that is drawn from, -inf where a token is cut; settings that are off cost nothing."
-    z = jnp.where(cfg.forbidden[None], -jnp.inf, z) / jnp.where(cfg.temperature > 0, cfg.temperature, 1.0)
+    z = jnp.where(cfg.forbidden[None], -jnp.inf, z) / jnp.where(
+        cfg.temperature > 0, cfg.temperature, 1.0
+    )
+
     def cut(on, weight, enough, z):
         keep = lambda z: jnp.where(upper_set(z, weight(z), enough), z, -jnp.inf)
         return jax.lax.cond(on, keep, lambda z: z, z)
+
     z = cut(cfg.top_k > 0, jnp.ones_like, cfg.top_k.astype(jnp.float32), z)
     z = cut(cfg.top_p < 1, jax.nn.softmax, cfg.top_p, z)
     return jnp.where(z >= z.max(-1, keepdims=True) + jnp.log(cfg.min_p), z, -jnp.inf)
@@ -61,8 +68,8 @@ def filtered_logits(
 # %% ../../nbs/model/21_generate.ipynb #c025
 def sample(
     z: Float[Array, "b v"],  # fp32 logits of the model
-    keys: Array,             # one JAX key a row, [b]
-    cfg: Sampling,           # settings
+    keys: Array,  # one JAX key a row, [b]
+    cfg: Sampling,  # settings
 ) -> Int[Array, "b"]:
     "One token a row: the most likely allowed one at temperature 0, else a draw from `filtered_logits`."
     greedy = lambda: jnp.argmax(jnp.where(cfg.forbidden[None], -jnp.inf, z), axis=-1)
@@ -72,8 +79,9 @@ def sample(
 # %% ../../nbs/model/21_generate.ipynb #c030
 class Rollout(NamedTuple):
     "Drawn tokens, and how likely the model itself found them (temperature 1, nothing cut)."
-    tokens: Int[np.ndarray, "b t"]      # after the end: EOS, or 0 without one
-    lengths: Int[np.ndarray, "b"]       # drawn tokens of each row, the EOS counted
+
+    tokens: Int[np.ndarray, "b t"]  # after the end: EOS, or 0 without one
+    lengths: Int[np.ndarray, "b"]  # drawn tokens of each row, the EOS counted
     logprobs: Float[np.ndarray, "b t"]  # nats, 0 after the end
 
 # %% ../../nbs/model/21_generate.ipynb #c031
@@ -96,13 +104,19 @@ def _decode(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, ro
         return n + 1, record(out, n, token, logprob, done), token, done | (token == eos), cache
 
     def record(out, n, token, logprob, done):
-        return out[0].at[:, n].set(token), out[1] + (~done).astype(jnp.int32), out[2].at[:, n].set(logprob)
+        return (
+            out[0].at[:, n].set(token),
+            out[1] + (~done).astype(jnp.int32),
+            out[2].at[:, n].set(logprob),
+        )
 
     cache = lm.init_cache(b, min(t + room, lm.cfg.max_len))
     hidden, cache = lm.step(prompt, jnp.broadcast_to(jnp.arange(t)[None], (b, t)), cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     last, lengths, active = (jnp.repeat(a, copies, axis=0) for a in (last, lengths, active))
-    cache = jax.tree.map(lambda a: jnp.repeat(a, copies, axis=1), cache)  # [l b ...]: a prompt is read once
+    cache = jax.tree.map(
+        lambda a: jnp.repeat(a, copies, axis=1), cache
+    )  # [l b ...]: a prompt is read once
     token, logprob = draw(last, 0, ~active)
     end = jnp.full((b * copies, room), jnp.maximum(eos, 0), jnp.int32)
     none = jnp.zeros(b * copies, jnp.int32), jnp.zeros((b * copies, room), jnp.float32)
@@ -114,11 +128,14 @@ def _decode(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, ro
 @dataclass(frozen=True)
 class SampleConfig:
     "How to continue prompts; ValueError names a setting out of range."
-    max_new_tokens: int = 64  # limit for each row; prompt and new tokens together fit in the model's max_len
+
+    max_new_tokens: int = (
+        64  # limit for each row; prompt and new tokens together fit in the model's max_len
+    )
     temperature: float = 1.0  # divides the logits; 0 takes the most likely token and needs no key
-    top_p: float = 1.0        # smallest set of likely tokens with this probability; 1 is off
-    top_k: int = 0            # number of most likely tokens; 0 is off
-    min_p: float = 0.0        # least probability, as a share of the largest; 0 is off
+    top_p: float = 1.0  # smallest set of likely tokens with this probability; 1 is off
+    top_k: int = 0  # number of most likely tokens; 0 is off
+    min_p: float = 0.0  # least probability, as a share of the largest; 0 is off
     eos_id: int | None = None  # a row ends after drawing this token
     forbidden: tuple[int, ...] = ()  # token ids that are never drawn
 
@@ -130,22 +147,29 @@ class SampleConfig:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "0 <= min_p <= 1"),
         ]:
-            if not good: raise ValueError(f"SampleConfig.{name}={getattr(self, name)}, expected {expected}")
+            if not good:
+                raise ValueError(f"SampleConfig.{name}={getattr(self, name)}, expected {expected}")
 
     def sampling(self, vocab_size: int) -> Sampling:
         "The settings as arrays; ValueError for token ids outside the vocabulary."
-        for name, ids in (("forbidden", self.forbidden), ("eos_id", () if self.eos_id is None else (self.eos_id,))):
+        for name, ids in (
+            ("forbidden", self.forbidden),
+            ("eos_id", () if self.eos_id is None else (self.eos_id,)),
+        ):
             for i in ids:
                 if not 0 <= i < vocab_size:
                     raise ValueError(f"SampleConfig.{name}: {i}, expected 0 to {vocab_size - 1}")
         mask = np.isin(np.arange(vocab_size), self.forbidden)
-        if mask.all(): raise ValueError(f"SampleConfig.forbidden: all {vocab_size} tokens, expected one left to draw")
+        if mask.all():
+            raise ValueError(
+                f"SampleConfig.forbidden: all {vocab_size} tokens, expected one left to draw"
+            )
         temperature, top_p, min_p = np.float32([self.temperature, self.top_p, self.min_p])
         return Sampling(temperature, np.int32(self.top_k), top_p, min_p, mask)
 
 # %% ../../nbs/model/21_generate.ipynb #c034
 def bucket(
-    n: int,     # to hold
+    n: int,  # to hold
     most: int,  # the largest there is
 ) -> int:
     "The power of two from 8 up that holds n, at most `most`."
@@ -154,33 +178,49 @@ def bucket(
 
 def _check_prompts(prompts, new: int, vocab_size: int, max_len: int) -> None:
     "ValueError naming the first prompt that is empty, out of the vocabulary or too long."
-    if not len(prompts): raise ValueError("prompts is empty, expected at least one prompt")
+    if not len(prompts):
+        raise ValueError("prompts is empty, expected at least one prompt")
     for i, prompt in enumerate(prompts):
-        if not len(prompt): raise ValueError(f"prompts[{i}] is empty, expected at least one token (BOS, for example)")
+        if not len(prompt):
+            raise ValueError(
+                f"prompts[{i}] is empty, expected at least one token (BOS, for example)"
+            )
         for t in prompt:
-            if not 0 <= t < vocab_size: raise ValueError(f"prompts[{i}]: token id {t}, expected 0 to {vocab_size - 1}")
+            if not 0 <= t < vocab_size:
+                raise ValueError(f"prompts[{i}]: token id {t}, expected 0 to {vocab_size - 1}")
         if len(prompt) + new > max_len:
-            raise ValueError(f"prompts[{i}]: {len(prompt)} tokens and {new} new ones exceed the model's {max_len=}")
+            raise ValueError(
+                f"prompts[{i}]: {len(prompt)} tokens and {new} new ones exceed the model's {max_len=}"
+            )
 
 # %% ../../nbs/model/21_generate.ipynb #c035
 def prompt_batch(
     lm: LM,
     prompts: Sequence[Sequence[int]],  # token ids, of any lengths
-    cfg: SampleConfig,                 # how to draw
-    key: Array | None,                 # of the draws
+    cfg: SampleConfig,  # how to draw
+    key: Array | None,  # of the draws
 ) -> tuple:  # prompt, lengths, active, limit, eos, key, sampling: what a compiled decoder takes
     "Prompts in the rows of a bucket, and the settings as arrays. ValueError names the prompt or setting that is wrong."
     model, b = lm.cfg, len(prompts)
     _check_prompts(prompts, cfg.max_new_tokens, model.vocab_size, model.max_len)
-    if key is None and cfg.temperature > 0: raise ValueError(f"temperature={cfg.temperature} draws: give a key")
+    if key is None and cfg.temperature > 0:
+        raise ValueError(f"temperature={cfg.temperature} draws: give a key")
     lengths = np.ones(1 << (b - 1).bit_length(), np.int32)
     lengths[:b] = [len(p) for p in prompts]
     padded = np.zeros((len(lengths), bucket(int(lengths.max()), model.max_len)), np.int32)
-    for row, prompt in zip(padded, prompts): row[: len(prompt)] = prompt
+    for row, prompt in zip(padded, prompts):
+        row[: len(prompt)] = prompt
     eos = np.int32(-1 if cfg.eos_id is None else cfg.eos_id)
     key = jax.random.key(0) if key is None else key
-    return (padded, lengths, np.arange(len(lengths)) < b, np.int32(cfg.max_new_tokens), eos, key,
-            cfg.sampling(model.vocab_size))
+    return (
+        padded,
+        lengths,
+        np.arange(len(lengths)) < b,
+        np.int32(cfg.max_new_tokens),
+        eos,
+        key,
+        cfg.sampling(model.vocab_size),
+    )
 
 # %% ../../nbs/model/21_generate.ipynb #c036
 def room_for(lm: LM, cfg: SampleConfig) -> int:
@@ -189,8 +229,8 @@ def room_for(lm: LM, cfg: SampleConfig) -> int:
 
 
 def cut_rollout(
-    out: tuple,         # tokens, lengths, logprobs of the whole bucket, on the device
-    rows: int,          # prompts that were given
+    out: tuple,  # tokens, lengths, logprobs of the whole bucket, on the device
+    rows: int,  # prompts that were given
     cfg: SampleConfig,  # how long they may be
 ) -> Rollout:
     "The rows and columns that were asked for."
@@ -201,13 +241,16 @@ def cut_rollout(
 def rollout(
     lm: LM,
     prompts: Sequence[Sequence[int]],  # token ids, of any lengths
-    cfg: SampleConfig,                 # how to draw
-    key: Array | None = None,          # row i draws with fold_in(key, i)
-    copies: int = 1,                   # continuations of each prompt, in neighbouring rows; the prompt is read once
+    cfg: SampleConfig,  # how to draw
+    key: Array | None = None,  # row i draws with fold_in(key, i)
+    copies: int = 1,  # continuations of each prompt, in neighbouring rows; the prompt is read once
 ) -> Rollout:
     "Continue every prompt, keeping log-probabilities. ValueError names the prompt or the setting that is wrong."
-    if copies < 1: raise ValueError(f"{copies=}, expected at least 1")
-    out = _decode(*nnx.split(lm), *prompt_batch(lm, prompts, cfg, key), room=room_for(lm, cfg), copies=copies)
+    if copies < 1:
+        raise ValueError(f"{copies=}, expected at least 1")
+    out = _decode(
+        *nnx.split(lm), *prompt_batch(lm, prompts, cfg, key), room=room_for(lm, cfg), copies=copies
+    )
     return cut_rollout(out, len(prompts) * copies, cfg)
 
 # %% ../../nbs/model/21_generate.ipynb #c038
@@ -215,14 +258,14 @@ def generate(
     lm: LM,
     prompts: Sequence[Sequence[int]],  # token ids, of any lengths
     *,
-    max_new_tokens: int = 64,   # this and the next six: see `SampleConfig`
+    max_new_tokens: int = 64,  # this and the next six: see `SampleConfig`
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
     eos_id: int | None = None,
     forbidden: Sequence[int] = (),
-    key: Array | None = None,   # row i draws with fold_in(key, i); not needed at temperature 0
+    key: Array | None = None,  # row i draws with fold_in(key, i); not needed at temperature 0
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
     "New tokens of every prompt (after the end: EOS, or 0 without one) and their number, the EOS counted."
     cfg = SampleConfig(max_new_tokens, temperature, top_p, top_k, min_p, eos_id, tuple(forbidden))
@@ -231,7 +274,7 @@ def generate(
 # %% ../../nbs/model/21_generate.ipynb #c039
 def unpad(
     tokens: Int[np.ndarray, "b t"],  # padded rows
-    lengths: Int[np.ndarray, "b"],   # tokens that count in each
+    lengths: Int[np.ndarray, "b"],  # tokens that count in each
 ) -> list[list[int]]:
     "Rows as lists of their own lengths."
     return [row[:n].tolist() for row, n in zip(tokens, lengths)]
@@ -239,7 +282,7 @@ def unpad(
 # %% ../../nbs/model/21_generate.ipynb #c044
 def sequence_logprobs(
     lm: LM,
-    tokens: Int[Array, "b t"],               # prompt and continuation, padded on the right
+    tokens: Int[Array, "b t"],  # prompt and continuation, padded on the right
     mask: Bool[Array, "b t"] | None = None,  # tokens that count; None: all
 ) -> Float[Array, "b t"]:
     "Log-probability of each token given those before it, nats; 0 for the first of a row and where the mask is False."
@@ -250,14 +293,15 @@ def sequence_logprobs(
 def best_of_n(
     lm: LM,
     prompt: Sequence[int],  # token ids
-    n: int,                 # samples, drawn as one batch
+    n: int,  # samples, drawn as one batch
     *,
     key: Array,
     cfg: SampleConfig | None = None,  # how to draw; None: the defaults
     score: Callable[[list[int]], float] | None = None,  # None: log-probability per token
 ) -> list[tuple[float, list[int]]]:
     "Pairs of score and new tokens, best first. ValueError if n < 1."
-    if n < 1: raise ValueError(f"{n=}, expected at least 1 sample")
+    if n < 1:
+        raise ValueError(f"{n=}, expected at least 1 sample")
     drawn = rollout(lm, [prompt], cfg or SampleConfig(), key, copies=n)
     samples = unpad(drawn.tokens, drawn.lengths)
     scores = drawn.logprobs.sum(1) / drawn.lengths if score is None else [score(s) for s in samples]

@@ -29,36 +29,58 @@ from ..core.keys import named_key
 def _restore(hint: Any, value: Any, name: str) -> Any:
     "One value by its type annotation; ValueError names `name` with what was expected and found."
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any: return value
-    if is_dataclass(hint): return from_json(hint, value)
-    if origin in (Union, types.UnionType): return _restore_union(args, value, name)
-    if origin is Literal and any(type(a) is type(value) and a == value for a in args): return value
+    if hint is Any:
+        return value
+    if is_dataclass(hint):
+        return from_json(hint, value)
+    if origin in (Union, types.UnionType):
+        return _restore_union(args, value, name)
+    if origin is Literal and any(type(a) is type(value) and a == value for a in args):
+        return value
     if isinstance(value, (list, tuple)) and (hint is tuple or origin is tuple):
-        if not args: return tuple(value)
+        if not args:
+            return tuple(value)
         each = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(each) == len(value):
-            return tuple(_restore(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(each, value)))
+            return tuple(
+                _restore(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(each, value))
+            )
     if isinstance(value, dict) and (hint is dict or origin is dict):
-        return {k: _restore(args[1] if args else Any, v, f"{name}[{k!r}]") for k, v in value.items()}
-    if hint is float and type(value) is int: return float(value)
-    if hint is Path and type(value) is str: return Path(value)
-    if isinstance(hint, type) and type(value) is hint: return value
-    expected = " | ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+        return {
+            k: _restore(args[1] if args else Any, v, f"{name}[{k!r}]") for k, v in value.items()
+        }
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Path and type(value) is str:
+        return Path(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    expected = (
+        " | ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    )
     raise ValueError(f"{name}: expected {expected}, found {value!r}")
 
 
 def _restore_union(options: tuple, value: Any, name: str) -> Any:
     "The first of `options` that accepts `value`; ValueError of the only candidate, or one naming them all."
-    if value is None and type(None) in options: return None
+    if value is None and type(None) in options:
+        return None
     rest = [o for o in options if o is not type(None)]
-    if len(rest) == 1: return _restore(rest[0], value, name)
+    if len(rest) == 1:
+        return _restore(rest[0], value, name)
     for option in rest:
-        try: return _restore(option, value, name)
-        except ValueError: pass
-    raise ValueError(f"{name}: expected {' | '.join(getattr(o, '__name__', str(o)) for o in rest)}, found {value!r}")
+        try:
+            return _restore(option, value, name)
+        except ValueError:
+            pass
+    raise ValueError(
+        f"{name}: expected {' | '.join(getattr(o, '__name__', str(o)) for o in rest)}, found {value!r}"
+    )
 
 # %% ../../nbs/model/10_layers.ipynb #c015
-normal_init = jax.nn.initializers.normal  # normal_init(std)(key, shape, dtype): not truncated, as in LLaMA
+normal_init = (
+    jax.nn.initializers.normal
+)  # normal_init(std)(key, shape, dtype): not truncated, as in LLaMA
 
 # %% ../../nbs/model/10_layers.ipynb #c018
 def wide(x: Float[Array, "*m"]) -> Float[Array, "*m"]:
@@ -67,45 +89,59 @@ def wide(x: Float[Array, "*m"]) -> Float[Array, "*m"]:
 
 
 def rms_norm(
-    x: Float[Array, "*m d"],           # activations, any float dtype
-    gain: Float[Array, "d"] | None,    # None: no gain
-    eps: float = 1e-6,                 # inside the root; 1e-20 in some papers, 1e-6 is safe in fp32
-) -> Float[Array, "*m d"]:             # dtype of `x`
+    x: Float[Array, "*m d"],  # activations, any float dtype
+    gain: Float[Array, "d"] | None,  # None: no gain
+    eps: float = 1e-6,  # inside the root; 1e-20 in some papers, 1e-6 is safe in fp32
+) -> Float[Array, "*m d"]:  # dtype of `x`
     "Root-mean-square norm over the last axis, computed in fp32 (1910.07467, Eq. 4)."
     y = wide(x)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    if gain is not None: y = y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
+    if gain is not None:
+        y = y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
     return y.astype(x.dtype)
 
 # %% ../../nbs/model/10_layers.ipynb #c021
-NORMS = {"uncentred": jnp.ones, "centred": jnp.zeros, "scalar": jnp.ones, "none": None}  # what the gain starts from
+NORMS = {
+    "uncentred": jnp.ones,
+    "centred": jnp.zeros,
+    "scalar": jnp.ones,
+    "none": None,
+}  # what the gain starts from
 
 
 class RMSNorm(nnx.Module):
     "Holds the gain of `rms_norm`; every mode starts as a plain norm. ValueError for an unknown mode."
+
     def __init__(
         self,
-        width: int,          # d
-        eps: float = 1e-6,   # inside the root
+        width: int,  # d
+        eps: float = 1e-6,  # inside the root
         mode: str = "uncentred",  # the gain is g | 1 + g ("centred") | one number ("scalar") | absent ("none")
         *,
         rngs: nnx.Rngs | None = None,  # unused, so that every layer is built the same way
     ):
-        if mode not in NORMS: raise ValueError(f"{mode=}, expected one of {', '.join(NORMS)}")
+        if mode not in NORMS:
+            raise ValueError(f"{mode=}, expected one of {', '.join(NORMS)}")
         start, shape = NORMS[mode], () if mode == "scalar" else (width,)
-        self.gain, self.eps, self.mode = nnx.Param(start(shape, jnp.float32)) if start else None, eps, mode
+        self.gain, self.eps, self.mode = (
+            nnx.Param(start(shape, jnp.float32)) if start else None,
+            eps,
+            mode,
+        )
 
     def __call__(self, x: Float[Array, "*m d"]) -> Float[Array, "*m d"]:
         "The norm of `x` in the dtype of `x`."
-        if self.gain is None: return rms_norm(x, None, self.eps)
+        if self.gain is None:
+            return rms_norm(x, None, self.eps)
         gain = self.gain[...] + 1 if self.mode == "centred" else self.gain[...]
         return rms_norm(x, jnp.broadcast_to(gain, x.shape[-1:]), self.eps)
 
 # %% ../../nbs/model/10_layers.ipynb #c028
 class Rotary(NamedTuple):
     "What turns a head: the frequencies decide how many of its dimensions turn, the scale multiplies cos and sin."
+
     frequencies: Float[np.ndarray, "r2"]  # radians per position of each of the r/2 pairs
-    scale: float = 1.0                    # 1 except under YaRN
+    scale: float = 1.0  # 1 except under YaRN
 
 
 def plain_frequencies(width: int, theta: float) -> Float[np.ndarray, "r2"]:
@@ -114,35 +150,55 @@ def plain_frequencies(width: int, theta: float) -> Float[np.ndarray, "r2"]:
 
 # %% ../../nbs/model/10_layers.ipynb #c032
 def rope(
-    x: Float[Array, "b t h k"],     # queries or keys
+    x: Float[Array, "b t h k"],  # queries or keys
     positions: Int[Array, "#b t"],  # one row may serve the whole batch
-    rotary: Rotary,                 # made by `rope_frequencies` below
-    interleaved: bool = False,      # pairs (2i, 2i+1) instead of (i, i + r/2)
-) -> Float[Array, "b t h k"]:       # dtype of `x`
+    rotary: Rotary,  # made by `rope_frequencies` below
+    interleaved: bool = False,  # pairs (2i, 2i+1) instead of (i, i + r/2)
+) -> Float[Array, "b t h k"]:  # dtype of `x`
     "Rotate each pair of the first r dimensions by position times frequency, in fp32 (2104.09864, Eq. 34)."
     width = 2 * rotary.frequencies.shape[0]
     y, rest = wide(x[..., :width]), x[..., width:]
-    angle = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(rotary.frequencies)[None, None, None]
+    angle = (
+        positions[:, :, None, None].astype(jnp.float32)
+        * jnp.asarray(rotary.frequencies)[None, None, None]
+    )
     cos, sin = (f(angle).astype(y.dtype) * rotary.scale for f in (jnp.cos, jnp.sin))
     a, b = (y[..., 0::2], y[..., 1::2]) if interleaved else jnp.split(y, 2, axis=-1)
     a, b = a * cos - b * sin, b * cos + a * sin
-    y = jnp.stack([a, b], axis=-1).reshape(y.shape) if interleaved else jnp.concatenate([a, b], axis=-1)
-    return jnp.concatenate([y.astype(x.dtype), rest], axis=-1) if rest.shape[-1] else y.astype(x.dtype)
+    y = (
+        jnp.stack([a, b], axis=-1).reshape(y.shape)
+        if interleaved
+        else jnp.concatenate([a, b], axis=-1)
+    )
+    return (
+        jnp.concatenate([y.astype(x.dtype), rest], axis=-1) if rest.shape[-1] else y.astype(x.dtype)
+    )
 
 # %% ../../nbs/model/10_layers.ipynb #c044
 @dataclass(frozen=True)
 class RopeConfig:
     "Rotary positions (2104.09864) and their stretching to longer contexts. ValueError for values out of range."
+
     theta: float = 10_000.0  # base of the wavelengths; larger for longer contexts
-    rotary_fraction: float = 1.0  # share of a head's dimensions that turn, its first ones; the others know no position
-    scaling: Literal["none", "yarn", "llama3"] = "none"  # how contexts longer than the trained one are reached
+    rotary_fraction: float = (
+        1.0  # share of a head's dimensions that turn, its first ones; the others know no position
+    )
+    scaling: Literal["none", "yarn", "llama3"] = (
+        "none"  # how contexts longer than the trained one are reached
+    )
     factor: float = 1.0  # s, longest context over original_len; 1 changes nothing
     original_len: int = 2048  # L, context length of the training before, in tokens
     beta_fast: float = 32.0  # yarn: a pair with more turns in L tokens than this is left alone
     beta_slow: float = 1.0  # yarn: a pair with fewer turns in L tokens than this is slowed by s
-    attention_factor: float = 0.0  # yarn: multiplies cos and sin, hence scores by its square; 0 means 0.1 ln s + 1
-    low_freq_factor: float = 1.0  # llama3: a pair with fewer turns in L tokens than this is slowed by s
-    high_freq_factor: float = 4.0  # llama3: a pair with more turns in L tokens than this is left alone
+    attention_factor: float = (
+        0.0  # yarn: multiplies cos and sin, hence scores by its square; 0 means 0.1 ln s + 1
+    )
+    low_freq_factor: float = (
+        1.0  # llama3: a pair with fewer turns in L tokens than this is slowed by s
+    )
+    high_freq_factor: float = (
+        4.0  # llama3: a pair with more turns in L tokens than this is left alone
+    )
 
     def __post_init__(self):
         slow, low = self.beta_slow, self.low_freq_factor
@@ -150,20 +206,33 @@ class RopeConfig:
             ("theta", self.theta > 1, "greater than 1"),
             ("rotary_fraction", 0 < self.rotary_fraction <= 1, "in (0, 1]"),
             ("scaling", self.scaling in ("none", "yarn", "llama3"), "none | yarn | llama3"),
-            ("factor", self.factor == 1 or (self.factor > 1 and self.scaling != "none"), "1, or more with a scaling"),
-            ("original_len", self.original_len >= 7, "7 or more: the fastest pair turns once in 6.3"),
+            (
+                "factor",
+                self.factor == 1 or (self.factor > 1 and self.scaling != "none"),
+                "1, or more with a scaling",
+            ),
+            (
+                "original_len",
+                self.original_len >= 7,
+                "7 or more: the fastest pair turns once in 6.3",
+            ),
             ("attention_factor", self.attention_factor >= 0, "0 or more"),
             ("beta_fast", self.beta_fast > slow > 0, f"greater than beta_slow={slow} > 0"),
-            ("high_freq_factor", self.high_freq_factor > low > 0, f"greater than low_freq_factor={low} > 0"),
+            (
+                "high_freq_factor",
+                self.high_freq_factor > low > 0,
+                f"greater than low_freq_factor={low} > 0",
+            ),
         ):
-            if not good: raise ValueError(f"RopeConfig.{name}={getattr(self, name)!r} must be {wanted}")
+            if not good:
+                raise ValueError(f"RopeConfig.{name}={getattr(self, name)!r} must be {wanted}")
 
 # %% ../../nbs/model/10_layers.ipynb #c045
 def turns_ramp(
-    width: int,        # r, dimensions that turn
-    cfg: RopeConfig,   # L and theta
-    few: float,        # alpha: fewer turns than this are slowed fully
-    many: float,       # beta: more turns than this are left alone
+    width: int,  # r, dimensions that turn
+    cfg: RopeConfig,  # L and theta
+    few: float,  # alpha: fewer turns than this are slowed fully
+    many: float,  # beta: more turns than this are left alone
 ) -> Float[np.ndarray, "r2"]:  # 1 - gamma
     "Share by which each pair is slowed, linear in its turns within L tokens (2309.00071, Eq. 13; LLaMA 3.1)."
     turns = cfg.original_len * plain_frequencies(width, cfg.theta) / (2 * math.pi)
@@ -176,8 +245,8 @@ def index_of(turns: float, width: int, cfg: RopeConfig) -> float:
 
 
 def index_ramp(
-    width: int,        # r
-    cfg: RopeConfig,   # L, theta, beta_fast, beta_slow
+    width: int,  # r
+    cfg: RopeConfig,  # L, theta, beta_fast, beta_slow
 ) -> Float[np.ndarray, "r2"]:  # 1 - gamma
     "The same share, linear in the index of the pair between rounded ends: YaRN as its authors' code has it."
     low = max(math.floor(index_of(cfg.beta_fast, width, cfg)), 0)
@@ -187,29 +256,38 @@ def index_ramp(
 # %% ../../nbs/model/10_layers.ipynb #c051
 def attention_factor(cfg: RopeConfig) -> float:
     "Factor on cos and sin: 0.1 ln s + 1 under YaRN (2309.00071, Eq. 22) unless given, otherwise 1."
-    if cfg.scaling != "yarn": return 1.0
+    if cfg.scaling != "yarn":
+        return 1.0
     return cfg.attention_factor or 0.1 * math.log(cfg.factor) + 1
 
 # %% ../../nbs/model/10_layers.ipynb #c054
-SLOWED = {"none": lambda width, cfg: np.zeros(width // 2), "yarn": index_ramp,
-          "llama3": lambda width, cfg: turns_ramp(width, cfg, cfg.low_freq_factor, cfg.high_freq_factor)}
+SLOWED = {
+    "none": lambda width, cfg: np.zeros(width // 2),
+    "yarn": index_ramp,
+    "llama3": lambda width, cfg: turns_ramp(width, cfg, cfg.low_freq_factor, cfg.high_freq_factor),
+}
 
 
 def rotary_width(
-    head_dim: int,    # k
+    head_dim: int,  # k
     cfg: RopeConfig,  # the share that turns
 ) -> int:
     "Number of dimensions of a head that turn, rounded down as Hugging Face does. ValueError if odd or zero."
     width = int(head_dim * cfg.rotary_fraction)
-    if width > 0 and width % 2 == 0: return width
-    share = "" if cfg.rotary_fraction == 1 else f" rotary_fraction={cfg.rotary_fraction} turns {width} of them, which"
+    if width > 0 and width % 2 == 0:
+        return width
+    share = (
+        ""
+        if cfg.rotary_fraction == 1
+        else f" rotary_fraction={cfg.rotary_fraction} turns {width} of them, which"
+    )
     raise ValueError(f"{head_dim=}{share} must be even and positive for rotary positions")
 
 
 def rope_frequencies(
-    head_dim: int,    # k
+    head_dim: int,  # k
     cfg: RopeConfig,  # base, share that turns, stretching
-) -> Rotary:          # on the host: constants of the compiled program
+) -> Rotary:  # on the host: constants of the compiled program
     "Angular frequencies in fp32, slowed as `cfg.scaling` says, and the scale of cos and sin."
     width = rotary_width(head_dim, cfg)
     plain = plain_frequencies(width, cfg.theta)
@@ -219,37 +297,55 @@ def rope_frequencies(
 # %% ../../nbs/model/10_layers.ipynb #c068
 def _dot(a, b, axes, cast, out, precision):
     "Contract `axes` of a and b; with `cast` both are rounded to it before and summed in fp32."
-    if cast: a, b = a.astype(cast), b.astype(cast)
+    if cast:
+        a, b = a.astype(cast), b.astype(cast)
     total = jnp.float32 if cast else out
-    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=total).astype(out)
+    return jax.lax.dot_general(
+        a, b, (axes, ((), ())), precision=precision, preferred_element_type=total
+    ).astype(out)
+
 
 def _forward(x, weight, axes, precision, casts):
     inner = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
-    return _dot(x, weight if casts[0] else weight.astype(x.dtype), inner, casts[0], x.dtype, precision)
+    return _dot(
+        x, weight if casts[0] else weight.astype(x.dtype), inner, casts[0], x.dtype, precision
+    )
+
 
 _contract = jax.custom_vjp(_forward, nondiff_argnums=(2, 3, 4))
 
-def _contract_forward(x, weight, axes, precision, casts):  # the bare product, which a remat policy can see and save
+
+def _contract_forward(
+    x, weight, axes, precision, casts
+):  # the bare product, which a remat policy can see and save
     return _forward(x, weight, axes, precision, casts), (x, weight)
+
 
 def _contract_backward(axes, precision, casts, saved, dy):
     x, weight = saved
     lead, outs = tuple(range(x.ndim - axes)), weight.ndim - axes
     outer = tuple(range(dy.ndim - outs, dy.ndim)), tuple(range(axes, weight.ndim))
-    dx = _dot(dy, weight if casts[1] else weight.astype(dy.dtype), outer, casts[1], x.dtype, precision)
+    dx = _dot(
+        dy, weight if casts[1] else weight.astype(dy.dtype), outer, casts[1], x.dtype, precision
+    )
     return dx, _dot(x, dy, (lead, lead), casts[1], weight.dtype, precision)
+
 
 _contract.defvjp(_contract_forward, _contract_backward)
 
 # %% ../../nbs/model/10_layers.ipynb #c069
 def linear(
-    x: Float[Array, "*m"],               # trailing axes: the input shape of `weight`
-    weight: Float[Array, "*io"],         # input axes, then output axes; cast to the dtype of `x`
-    axes: int = 1,                       # number of input axes
+    x: Float[Array, "*m"],  # trailing axes: the input shape of `weight`
+    weight: Float[Array, "*io"],  # input axes, then output axes; cast to the dtype of `x`
+    axes: int = 1,  # number of input axes
     bias: Float[Array, "*o"] | None = None,  # output axes
-    precision: jax.lax.Precision | None = None,  # of the products on an accelerator; None is its default
-    casts: tuple[str, str] = ("", ""),   # dtype that the factors of the forward, the backward products are rounded to
-) -> Float[Array, "*n"]:                 # dtype of `x`
+    precision: jax.lax.Precision
+    | None = None,  # of the products on an accelerator; None is its default
+    casts: tuple[str, str] = (
+        "",
+        "",
+    ),  # dtype that the factors of the forward, the backward products are rounded to
+) -> Float[Array, "*n"]:  # dtype of `x`
     "Contract the trailing axes of `x` with the leading axes of `weight`; derivatives in reverse mode only."
     y = _contract(x, weight, axes, precision, tuple(casts))
     return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
@@ -257,23 +353,29 @@ def linear(
 # %% ../../nbs/model/10_layers.ipynb #c071
 class Linear(nnx.Module):
     "Holds the weight (and bias) of `linear`; fp32, normal with standard deviation `std`, bias zero."
+
     def __init__(
         self,
-        shape_in: tuple[int, ...],   # trailing axes of the input
+        shape_in: tuple[int, ...],  # trailing axes of the input
         shape_out: tuple[int, ...],  # trailing axes of the output
         *,
-        std: float,                  # standard deviation at the start
-        bias: bool = False,          # LLaMA has none
+        std: float,  # standard deviation at the start
+        bias: bool = False,  # LLaMA has none
         rngs: nnx.Rngs,
     ):
         self.axes = len(shape_in)
-        self.weight = nnx.Param(normal_init(std)(rngs.params(), (*shape_in, *shape_out), jnp.float32))
+        self.weight = nnx.Param(
+            normal_init(std)(rngs.params(), (*shape_in, *shape_out), jnp.float32)
+        )
         self.bias = nnx.Param(jnp.zeros(shape_out, jnp.float32)) if bias else None
         self.forward_dtype, self.backward_dtype = "", ""  # see `set_casts`
 
     def __call__(self, x: Float[Array, "*m"]) -> Float[Array, "*n"]:
         "`linear` in the dtype of `x`."
-        bias, casts = None if self.bias is None else self.bias[...], (self.forward_dtype, self.backward_dtype)
+        bias, casts = (
+            None if self.bias is None else self.bias[...],
+            (self.forward_dtype, self.backward_dtype),
+        )
         return linear(x, self.weight[...], self.axes, bias, casts=casts)
 
 # %% ../../nbs/model/10_layers.ipynb #c075
@@ -283,36 +385,49 @@ FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 @dataclass(frozen=True)
 class CastRule:
     "Dtypes that factors of matrix products are rounded to. ValueError for a dtype that is not in FLOATS."
-    pattern: str        # of a module's path, as "blocks/ffn/*"; * matches slashes too
-    forward: str = ""   # for the product of the forward pass; "" is the dtype of the activations
-    backward: str = ""  # for the two products of the backward pass; "" is the dtype of the activations
+
+    pattern: str  # of a module's path, as "blocks/ffn/*"; * matches slashes too
+    forward: str = ""  # for the product of the forward pass; "" is the dtype of the activations
+    backward: str = (
+        ""  # for the two products of the backward pass; "" is the dtype of the activations
+    )
 
     def __post_init__(self):
         for name, value in (("forward", self.forward), ("backward", self.backward)):
-            if value in ("", *FLOATS): continue
+            if value in ("", *FLOATS):
+                continue
             raise ValueError(f"CastRule.{name}={value!r}, expected one of {', '.join(FLOATS)}")
 
 
 def set_casts(
-    module: nnx.Module,     # changed in place
+    module: nnx.Module,  # changed in place
     rules: list[CastRule],  # later ones win
 ) -> dict[str, tuple[str, str]]:  # path of each linear map: (forward, backward)
     "Tell each linear map below `module` how to round. ValueError for a rule that fits no path."
-    maps = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(module) if hasattr(m, "forward_dtype")}
+    maps = {
+        "/".join(map(str, path)): m
+        for path, m in nnx.iter_modules(module)
+        if hasattr(m, "forward_dtype")
+    }
     for rule in rules:
         fitting = [path for path in maps if fnmatchcase(path, rule.pattern)]
-        if not fitting: raise ValueError(f"no linear map fits pattern={rule.pattern!r}, there are {', '.join(maps)}")
-        for path in fitting: maps[path].forward_dtype, maps[path].backward_dtype = rule.forward, rule.backward
+        if not fitting:
+            raise ValueError(
+                f"no linear map fits pattern={rule.pattern!r}, there are {', '.join(maps)}"
+            )
+        for path in fitting:
+            maps[path].forward_dtype, maps[path].backward_dtype = rule.forward, rule.backward
     return {path: (m.forward_dtype, m.backward_dtype) for path, m in maps.items()}
 
 # %% ../../nbs/model/10_layers.ipynb #c084
 def dropout(
-    x: Float[Array, "*m"],   # activations
-    rate: float,             # share set to zero, static
-    key: Array | None,       # None: inference
-) -> Float[Array, "*m"]:     # `x` itself without key or with rate 0
+    x: Float[Array, "*m"],  # activations
+    rate: float,  # share set to zero, static
+    key: Array | None,  # None: inference
+) -> Float[Array, "*m"]:  # `x` itself without key or with rate 0
     "Inverted dropout."
-    if key is None or rate == 0: return x
+    if key is None or rate == 0:
+        return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
@@ -327,12 +442,13 @@ from jaxtyping import Array, Float
 # %% ../../nbs/model/10_layers.ipynb #c102
 class SwiGLU(nnx.Module):
     "Gated FFN with SiLU (2002.05202, Eq. 6), without biases."
+
     def __init__(
         self,
-        width: int,      # d
+        width: int,  # d
         ffn_width: int,  # f
         *,
-        std: float,      # of the two input maps
+        std: float,  # of the two input maps
         out_std: float,  # of the output map, usually smaller with depth
         rngs: nnx.Rngs,
     ):
@@ -352,7 +468,7 @@ def relu2(u: Float[Array, "*m"]) -> Float[Array, "*m"]:
 
 def leaky_relu2(
     u: Float[Array, "*m"],  # hidden layer
-    slope: float = 0.25,    # below zero, before squaring: -0.0625 u^2
+    slope: float = 0.25,  # below zero, before squaring: -0.0625 u^2
 ) -> Float[Array, "*m"]:
     "Squared leaky ReLU that keeps its sign: monotone, and no unit is ever without gradient."
     return jnp.where(u < 0, -jnp.square(slope * u), jnp.square(u))
@@ -360,29 +476,35 @@ def leaky_relu2(
 
 def signed_sqrt(
     u: Float[Array, "*m"],  # hidden layer
-    eps: float = 1e-4,      # rounds the corner at zero
+    eps: float = 1e-4,  # rounds the corner at zero
 ) -> Float[Array, "*m"]:
     "u / sqrt(|u| + eps): the signed root, with a finite slope eps ** -0.5 at zero."
     return u * jax.lax.rsqrt(jnp.abs(u) + eps)
 
 # %% ../../nbs/model/10_layers.ipynb #c106
-ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=True), "relu2": relu2,
-               "leaky_relu2": leaky_relu2, "signed_sqrt": signed_sqrt}  # by the name a config uses
+ACTIVATIONS = {
+    "gelu": partial(jax.nn.gelu, approximate=True),
+    "relu2": relu2,
+    "leaky_relu2": leaky_relu2,
+    "signed_sqrt": signed_sqrt,
+}  # by the name a config uses
 
 
 class FFN(nnx.Module):
     "Two-layer FFN without biases. ValueError for an unknown activation."
+
     def __init__(
         self,
-        width: int,        # d
-        ffn_width: int,    # f
+        width: int,  # d
+        ffn_width: int,  # f
         *,
-        activation: str,   # a key of ACTIVATIONS
-        std: float,        # of the input map
-        out_std: float,    # of the output map
+        activation: str,  # a key of ACTIVATIONS
+        std: float,  # of the input map
+        out_std: float,  # of the output map
         rngs: nnx.Rngs,
     ):
-        if activation not in ACTIVATIONS: raise ValueError(f"{activation=}, expected one of {', '.join(ACTIVATIONS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"{activation=}, expected one of {', '.join(ACTIVATIONS)}")
         self.activation = activation
         self.up = Linear((width,), (ffn_width,), std=std, rngs=rngs)
         self.down = Linear((ffn_width,), (width,), std=out_std, rngs=rngs)

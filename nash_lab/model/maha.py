@@ -27,88 +27,122 @@ from .layers import Linear, RopeConfig, rope, rope_frequencies
 @dataclass(frozen=True)
 class MAHAConfig:
     "Scales of the attention and how they are weighed; ValueError with the value that makes no sense."
+
     scales: int = 3  # L, number of scales; 1 is plain attention
-    stride: int = 2  # r, tokens of one scale that make one of the next; scale l has blocks of r**l tokens
-    downsample: Literal["pool", "conv"] = "pool"  # mean of a block, or causal strided convolution over all channels
+    stride: int = (
+        2  # r, tokens of one scale that make one of the next; scale l has blocks of r**l tokens
+    )
+    downsample: Literal["pool", "conv"] = (
+        "pool"  # mean of a block, or causal strided convolution over all channels
+    )
     kernel: int = 3  # taps of the convolution, at least the stride (paper: 3); not used by pool
-    aggregate: Literal["convex", "simplex", "nash"] = "convex"  # learned: softmax or projection; nash: the game
+    aggregate: Literal["convex", "simplex", "nash"] = (
+        "convex"  # learned: softmax or projection; nash: the game
+    )
     steps: int = 3  # nash only: rounds of best responses
-    temperature: float = 1.0  # nash only: of the best response; at 1/2 and below the answer depends on the start
+    temperature: float = (
+        1.0  # nash only: of the best response; at 1/2 and below the answer depends on the start
+    )
     sparsity: float = 0.0  # coefficient of the penalty on spread-out weights; 0 is off
 
     def __post_init__(self):
         for name, good, expected in [
-            ("scales", self.scales >= 1, "at least 1"), ("stride", self.stride >= 2, "at least 2"),
-            ("steps", self.steps >= 0, "0 or more"), ("temperature", self.temperature > 0, "above 0"),
+            ("scales", self.scales >= 1, "at least 1"),
+            ("stride", self.stride >= 2, "at least 2"),
+            ("steps", self.steps >= 0, "0 or more"),
+            ("temperature", self.temperature > 0, "above 0"),
             ("downsample", self.downsample in ("pool", "conv"), "'pool' or 'conv'"),
-            ("kernel", self.kernel >= self.stride or self.downsample == "pool", f"at least stride={self.stride}"),
+            (
+                "kernel",
+                self.kernel >= self.stride or self.downsample == "pool",
+                f"at least stride={self.stride}",
+            ),
             ("aggregate", self.aggregate in AGGREGATES, f"one of {', '.join(AGGREGATES)}"),
             ("sparsity", self.sparsity >= 0, "0 (off) or more"),
         ]:
-            if not good: raise ValueError(f"MAHAConfig: {name}={getattr(self, name)!r}, expected {expected}")
+            if not good:
+                raise ValueError(f"MAHAConfig: {name}={getattr(self, name)!r}, expected {expected}")
 
     @property
-    def taps(self) -> int: return self.kernel if self.downsample == "conv" else self.stride
+    def taps(self) -> int:
+        return self.kernel if self.downsample == "conv" else self.stride
 
-    def check(self, *, width: int, heads: int, kv_heads: int, head_dim: int, max_len: int | None = None) -> None:
+    def check(
+        self, *, width: int, heads: int, kv_heads: int, head_dim: int, max_len: int | None = None
+    ) -> None:
         "ValueError with the values when heads, blocks or channels do not fit the rest of a model."
-        if kv_heads < 1 or heads % kv_heads: raise ValueError(f"{heads=} is not divisible by {kv_heads=}")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"{heads=} is not divisible by {kv_heads=}")
         block = self.stride ** (self.scales - 1)
         if max_len is not None and block > max_len:
-            raise ValueError(f"MAHAConfig: scales={self.scales}, stride={self.stride}: {block} a block, {max_len=}")
+            raise ValueError(
+                f"MAHAConfig: scales={self.scales}, stride={self.stride}: {block} a block, {max_len=}"
+            )
         if self.downsample == "conv" and self.scales > 1 and kv_heads * head_dim != width:
-            raise ValueError(f"MAHAConfig: downsample='conv' needs {kv_heads=} * {head_dim=} to be {width=}")
+            raise ValueError(
+                f"MAHAConfig: downsample='conv' needs {kv_heads=} * {head_dim=} to be {width=}"
+            )
 
 # %% ../../nbs/model/14_maha.ipynb #c008
 AGGREGATES = "convex", "simplex", "nash"
 
+
 def scale_weights(
-    cfg: MAHAConfig,                            # which of the three
-    logits: Float[Array, "l"] | None,           # learned, None for the game
-    outputs: Float[Array, "b t l c"],           # what each scale says
-    here: Bool[Array, "b t l"],                 # scales that can say something
-) -> Float[Array, "b t l"]:                     # fp32; sums to one, 0 where not `here`
+    cfg: MAHAConfig,  # which of the three
+    logits: Float[Array, "l"] | None,  # learned, None for the game
+    outputs: Float[Array, "b t l c"],  # what each scale says
+    here: Bool[Array, "b t l"],  # scales that can say something
+) -> Float[Array, "b t l"]:  # fp32; sums to one, 0 where not `here`
     "Weights of the scales for each token."
-    if cfg.aggregate == "nash": return nash_weights(outputs, cfg.steps, cfg.temperature, here)
+    if cfg.aggregate == "nash":
+        return nash_weights(outputs, cfg.steps, cfg.temperature, here)
     logits = jnp.broadcast_to(logits[None, None], here.shape)
-    return simplex_projection(logits, here) if cfg.aggregate == "simplex" else jax.nn.softmax(logits, where=here)
+    return (
+        simplex_projection(logits, here)
+        if cfg.aggregate == "simplex"
+        else jax.nn.softmax(logits, where=here)
+    )
 
 # %% ../../nbs/model/14_maha.ipynb #c011
 def row_windows(
     x: Float[Array, "b n *c"],  # tokens of one scale
-    stride: int,                # r
-    taps: int,                  # j, at least r
+    stride: int,  # r
+    taps: int,  # j, at least r
 ) -> Float[Array, "b m j *c"]:  # m = n // r; tokens after the last whole block are left out
     "What each block of the next scale reads, blocks starting at multiples of the stride."
     m = x.shape[1] // stride
-    if taps == stride: return x[:, : m * stride].reshape(x.shape[0], m, stride, *x.shape[2:])
+    if taps == stride:
+        return x[:, : m * stride].reshape(x.shape[0], m, stride, *x.shape[2:])
     x = jnp.pad(x, ((0, 0), (taps - stride, 0)) + ((0, 0),) * (x.ndim - 2))
     return jnp.stack([x[:, i : i + m * stride : stride] for i in range(taps)], axis=2)
 
 
 def coarser(
     seen: Float[Array, "b m j *c"],  # windows
-    down: Linear | None,             # [j d] -> [d], None: the mean
+    down: Linear | None,  # [j d] -> [d], None: the mean
 ) -> Float[Array, "b m *c"]:
     "The blocks; heads of values lie side by side as the channels of a convolution."
-    if down is None: return seen.mean(2)
+    if down is None:
+        return seen.mean(2)
     return down(seen.reshape(*seen.shape[:2], -1)).reshape(*seen.shape[:2], *seen.shape[3:])
 
 # %% ../../nbs/model/14_maha.ipynb #c018
 def serve_aligned(
     y: Float[Array, "b m h k"],  # outputs of one scale
-    size: int,                   # B, tokens of a block
-    length: int,                 # t
-) -> Float[Array, "b t h k"]:    # zeros for tokens before the first complete block
+    size: int,  # B, tokens of a block
+    length: int,  # t
+) -> Float[Array, "b t h k"]:  # zeros for tokens before the first complete block
     "Nearest upsampling to the latest complete block, blocks starting at multiples of `size`."
     spare = max(0, length - (size - 1) - y.shape[1] * size)
-    return jnp.pad(jnp.repeat(y, size, axis=1), ((0, 0), (size - 1, spare), (0, 0), (0, 0)))[:, :length]
+    return jnp.pad(jnp.repeat(y, size, axis=1), ((0, 0), (size - 1, spare), (0, 0), (0, 0)))[
+        :, :length
+    ]
 
 
 def serve(
     y: Float[Array, "b m h k"],  # outputs of one scale
-    number: Int[Array, "b t"],   # of the block that each token reads, negative for none
-) -> Float[Array, "b t h k"]:    # zeros for none
+    number: Int[Array, "b t"],  # of the block that each token reads, negative for none
+) -> Float[Array, "b t h k"]:  # zeros for none
     "The same for blocks that lie anywhere."
     got = jnp.take_along_axis(y, jnp.maximum(number, 0)[..., None, None], axis=1, mode="clip")
     return jnp.where((number >= 0)[..., None, None], got, 0)
@@ -116,15 +150,16 @@ def serve(
 # %% ../../nbs/model/14_maha.ipynb #c021
 class Blocks(NamedTuple):
     "The blocks of one scale, found from the documents of the scale below."
-    index: Int[Array, "b m j"]   # what each reads from the scale below, n where there is nothing
-    end: Int[Array, "b m"]       # the last of it, n for a block that does not exist
+
+    index: Int[Array, "b m j"]  # what each reads from the scale below, n where there is nothing
+    end: Int[Array, "b m"]  # the last of it, n for a block that does not exist
     segments: Int[Array, "b m"]  # document, 0 for a block that does not exist
 
 # %% ../../nbs/model/14_maha.ipynb #c022
 def find_blocks(
     segments: Int[Array, "b n"],  # document of each token of the scale below, 0: padding
-    stride: int,                  # r
-    taps: int,                    # j
+    stride: int,  # r
+    taps: int,  # j
 ) -> Blocks:
     "All whole blocks of each document, counted from its start."
     b, n = segments.shape
@@ -140,7 +175,7 @@ def find_blocks(
 
 # %% ../../nbs/model/14_maha.ipynb #c023
 def gather_windows(
-    x: Float[Array, "b n *c"],   # tokens of one scale
+    x: Float[Array, "b n *c"],  # tokens of one scale
     index: Int[Array, "b m j"],  # from `find_blocks`
 ) -> Float[Array, "b m j *c"]:
     "The tokens at `index`, zeros where there is nothing."
@@ -149,8 +184,9 @@ def gather_windows(
 # %% ../../nbs/model/14_maha.ipynb #c027
 class Level(NamedTuple):
     "How one coarse scale lies in the rows; made by `aligned_level` or `packed_level`."
-    cut: Callable             # windows of an array of the scale below
-    serve: Callable           # upsampling of its outputs
+
+    cut: Callable  # windows of an array of the scale below
+    serve: Callable  # upsampling of its outputs
     here: Bool[Array, "#b t"]  # tokens that have a complete block to read
     last: Int[Array, "#b m"]  # token that each block ends with, t for a block that does not exist
     segments: Int[Array, "b m"] | None = None  # document of each block
@@ -158,34 +194,46 @@ class Level(NamedTuple):
 # %% ../../nbs/model/14_maha.ipynb #c028
 def aligned_level(
     length: int,  # t
-    scale: int,   # l, from 1
+    scale: int,  # l, from 1
     stride: int,  # r
-    taps: int,    # j
+    taps: int,  # j
 ) -> Level:
     "Blocks that start at multiples of r**l in every row."
     size = stride**scale
-    return Level(partial(row_windows, stride=stride, taps=taps), partial(serve_aligned, size=size, length=length),
-                 jnp.arange(length)[None] >= size - 1, jnp.arange(size - 1, length, size)[None])
+    return Level(
+        partial(row_windows, stride=stride, taps=taps),
+        partial(serve_aligned, size=size, length=length),
+        jnp.arange(length)[None] >= size - 1,
+        jnp.arange(size - 1, length, size)[None],
+    )
 
 # %% ../../nbs/model/14_maha.ipynb #c029
 def packed_level(
     segments: Int[Array, "b t"],  # document of each token
-    below: Level | None,          # the scale before, None: the tokens themselves
-    stride: int,                  # r
-    taps: int,                    # j
+    below: Level | None,  # the scale before, None: the tokens themselves
+    stride: int,  # r
+    taps: int,  # j
 ) -> Level:
     "Blocks that are counted from the start of each document."
     t = segments.shape[1]
     index, end, own = find_blocks(segments if below is None else below.segments, stride, taps)
-    last = end if below is None else jnp.take_along_axis(below.last, end, axis=1, mode="fill", fill_value=t)
-    number = (last[:, None] <= jnp.arange(t)[None, :, None]).sum(-1) - 1  # of the latest complete block
+    last = (
+        end
+        if below is None
+        else jnp.take_along_axis(below.last, end, axis=1, mode="fill", fill_value=t)
+    )
+    number = (last[:, None] <= jnp.arange(t)[None, :, None]).sum(
+        -1
+    ) - 1  # of the latest complete block
     here = (number >= 0) & (take_rows(own, jnp.maximum(number, 0)) == segments)
     number = jnp.where(here, number, -1)
-    return Level(partial(gather_windows, index=index), partial(serve, number=number), here, last, own)
+    return Level(
+        partial(gather_windows, index=index), partial(serve, number=number), here, last, own
+    )
 
 # %% ../../nbs/model/14_maha.ipynb #c030
 def take_rows(
-    a: Int[Array, "#b t"],      # one row for all, or one for each
+    a: Int[Array, "#b t"],  # one row for all, or one for each
     index: Int[Array, "#b m"],  # past the end: the last entry
 ) -> Int[Array, "b m"]:
     "Entries of each row."
@@ -195,10 +243,10 @@ def take_rows(
 
 # %% ../../nbs/model/14_maha.ipynb #c034
 def query_key(
-    maha: "MAHA",                    # holds the weights
-    scale: int,                      # l
-    x: Float[Array, "b m d"],        # inputs of this scale
-    positions: Int[Array, "#b m"],   # of the last token of each block
+    maha: "MAHA",  # holds the weights
+    scale: int,  # l
+    x: Float[Array, "b m d"],  # inputs of this scale
+    positions: Int[Array, "#b m"],  # of the last token of each block
 ) -> tuple[Float[Array, "b m h k"], Float[Array, "b m g k"]]:
     "Rotated queries and keys of one scale."
     own, rotary = maha.own(scale), rope_frequencies(maha.head_dim, maha.rope)
@@ -206,9 +254,9 @@ def query_key(
 
 # %% ../../nbs/model/14_maha.ipynb #c035
 def scale_outputs(
-    maha: "MAHA",                               # holds the weights
-    x: Float[Array, "b t d"],                   # normalised activations
-    positions: Int[Array, "#b t"],              # of each token in its row
+    maha: "MAHA",  # holds the weights
+    x: Float[Array, "b t d"],  # normalised activations
+    positions: Int[Array, "#b t"],  # of each token in its row
     segments: Int[Array, "b t"] | None = None,  # documents
 ) -> tuple[Float[Array, "b t l h k"], Bool[Array, "b t l"]]:
     "What each scale says to each token, and whether it can say anything yet."
@@ -216,9 +264,13 @@ def scale_outputs(
     said = [attention(*query_key(maha, 0, x, positions), v, attention_mask(positions, segments))]
     here = [jnp.ones((b, t), bool)]
     for scale in range(1, cfg.scales):
-        if t < cfg.stride**scale: break
-        level = (aligned_level(t, scale, cfg.stride, cfg.taps) if segments is None
-                 else packed_level(segments, level, cfg.stride, cfg.taps))
+        if t < cfg.stride**scale:
+            break
+        level = (
+            aligned_level(t, scale, cfg.stride, cfg.taps)
+            if segments is None
+            else packed_level(segments, level, cfg.stride, cfg.taps)
+        )
         x, v = (coarser(level.cut(a), maha.own(scale).down) for a in (x, v))
         at = take_rows(positions, level.last)
         y = attention(*query_key(maha, scale, x, at), v, attention_mask(at, level.segments))
@@ -229,32 +281,40 @@ def scale_outputs(
 # %% ../../nbs/model/14_maha.ipynb #c037
 class MAHACache(NamedTuple):
     "Keys (rotated) and values of every scale, inputs of every scale but the last; slot = number of the block."
+
     k: tuple[Float[Array, "*l b s g k"], ...]  # scale l has s // r**l slots
     v: tuple[Float[Array, "*l b s g k"], ...]
-    x: tuple[Float[Array, "*l b s d"], ...]    # what the next scale is made of
-    layer: Int[Array, ""] | None = None        # with a leading layer axis: the layer that is meant
+    x: tuple[Float[Array, "*l b s d"], ...]  # what the next scale is made of
+    layer: Int[Array, ""] | None = None  # with a leading layer axis: the layer that is meant
 
 # %% ../../nbs/model/14_maha.ipynb #c038
 def empty_scales(
-    batch: int,        # rows
+    batch: int,  # rows
     slots: list[int],  # of each scale
-    width: int,        # d
-    kv_heads: int,     # g
-    head_dim: int,     # k
+    width: int,  # d
+    kv_heads: int,  # g
+    head_dim: int,  # k
     dtype: jnp.dtype = jnp.float32,  # compute dtype
 ) -> MAHACache:
     "Zeros for one layer."
     heads = lambda: tuple(jnp.zeros((batch, s, kv_heads, head_dim), dtype) for s in slots)
-    return MAHACache(heads(), heads(), tuple(jnp.zeros((batch, s, width), dtype) for s in slots[:-1]))
+    return MAHACache(
+        heads(), heads(), tuple(jnp.zeros((batch, s, width), dtype) for s in slots[:-1])
+    )
 
 # %% ../../nbs/model/14_maha.ipynb #c039
 def touched(
     positions: Int[Array, "b t"],  # consecutive in each row
-    size: int,                     # B, tokens of a block
-) -> Int[Array, "b m"]:            # from -1
+    size: int,  # B, tokens of a block
+) -> Int[Array, "b m"]:  # from -1
     "Numbers of the block before the first token's and of all blocks that could hold any of the tokens."
-    if size == 1: return positions
-    return positions[:, :1] // size - 1 + jnp.arange((positions.shape[1] + 2 * size - 2) // size + 1)[None]
+    if size == 1:
+        return positions
+    return (
+        positions[:, :1] // size
+        - 1
+        + jnp.arange((positions.shape[1] + 2 * size - 2) // size + 1)[None]
+    )
 
 # %% ../../nbs/model/14_maha.ipynb #c041
 def _at(cache, array, slots):
@@ -265,53 +325,65 @@ def _at(cache, array, slots):
 
 # %% ../../nbs/model/14_maha.ipynb #c042
 def put_slots(
-    cache: MAHACache,          # old
-    scale: int,                # l
+    cache: MAHACache,  # old
+    scale: int,  # l
     slots: Int[Array, "b m"],  # those outside are dropped
-    **new,                     # arrays [b m ...] of the fields k, v and x; x of the last scale is not kept
+    **new,  # arrays [b m ...] of the fields k, v and x; x of the last scale is not kept
 ) -> MAHACache:
     "The cache with these slots of one scale written."
     for field, value in new.items():
         arrays = getattr(cache, field)
-        if scale == len(arrays): continue
+        if scale == len(arrays):
+            continue
         old = arrays[scale]
         one = old.at[_at(cache, old, slots)].set(value.astype(old.dtype), mode="drop")
-        cache = cache._replace(**{field: (*arrays[:scale], one, *arrays[scale + 1:])})
+        cache = cache._replace(**{field: (*arrays[:scale], one, *arrays[scale + 1 :])})
     return cache
 
 # %% ../../nbs/model/14_maha.ipynb #c043
 def get_slots(
-    cache: MAHACache,                          # with everything written
-    field: str,                                # k, v or x
-    scale: int,                                # l
+    cache: MAHACache,  # with everything written
+    field: str,  # k, v or x
+    scale: int,  # l
     slots: Int[Array, "b m j"] | None = None,  # zeros for those outside; None: all
 ) -> Float[Array, "b m *c"]:
     "Slots of one array."
     array = getattr(cache, field)[scale]
-    if slots is not None: return array.at[_at(cache, array, slots)].get(mode="fill", fill_value=0)
-    return array if cache.layer is None else jax.lax.dynamic_index_in_dim(array, cache.layer, keepdims=False)
+    if slots is not None:
+        return array.at[_at(cache, array, slots)].get(mode="fill", fill_value=0)
+    return (
+        array
+        if cache.layer is None
+        else jax.lax.dynamic_index_in_dim(array, cache.layer, keepdims=False)
+    )
 
 # %% ../../nbs/model/14_maha.ipynb #c045
 def cached_outputs(
-    maha: "MAHA",                  # holds the weights
-    x: Float[Array, "b t d"],      # normalised activations
+    maha: "MAHA",  # holds the weights
+    x: Float[Array, "b t d"],  # normalised activations
     positions: Int[Array, "b t"],  # consecutive in each row
-    cache: MAHACache,              # holds the tokens before these
+    cache: MAHACache,  # holds the tokens before these
 ) -> tuple[Float[Array, "b t l h k"], Bool[Array, "b t l"], MAHACache]:
     "`scale_outputs` of the new tokens, and the cache with them and their blocks in it."
     cfg, v, said, here = maha.cfg, maha.v(x), [], []
     for scale in range(cfg.scales):
         size, slots = cfg.stride**scale, cache.k[scale].shape[-3]
-        if not slots: break
+        if not slots:
+            break
         number = touched(positions, size)
         if scale:
-            below = number[..., None] * cfg.stride + jnp.arange(cfg.stride - cfg.taps, cfg.stride)[None, None]
+            below = (
+                number[..., None] * cfg.stride
+                + jnp.arange(cfg.stride - cfg.taps, cfg.stride)[None, None]
+            )
             seen = (get_slots(cache, field, scale - 1, below).astype(x.dtype) for field in "xv")
             x, v = (coarser(a, maha.own(scale).down) for a in seen)
         q, k = query_key(maha, scale, x, number * size + (size - 1))
         cache = put_slots(cache, scale, number, k=k, v=v, x=x)
         keys, values = (get_slots(cache, field, scale).astype(x.dtype) for field in "kv")
-        latest = (positions + 1) // size - 1  # complete block; its place among those computed follows
+        latest = (
+            positions + 1
+        ) // size - 1  # complete block; its place among those computed follows
         place = jnp.where(latest < 0, -1, latest - number[:, :1])
         said.append(serve(attention(q, keys, values, causal_mask(number, slots)), place))
         here.append(latest >= 0)
@@ -320,64 +392,88 @@ def cached_outputs(
 # %% ../../nbs/model/14_maha.ipynb #c047
 class Scale(nnx.Module):
     "Maps that belong to one coarse scale."
+
     def __init__(
         self,
-        width: int,       # d
-        heads: int,       # h
-        kv_heads: int,    # g
-        head_dim: int,    # k
+        width: int,  # d
+        heads: int,  # h
+        kv_heads: int,  # g
+        head_dim: int,  # k
         *,
-        std: float,       # of the query and key maps
+        std: float,  # of the query and key maps
         rngs: nnx.Rngs,
         cfg: MAHAConfig,  # decides whether there is a kernel
     ):
         taps = cfg.taps * width
         self.q = Linear((width,), (heads, head_dim), std=std, rngs=rngs)
         self.k = Linear((width,), (kv_heads, head_dim), std=std, rngs=rngs)
-        self.down = Linear((taps,), (width,), std=taps**-0.5, rngs=rngs) if cfg.downsample == "conv" else None
+        self.down = (
+            Linear((taps,), (width,), std=taps**-0.5, rngs=rngs)
+            if cfg.downsample == "conv"
+            else None
+        )
 
 # %% ../../nbs/model/14_maha.ipynb #c048
 class MAHA(nnx.Module):
     "Causal multiscale attention after 2512.14925. ValueError if heads or scales do not fit."
+
     def __init__(
         self,
-        width: int,        # d
-        heads: int,        # h
-        kv_heads: int,     # g, divides h
-        head_dim: int,     # k, even
+        width: int,  # d
+        heads: int,  # h
+        kv_heads: int,  # g, divides h
+        head_dim: int,  # k, even
         *,
         rope: RopeConfig,  # positions
-        std: float,        # of the query, key and value maps
-        out_std: float,    # of the output map
+        std: float,  # of the query, key and value maps
+        out_std: float,  # of the output map
         rngs: nnx.Rngs,
         cfg: MAHAConfig | None = None,  # MAHAConfig() when not given
     ):
         cfg = cfg or MAHAConfig()
         cfg.check(width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         rope_frequencies(head_dim, rope)  # refuses an odd head_dim here
-        self.cfg, self.rope, self.width, self.kv_heads, self.head_dim = cfg, rope, width, kv_heads, head_dim
+        self.cfg, self.rope, self.width, self.kv_heads, self.head_dim = (
+            cfg,
+            rope,
+            width,
+            kv_heads,
+            head_dim,
+        )
         into = lambda n: Linear((width,), (n, head_dim), std=std, rngs=rngs)
         self.q, self.k, self.v = into(heads), into(kv_heads), into(kv_heads)
         self.o = Linear((heads, head_dim), (width,), std=out_std, rngs=rngs)
         for scale in range(1, cfg.scales):
-            setattr(self, f"scale{scale}", Scale(width, heads, kv_heads, head_dim, std=std, rngs=rngs, cfg=cfg))
-        self.mixing = None if cfg.aggregate == "nash" else nnx.Param(jnp.zeros(cfg.scales, jnp.float32))
+            setattr(
+                self,
+                f"scale{scale}",
+                Scale(width, heads, kv_heads, head_dim, std=std, rngs=rngs, cfg=cfg),
+            )
+        self.mixing = (
+            None if cfg.aggregate == "nash" else nnx.Param(jnp.zeros(cfg.scales, jnp.float32))
+        )
 
-    def own(self, scale: int): return getattr(self, f"scale{scale}") if scale else self  # maps of scale l
+    def own(self, scale: int):
+        return getattr(self, f"scale{scale}") if scale else self  # maps of scale l
 
-    def with_aux(self, x, *, positions, segments=None, cache=None, depth=None):  # all as in the call
+    def with_aux(
+        self, x, *, positions, segments=None, cache=None, depth=None
+    ):  # all as in the call
         "What the call returns, and the sparsity penalty: float32, mean over real tokens, coefficient included."
         y, weights, cache = attend_scales(self, x, positions, segments, cache)
         return (y, cache), self.cfg.sparsity * mean_of_tokens(sparsity(weights), segments)
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],                   # normalised activations
+        x: Float[Array, "b t d"],  # normalised activations
         *,
-        positions: Int[Array, "#b t"],              # of each token; with a cache "b t" and consecutive in each row
+        positions: Int[
+            Array, "#b t"
+        ],  # of each token; with a cache "b t" and consecutive in each row
         segments: Int[Array, "b t"] | None = None,  # documents, only without cache
-        cache: MAHACache | None = None,             # holds the tokens before these
-        depth: Int[Array, ""] | None = None,        # index of the layer, which a sibling of this class asks for
+        cache: MAHACache | None = None,  # holds the tokens before these
+        depth: Int[Array, ""]
+        | None = None,  # index of the layer, which a sibling of this class asks for
     ) -> tuple[Float[Array, "b t d"], MAHACache | None]:
         "Attend among `x` itself, or through the cache after writing `x` to it. ValueError for segments with a cache."
         return attend_scales(self, x, positions, segments, cache)[::2]
@@ -389,25 +485,30 @@ class MAHA(nnx.Module):
 
 # %% ../../nbs/model/14_maha.ipynb #c049
 def attend_scales(
-    maha: MAHA,                                 # holds the weights
-    x: Float[Array, "b t d"],                   # normalised activations
-    positions: Int[Array, "#b t"],              # of each token
+    maha: MAHA,  # holds the weights
+    x: Float[Array, "b t d"],  # normalised activations
+    positions: Int[Array, "#b t"],  # of each token
     segments: Int[Array, "b t"] | None = None,  # documents, only without cache
-    cache: MAHACache | None = None,             # holds the tokens before these
+    cache: MAHACache | None = None,  # holds the tokens before these
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t l"], MAHACache | None]:
     "Output, weights of the scales (fp32) and cache. ValueError for segments with a cache."
-    if cache is None: said, here = scale_outputs(maha, x, positions, segments)
-    elif segments is None: said, here, cache = cached_outputs(maha, x, positions, cache)
-    else: raise ValueError("segments and cache exclude each other")
+    if cache is None:
+        said, here = scale_outputs(maha, x, positions, segments)
+    elif segments is None:
+        said, here, cache = cached_outputs(maha, x, positions, cache)
+    else:
+        raise ValueError("segments and cache exclude each other")
     flat = said.reshape(*said.shape[:3], -1)
-    logits = None if maha.mixing is None else maha.mixing[: here.shape[-1]]  # short rows have fewer scales
+    logits = (
+        None if maha.mixing is None else maha.mixing[: here.shape[-1]]
+    )  # short rows have fewer scales
     weights = scale_weights(maha.cfg, logits, flat, here)
     y = mix(weights, flat).reshape(*said.shape[:2], *said.shape[3:])
     return maha.o(y), weights, cache
 
 # %% ../../nbs/model/14_maha.ipynb #c050
 def mean_of_tokens(
-    a: Float[Array, "b t"],                     # one number a token
+    a: Float[Array, "b t"],  # one number a token
     segments: Int[Array, "b t"] | None = None,  # 0: padding, which does not count
 ) -> Float[Array, ""]:
     "Mean over real tokens, 0 when there are none."
@@ -418,10 +519,10 @@ def mean_of_tokens(
 def attention_parameters(
     cfg: MAHAConfig,  # scales
     *,
-    width: int,       # d
-    heads: int,       # h
-    kv_heads: int,    # g
-    head_dim: int,    # k
+    width: int,  # d
+    heads: int,  # h
+    kv_heads: int,  # g
+    head_dim: int,  # k
 ) -> int:
     "Weights of one layer of `MAHA`."
     pair, learned = width * (heads + kv_heads) * head_dim, cfg.scales * (cfg.aggregate != "nash")
@@ -431,7 +532,7 @@ def attention_parameters(
 # %% ../../nbs/model/14_maha.ipynb #c087
 def score_ratio(
     cfg: MAHAConfig,  # scales
-    length: int,      # t
-) -> float:           # 1 + r**-2 + r**-4 + ... where the blocks divide the length
+    length: int,  # t
+) -> float:  # 1 + r**-2 + r**-4 + ... where the blocks divide the length
     "Scores of all scales over those of plain attention."
     return sum((length // cfg.stride**scale) ** 2 for scale in range(cfg.scales)) / length**2

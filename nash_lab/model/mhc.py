@@ -25,39 +25,74 @@ from .layers import linear, wide
 @dataclass(frozen=True)
 class MHCConfig:
     "Hyper-connection settings; ValueError for values that make no model (paper: n = 4, 20 iterations, alpha = 0.01)."
-    streams: int = 4  # n, vectors per token; Hyper-Connections (2409.19606) found 8 no better than 4
-    h_res: Literal["sinkhorn", "lite", "identity"] = "sinkhorn"  # how H_res is built; identity is the control
-    alpha: float = 0.01  # the three gating factors at the start; small: the maps begin nearly static
+
+    streams: int = (
+        4  # n, vectors per token; Hyper-Connections (2409.19606) found 8 no better than 4
+    )
+    h_res: Literal["sinkhorn", "lite", "identity"] = (
+        "sinkhorn"  # how H_res is built; identity is the control
+    )
+    alpha: float = (
+        0.01  # the three gating factors at the start; small: the maps begin nearly static
+    )
     iterations: int = 20  # Sinkhorn iterations, columns then rows
-    clamp: float = 15.0  # bound on the H_res logits before exp, 0 for none; e^15 is far from fp32 overflow
+    clamp: float = (
+        15.0  # bound on the H_res logits before exp, 0 for none; e^15 is far from fp32 overflow
+    )
     eps: float = 1e-6  # added to every Sinkhorn sum and inside the root of the norm
-    phi_std: float = 0.02  # standard deviation of the projection at the start; 0 would leave all streams alike
+    phi_std: float = (
+        0.02  # standard deviation of the projection at the start; 0 would leave all streams alike
+    )
     gain: bool = True  # learned RMSNorm gain over the flattened n*d stream
-    stream_embedding: float = 0.02  # std of a learned vector per stream, 0 for none; breaks the symmetry
-    readout: Literal["mean", "head"] = "mean"  # streams to one vector at the end: mean, or a learned mix
-    convention: Literal["paper", "deepseek"] = "paper"  # coefficient arithmetic and storage order of H_res
+    stream_embedding: float = (
+        0.02  # std of a learned vector per stream, 0 for none; breaks the symmetry
+    )
+    readout: Literal["mean", "head"] = (
+        "mean"  # streams to one vector at the end: mean, or a learned mix
+    )
+    convention: Literal["paper", "deepseek"] = (
+        "paper"  # coefficient arithmetic and storage order of H_res
+    )
     gates: bool = False  # a learned scalar g per sublayer: H_res becomes (1 - g) I + g H_res
 
     def __post_init__(self):
-        if self.streams < 1: raise ValueError(f"MHCConfig: streams={self.streams}, expected at least 1")
-        if self.iterations < 1: raise ValueError(f"MHCConfig: iterations={self.iterations}, expected at least 1")
-        for name, known in (("h_res", MODES), ("readout", ("mean", "head")), ("convention", ("paper", "deepseek"))):
+        if self.streams < 1:
+            raise ValueError(f"MHCConfig: streams={self.streams}, expected at least 1")
+        if self.iterations < 1:
+            raise ValueError(f"MHCConfig: iterations={self.iterations}, expected at least 1")
+        for name, known in (
+            ("h_res", MODES),
+            ("readout", ("mean", "head")),
+            ("convention", ("paper", "deepseek")),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"MHCConfig: {name}={getattr(self, name)!r}, expected one of {known}")
+                raise ValueError(
+                    f"MHCConfig: {name}={getattr(self, name)!r}, expected one of {known}"
+                )
         if self.convention == "deepseek" and self.iterations < 2:
-            raise ValueError(f"MHCConfig: iterations={self.iterations}, expected at least 2 with convention='deepseek'")
+            raise ValueError(
+                f"MHCConfig: iterations={self.iterations}, expected at least 2 with convention='deepseek'"
+            )
         if self.gates and self.h_res == "identity":
-            raise ValueError("MHCConfig: gates=True with h_res='identity', there is nothing between I and I")
+            raise ValueError(
+                "MHCConfig: gates=True with h_res='identity', there is nothing between I and I"
+            )
         if self.h_res == "lite" and self.streams > 5:
-            raise ValueError(f"MHCConfig: h_res='lite' mixes {self.streams}! permutations, expected streams <= 5")
+            raise ValueError(
+                f"MHCConfig: h_res='lite' mixes {self.streams}! permutations, expected streams <= 5"
+            )
         if min(self.eps, self.clamp, self.phi_std, self.stream_embedding) < 0:
-            raise ValueError(f"MHCConfig: eps={self.eps}, clamp={self.clamp}, phi_std={self.phi_std}, "
-                             f"stream_embedding={self.stream_embedding}, expected none below 0")
+            raise ValueError(
+                f"MHCConfig: eps={self.eps}, clamp={self.clamp}, phi_std={self.phi_std}, "
+                f"stream_embedding={self.stream_embedding}, expected none below 0"
+            )
 
     @property
     def res_size(self) -> int:
         "Packed coefficients that H_res needs: n*n, n! or none."
-        return {"sinkhorn": self.streams**2, "lite": factorial(self.streams), "identity": 0}[self.h_res]
+        return {"sinkhorn": self.streams**2, "lite": factorial(self.streams), "identity": 0}[
+            self.h_res
+        ]
 
     @property
     def packed(self) -> int:
@@ -67,20 +102,29 @@ class MHCConfig:
     @classmethod
     def deepseek_v4(cls, **changes) -> "MHCConfig":
         "DeepSeek's kernels: softmax start, stored transpose, sigma + eps, no clamp, no gain, learned read-out."
-        theirs = dict(convention="deepseek", clamp=0.0, gain=False, stream_embedding=0.0, readout="head")
+        theirs = dict(
+            convention="deepseek", clamp=0.0, gain=False, stream_embedding=0.0, readout="head"
+        )
         return cls(**(theirs | changes))
+
 
 MODES = ("sinkhorn", "lite", "identity")
 
 # %% ../../nbs/model/16_mhc.ipynb #c017
 def project(
     streams: tuple[Float[Array, "b t d"], ...],  # the n residual streams, any float type
-    phi: Float[Array, "nd m"],  # projection of the flattened stream, norm gain already multiplied in
+    phi: Float[
+        Array, "nd m"
+    ],  # projection of the flattened stream, norm gain already multiplied in
     eps: float,  # inside the root of the norm
 ) -> Float[Array, "m b t"]:
     "Project the flattened stream and divide by its RMS afterwards, in float32 or wider (paper Eqs. 14-16)."
     streams, parts = [wide(x) for x in streams], wide(phi).reshape(len(streams), -1, phi.shape[-1])
-    u = jnp.moveaxis(sum(linear(x, p, precision=jax.lax.Precision.HIGHEST) for x, p in zip(streams, parts)), -1, 0)
+    u = jnp.moveaxis(
+        sum(linear(x, p, precision=jax.lax.Precision.HIGHEST) for x, p in zip(streams, parts)),
+        -1,
+        0,
+    )
     square = sum(jnp.sum(x * x, -1) for x in streams) / phi.shape[0]
     return u * jax.lax.rsqrt(square + eps)[None]
 
@@ -95,7 +139,9 @@ def lite(
 
 # %% ../../nbs/model/16_mhc.ipynb #c026
 def sinkhorn_deepseek(
-    logits: Float[Array, "n n *m"],  # H_res logits, matrix axes in front, already transposed to H_res orientation
+    logits: Float[
+        Array, "n n *m"
+    ],  # H_res logits, matrix axes in front, already transposed to H_res orientation
     iterations: int,  # total column-row rounds, at least 2
     eps: float,  # added after the softmax and to every later sum
 ) -> Float[Array, "n n *m"]:
@@ -107,6 +153,7 @@ def sinkhorn_deepseek(
 # %% ../../nbs/model/16_mhc.ipynb #c029
 class Routing(NamedTuple):
     "The three maps of one sublayer; axes are [b, t, ...] in public functions, [..., b, t] inside the model."
+
     pre: Array  # n read weights
     post: Array  # n write weights
     res: Array  # n x n, multiplies the streams from the left
@@ -114,16 +161,25 @@ class Routing(NamedTuple):
 # %% ../../nbs/model/16_mhc.ipynb #c030
 def _sinkhorn(h, cfg):
     logits = h.reshape(cfg.streams, cfg.streams, *h.shape[1:])
-    if cfg.clamp: logits = jnp.clip(logits, -cfg.clamp, cfg.clamp)
+    if cfg.clamp:
+        logits = jnp.clip(logits, -cfg.clamp, cfg.clamp)
     if cfg.convention == "deepseek":
         return sinkhorn_deepseek(jnp.swapaxes(logits, 0, 1), cfg.iterations, cfg.eps)
     return sinkhorn_leading(logits, cfg.iterations, cfg.eps)
 
+
 def _identity(h, cfg):
-    eye = jnp.eye(cfg.streams, dtype=h.dtype).reshape(cfg.streams, cfg.streams, *(1,) * (h.ndim - 1))
+    eye = jnp.eye(cfg.streams, dtype=h.dtype).reshape(
+        cfg.streams, cfg.streams, *(1,) * (h.ndim - 1)
+    )
     return jnp.broadcast_to(eye, (cfg.streams, cfg.streams, *h.shape[1:]))
 
-RESIDUALS = {"sinkhorn": _sinkhorn, "lite": lambda h, cfg: lite(h, cfg.streams), "identity": _identity}
+
+RESIDUALS = {
+    "sinkhorn": _sinkhorn,
+    "lite": lambda h, cfg: lite(h, cfg.streams),
+    "identity": _identity,
+}
 
 # %% ../../nbs/model/16_mhc.ipynb #c031
 def route(
@@ -136,9 +192,13 @@ def route(
     "The maps of one sublayer for a tuple of streams, token axes last: pre [n b t], post [n b t], res [n n b t]."
     n, u = cfg.streams, project(streams, phi, cfg.eps)
     a, b = alpha.astype(u.dtype), bias.astype(u.dtype)[:, None, None]
-    pre, post = jax.nn.sigmoid(a[0] * u[:n] + b[:n]), 2 * jax.nn.sigmoid(a[1] * u[n:2*n] + b[n:2*n])
-    if cfg.convention == "deepseek": pre = pre + cfg.eps
-    return Routing(pre, post, RESIDUALS[cfg.h_res](a[2] * u[2*n:] + b[2*n:], cfg))
+    pre, post = (
+        jax.nn.sigmoid(a[0] * u[:n] + b[:n]),
+        2 * jax.nn.sigmoid(a[1] * u[n : 2 * n] + b[n : 2 * n]),
+    )
+    if cfg.convention == "deepseek":
+        pre = pre + cfg.eps
+    return Routing(pre, post, RESIDUALS[cfg.h_res](a[2] * u[2 * n :] + b[2 * n :], cfg))
 
 # %% ../../nbs/model/16_mhc.ipynb #c032
 def routing(
@@ -150,12 +210,23 @@ def routing(
 ) -> Routing:
     "Maps of one sublayer: pre [b t n], post [b t n], res [b t n n]; ValueError for other shapes (paper Eqs. 14-19)."
     n, d = x.shape[2:]
-    if n != cfg.streams: raise ValueError(f"x has {n} streams, cfg.streams={cfg.streams}")
-    columns = {cfg.packed, n * n + 2 * n} if cfg.h_res == "identity" else {cfg.packed}  # identity ignores a res block
-    if phi.shape[0] != n * d or phi.shape[1] not in columns or bias.shape != phi.shape[1:] or alpha.shape != (3,):
-        raise ValueError(f"phi {phi.shape}, bias {bias.shape} and alpha {alpha.shape}, "
-                         f"expected ({n * d}, {cfg.packed}), ({cfg.packed},) and (3,)")
+    if n != cfg.streams:
+        raise ValueError(f"x has {n} streams, cfg.streams={cfg.streams}")
+    columns = (
+        {cfg.packed, n * n + 2 * n} if cfg.h_res == "identity" else {cfg.packed}
+    )  # identity ignores a res block
+    if (
+        phi.shape[0] != n * d
+        or phi.shape[1] not in columns
+        or bias.shape != phi.shape[1:]
+        or alpha.shape != (3,)
+    ):
+        raise ValueError(
+            f"phi {phi.shape}, bias {bias.shape} and alpha {alpha.shape}, "
+            f"expected ({n * d}, {cfg.packed}), ({cfg.packed},) and (3,)"
+        )
     return to_public(route(tuple(jnp.moveaxis(x, 2, 0)), phi, alpha, bias, cfg))
+
 
 def to_public(
     r: Routing,  # token axes last: pre [*lead n b t], res [*lead n n b t]
@@ -171,6 +242,7 @@ def merge(
 ) -> Float[Array, "b t d"]:
     "What the sublayer reads: the streams weighted by H_pre."
     return jnp.einsum("btn,btnd->btd", pre, x.astype(pre.dtype)).astype(x.dtype)
+
 
 def spread(
     x: Float[Array, "b t n d"],  # residual stream
@@ -188,7 +260,10 @@ def merge_streams(
     pre: Float[Array, "n b t"],  # read weights, token axes last
 ) -> Float[Array, "b t d"]:
     "`merge` for a tuple of streams."
-    return sum(p[..., None] * x.astype(p.dtype) for p, x in zip(pre, streams)).astype(streams[0].dtype)
+    return sum(p[..., None] * x.astype(p.dtype) for p, x in zip(pre, streams)).astype(
+        streams[0].dtype
+    )
+
 
 def spread_streams(
     streams: tuple[Float[Array, "b t d"], ...],  # the n residual streams
@@ -198,22 +273,39 @@ def spread_streams(
 ) -> tuple[Float[Array, "b t d"], ...]:
     "`spread` for a tuple of streams."
     old, y = [x.astype(post.dtype) for x in streams], y.astype(post.dtype)
-    def kept(i): return old[i] if res is None else sum(res[i, j][..., None] * x for j, x in enumerate(old))
-    return tuple((kept(i) + post[i][..., None] * y).astype(streams[0].dtype) for i in range(len(old)))
+
+    def kept(i):
+        return old[i] if res is None else sum(res[i, j][..., None] * x for j, x in enumerate(old))
+
+    return tuple(
+        (kept(i) + post[i][..., None] * y).astype(streams[0].dtype) for i in range(len(old))
+    )
 
 # %% ../../nbs/model/16_mhc.ipynb #c045
 def starting_bias(cfg: MHCConfig) -> Float[Array, "m"]:
     "Static coefficients at step 0: read 1/n, write 1/n, H_res near the identity (diagonal 0.948 for n = 4)."
     n = cfg.streams
-    logit = lambda p: log(p / (1 - p)) if p < 1 else 15.0  # n = 1: sigma(15) reads the only stream whole
-    res = {"sinkhorn": lambda: (4 * np.eye(n) - 2).ravel(), "lite": lambda: _lite_bias(n), "identity": lambda: []}
-    return jnp.asarray([logit(1 / n)] * n + [logit(1 / (2 * n))] * n + list(res[cfg.h_res]()), jnp.float32)
+    logit = lambda p: (
+        log(p / (1 - p)) if p < 1 else 15.0
+    )  # n = 1: sigma(15) reads the only stream whole
+    res = {
+        "sinkhorn": lambda: (4 * np.eye(n) - 2).ravel(),
+        "lite": lambda: _lite_bias(n),
+        "identity": lambda: [],
+    }
+    return jnp.asarray(
+        [logit(1 / n)] * n + [logit(1 / (2 * n))] * n + list(res[cfg.h_res]()), jnp.float32
+    )
+
 
 def _lite_bias(n):
     diagonal = 1 / (1 + (n - 1) * np.exp(-4.0))  # what Sinkhorn makes of +2 and -2
     others = factorial(n) - 1
-    if not others: return np.zeros(1)
-    shared = (factorial(n - 1) - 1) / others  # share of the other permutations that keep a given stream in place
+    if not others:
+        return np.zeros(1)
+    shared = (
+        factorial(n - 1) - 1
+    ) / others  # share of the other permutations that keep a given stream in place
     p = (diagonal - shared) / (1 - shared)
     return np.where(np.arange(factorial(n)) == 0, log(p * others / (1 - p)), 0.0)
 
@@ -227,6 +319,7 @@ def gated(
     g = g.astype(res.dtype)
     return (1 - g) * jnp.broadcast_to(eye, res.shape) + g * res
 
+
 def to_gate(g: Float[Array, "*m"]) -> Float[Array, "*m"]:  # in [0, 1], both ends allowed
     "The weight of a gate with this value: its logit."
     return jnp.log(g) - jnp.log1p(-g)
@@ -234,24 +327,35 @@ def to_gate(g: Float[Array, "*m"]) -> Float[Array, "*m"]:  # in [0, 1], both end
 # %% ../../nbs/model/16_mhc.ipynb #c051
 class HyperConnection(nnx.Module):
     "Weights of the maps around one sublayer, float32: phi [n*d, m], alpha [3], bias [m], norm gain [n*d]."
-    def __init__(self,
+
+    def __init__(
+        self,
         width: int,  # d
         cfg: MHCConfig,
-        *, rngs: nnx.Rngs,  # draws phi
+        *,
+        rngs: nnx.Rngs,  # draws phi
     ):
         size = cfg.streams * width
         self.cfg = cfg
-        self.phi = nnx.Param(cfg.phi_std * jax.random.normal(rngs.params(), (size, cfg.packed), jnp.float32))
+        self.phi = nnx.Param(
+            cfg.phi_std * jax.random.normal(rngs.params(), (size, cfg.packed), jnp.float32)
+        )
         self.alpha = nnx.Param(jnp.full(3, cfg.alpha, jnp.float32))
         self.bias = nnx.Param(starting_bias(cfg))
         self.gain = nnx.Param(jnp.ones(size, jnp.float32)) if cfg.gain else None
-        self.gate = nnx.Param(to_gate(jnp.float32(0.01))) if cfg.gates else None  # barely open, as its source starts
+        self.gate = (
+            nnx.Param(to_gate(jnp.float32(0.01))) if cfg.gates else None
+        )  # barely open, as its source starts
 
     def __call__(self, streams: tuple[Float[Array, "b t d"], ...]) -> Routing:
         "Maps for these streams, token axes last."
         phi = self.phi[...] if self.gain is None else self.gain[...][:, None] * self.phi[...]
         maps = route(streams, phi, self.alpha[...], self.bias[...], self.cfg)
-        return maps if self.gate is None else maps._replace(res=gated(maps.res, jax.nn.sigmoid(self.gate[...])))
+        return (
+            maps
+            if self.gate is None
+            else maps._replace(res=gated(maps.res, jax.nn.sigmoid(self.gate[...])))
+        )
 
 # %% ../../nbs/model/16_mhc.ipynb #c052
 def connect(
@@ -271,21 +375,34 @@ def connect(
 # %% ../../nbs/model/16_mhc.ipynb #c057
 class StreamEnds(nnx.Module):
     "The two ends of the stream: learned stream embeddings [n, d] and, for readout='head', a learned mix."
-    def __init__(self,
+
+    def __init__(
+        self,
         width: int,  # d
         cfg: MHCConfig,
-        *, rngs: nnx.Rngs,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.cfg, size, n = cfg, cfg.streams * width, cfg.streams
         std = cfg.stream_embedding
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (n, width), jnp.float32)) if std else None
+        self.embedding = (
+            nnx.Param(std * jax.random.normal(rngs.params(), (n, width), jnp.float32))
+            if std
+            else None
+        )
         if cfg.readout == "head":
-            self.phi = nnx.Param(cfg.phi_std * jax.random.normal(rngs.params(), (size, n), jnp.float32))
-            self.alpha, self.bias = nnx.Param(jnp.full(1, cfg.alpha, jnp.float32)), nnx.Param(starting_bias(cfg)[:n])
+            self.phi = nnx.Param(
+                cfg.phi_std * jax.random.normal(rngs.params(), (size, n), jnp.float32)
+            )
+            self.alpha, self.bias = (
+                nnx.Param(jnp.full(1, cfg.alpha, jnp.float32)),
+                nnx.Param(starting_bias(cfg)[:n]),
+            )
 
     def split(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], ...]:
         "One embedding to n streams."
-        if self.embedding is None: return (x,) * self.cfg.streams
+        if self.embedding is None:
+            return (x,) * self.cfg.streams
         return tuple(x + e.astype(x.dtype)[None, None] for e in self.embedding[...])
 
     def join(self, streams: tuple[Float[Array, "b t d"], ...]) -> Float[Array, "b t d"]:

@@ -23,35 +23,48 @@ from .layers import Linear, RMSNorm, RopeConfig, rope, rope_frequencies
 @dataclass(frozen=True)
 class MLAConfig:
     "Ranks of latent attention. ValueError for values out of range."
-    kv_rank: int = 16    # c, numbers of the latent that keys and values are made of; 512 in DeepSeek-V2 and V3
-    q_rank: int = 0      # numbers of the queries' own latent, 0 for none; 1536 in DeepSeek-V3
-    rope_dim: int = 8    # r, numbers of the one key that knows positions, even; 64 in DeepSeek-V2 and V3
+
+    kv_rank: int = (
+        16  # c, numbers of the latent that keys and values are made of; 512 in DeepSeek-V2 and V3
+    )
+    q_rank: int = 0  # numbers of the queries' own latent, 0 for none; 1536 in DeepSeek-V3
+    rope_dim: int = (
+        8  # r, numbers of the one key that knows positions, even; 64 in DeepSeek-V2 and V3
+    )
     v_head_dim: int = 0  # m, numbers of a value of one head, 0 for the head dimension
 
     def __post_init__(self):
         for name, least in (("kv_rank", 1), ("q_rank", 0), ("rope_dim", 2), ("v_head_dim", 0)):
             value = getattr(self, name)
-            if value < least: raise ValueError(f"MLAConfig.{name}={value}, expected at least {least}")
-        if self.rope_dim % 2: raise ValueError(f"MLAConfig.rope_dim={self.rope_dim} is odd, RoPE turns pairs")
+            if value < least:
+                raise ValueError(f"MLAConfig.{name}={value}, expected at least {least}")
+        if self.rope_dim % 2:
+            raise ValueError(f"MLAConfig.rope_dim={self.rope_dim} is odd, RoPE turns pairs")
 
-    def check(self, *,
-        width: int,     # d
-        heads: int,     # h
+    def check(
+        self,
+        *,
+        width: int,  # d
+        heads: int,  # h
         kv_heads: int,  # any: every head reads the one latent
         head_dim: int,  # k
-        max_len: int,   # any
+        max_len: int,  # any
     ) -> None:
         "ValueError for a latent that is no compression: larger than what it is made of or than what it becomes."
-        for name, made in (("kv_rank", heads * (head_dim + (self.v_head_dim or head_dim))),
-                           ("q_rank", heads * (head_dim + self.rope_dim))):
+        for name, made in (
+            ("kv_rank", heads * (head_dim + (self.v_head_dim or head_dim))),
+            ("q_rank", heads * (head_dim + self.rope_dim)),
+        ):
             if getattr(self, name) > min(width, made):
-                raise ValueError(f"MLAConfig.{name}={getattr(self, name)} compresses nothing: {width=} becomes {made}")
+                raise ValueError(
+                    f"MLAConfig.{name}={getattr(self, name)} compresses nothing: {width=} becomes {made}"
+                )
 
 # %% ../../nbs/model/13_mla.ipynb #c009
 def latent_bytes(
-    batch: int,      # rows
-    length: int,     # slots s
-    layers: int,     # l
+    batch: int,  # rows
+    length: int,  # slots s
+    layers: int,  # l
     cfg: MLAConfig,  # ranks
     dtype: jnp.dtype = jnp.bfloat16,  # of the stored numbers
 ) -> int:
@@ -61,31 +74,35 @@ def latent_bytes(
 # %% ../../nbs/model/13_mla.ipynb #c013
 class LatentCache(NamedTuple):
     "Normed latent and rotated shared key of the tokens so far, side by side; slot = position."
-    latent: Float[Array, "*l b s cr"]    # of one layer, or of all layers with a leading axis
+
+    latent: Float[Array, "*l b s cr"]  # of one layer, or of all layers with a leading axis
     layer: Int[Array, ""] | None = None  # with a leading axis: the layer that is meant
 
 
 def write_latent(
-    cache: LatentCache,              # old
+    cache: LatentCache,  # old
     latent: Float[Array, "b t cr"],  # new tokens
-    positions: Int[Array, "b t"],    # where to; positions past the end are dropped
+    positions: Int[Array, "b t"],  # where to; positions past the end are dropped
 ) -> tuple[Float[Array, "b s cr"], LatentCache]:
     "Each token into the slot of its position; gives all slots of the layer that is meant, and the new cache."
     slots = jnp.arange(latent.shape[0])[:, None], positions
     at = slots if cache.layer is None else (cache.layer, *slots)
-    cache = cache._replace(latent=cache.latent.at[at].set(latent.astype(cache.latent.dtype), mode="drop"))
-    if cache.layer is None: return cache.latent, cache
+    cache = cache._replace(
+        latent=cache.latent.at[at].set(latent.astype(cache.latent.dtype), mode="drop")
+    )
+    if cache.layer is None:
+        return cache.latent, cache
     return jax.lax.dynamic_index_in_dim(cache.latent, cache.layer, keepdims=False), cache
 
 # %% ../../nbs/model/13_mla.ipynb #c016
 def explicit(
-    q: Float[Array, "b t h kr"],           # queries, their last r numbers rotated
-    latent: Float[Array, "b s cr"],        # normed latents and rotated shared keys
-    k_up: Float[Array, "c h k"],           # latent to keys
-    v_up: Float[Array, "c h m"],           # latent to values
+    q: Float[Array, "b t h kr"],  # queries, their last r numbers rotated
+    latent: Float[Array, "b s cr"],  # normed latents and rotated shared keys
+    k_up: Float[Array, "c h k"],  # latent to keys
+    v_up: Float[Array, "c h m"],  # latent to values
     mask: Bool[Array, "#b 1 t s"] | None,  # True: visible; None: causal, t = s
-    scale: float,                          # of the scores, 1/sqrt(k + r) but under YaRN
-) -> Float[Array, "b t h m"]:              # dtype of `q`
+    scale: float,  # of the scores, 1/sqrt(k + r) but under YaRN
+) -> Float[Array, "b t h m"]:  # dtype of `q`
     "Expand, then attend (2405.04434, Eq. 9 to 19)."
     c, shared = jnp.split(latent, [k_up.shape[0]], axis=-1)
     content, v = (jnp.einsum("bsc,chk->bshk", c, w.astype(c.dtype)) for w in (k_up, v_up))
@@ -94,13 +111,13 @@ def explicit(
 
 # %% ../../nbs/model/13_mla.ipynb #c018
 def absorbed(
-    q: Float[Array, "b t h kr"],           # queries, their last r numbers rotated
-    latent: Float[Array, "b s cr"],        # normed latents and rotated shared keys
-    k_up: Float[Array, "c h k"],           # latent to keys
-    v_up: Float[Array, "c h m"],           # latent to values
+    q: Float[Array, "b t h kr"],  # queries, their last r numbers rotated
+    latent: Float[Array, "b s cr"],  # normed latents and rotated shared keys
+    k_up: Float[Array, "c h k"],  # latent to keys
+    v_up: Float[Array, "c h m"],  # latent to values
     mask: Bool[Array, "#b 1 t s"] | None,  # True: visible; None: causal, t = s
-    scale: float,                          # of the scores, 1/sqrt(k + r) but under YaRN
-) -> Float[Array, "b t h m"]:              # dtype of `q`
+    scale: float,  # of the scores, 1/sqrt(k + r) but under YaRN
+) -> Float[Array, "b t h m"]:  # dtype of `q`
     "`explicit` without expanding: multi-query attention on the latents (2405.04434, section 2.1.2)."
     c, _, k = k_up.shape
     content = jnp.einsum("bthk,chk->bthc", q[..., :k], k_up.astype(q.dtype))
@@ -121,15 +138,19 @@ def absorbing_pays(
 # %% ../../nbs/model/13_mla.ipynb #c030
 class Latent(nnx.Module):
     "A linear map to few numbers and a norm."
+
     def __init__(
         self,
         width: int,  # d
-        rank: int,   # c
+        rank: int,  # c
         *,
         std: float,  # of the map
         rngs: nnx.Rngs,
     ):
-        self.down, self.norm = Linear((width,), (rank,), std=std, rngs=rngs), RMSNorm(rank, rngs=rngs)
+        self.down, self.norm = (
+            Linear((width,), (rank,), std=std, rngs=rngs),
+            RMSNorm(rank, rngs=rngs),
+        )
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t c"]:
         "The latent, of the dtype of `x`."
@@ -137,10 +158,10 @@ class Latent(nnx.Module):
 
 
 def turn_last(
-    y: Float[Array, "b t h kr"],    # heads
-    r: int,                         # how many numbers carry positions
+    y: Float[Array, "b t h kr"],  # heads
+    r: int,  # how many numbers carry positions
     positions: Int[Array, "#b t"],  # of each token in its row
-    cfg: RopeConfig,                # frequencies; its temperature is left to `score_scale`
+    cfg: RopeConfig,  # frequencies; its temperature is left to `score_scale`
 ) -> Float[Array, "b t h kr"]:
     "Rotate the last r numbers of each head and leave the others."
     rotary = rope_frequencies(r, cfg)._replace(scale=1.0)
@@ -148,8 +169,8 @@ def turn_last(
 
 
 def score_scale(
-    k: int,           # numbers of a key without positions
-    r: int,           # numbers with
+    k: int,  # numbers of a key without positions
+    r: int,  # numbers with
     cfg: RopeConfig,  # its temperature, 1 except under YaRN
 ) -> float:
     "1/sqrt(k + r), times the square of YaRN's factor (2412.19437, section 4.3, and its code)."
@@ -158,16 +179,17 @@ def score_scale(
 # %% ../../nbs/model/13_mla.ipynb #c033
 class MLA(nnx.Module):
     "Multi-head latent attention (2405.04434, section 2.1), without biases. ValueError for ranks that compress nothing."
+
     def __init__(
         self,
-        width: int,        # d
-        heads: int,        # h
-        kv_heads: int,     # unused: all heads read the one latent
-        head_dim: int,     # k, numbers of a head without positions
+        width: int,  # d
+        heads: int,  # h
+        kv_heads: int,  # unused: all heads read the one latent
+        head_dim: int,  # k, numbers of a head without positions
         *,
         rope: RopeConfig,  # positions
-        std: float,        # of all maps but the last
-        out_std: float,    # of the output map
+        std: float,  # of all maps but the last
+        out_std: float,  # of the output map
         rngs: nnx.Rngs,
         cfg: MLAConfig = MLAConfig(),  # ranks
     ):
@@ -176,31 +198,47 @@ class MLA(nnx.Module):
         self.cfg, self.rope, self.scale = cfg, rope, score_scale(head_dim, cfg.rope_dim, rope)
         self.q_latent = Latent(width, cfg.q_rank, std=std, rngs=rngs) if cfg.q_rank else None
         self.q = linear(cfg.q_rank or width, heads, head_dim + cfg.rope_dim)
-        self.kv_latent, self.key = Latent(width, cfg.kv_rank, std=std, rngs=rngs), linear(width, cfg.rope_dim)
-        self.k_up, self.v_up = (linear(cfg.kv_rank, heads, n) for n in (head_dim, cfg.v_head_dim or head_dim))
+        self.kv_latent, self.key = (
+            Latent(width, cfg.kv_rank, std=std, rngs=rngs),
+            linear(width, cfg.rope_dim),
+        )
+        self.k_up, self.v_up = (
+            linear(cfg.kv_rank, heads, n) for n in (head_dim, cfg.v_head_dim or head_dim)
+        )
         self.o = Linear((heads, cfg.v_head_dim or head_dim), (width,), std=out_std, rngs=rngs)
 
     def __call__(
         self,
-        x: Float[Array, "b t d"],                   # normalised activations
+        x: Float[Array, "b t d"],  # normalised activations
         *,
-        positions: Int[Array, "#b t"],              # of each token in its row; "b t" with a cache
+        positions: Int[Array, "#b t"],  # of each token in its row; "b t" with a cache
         segments: Int[Array, "b t"] | None = None,  # documents, only without cache
-        cache: LatentCache | None = None,           # holds the tokens before these
-        depth: Int[Array, ""] | None = None,        # unused
+        cache: LatentCache | None = None,  # holds the tokens before these
+        depth: Int[Array, ""] | None = None,  # unused
     ) -> tuple[Float[Array, "b t d"], LatentCache | None]:
         "Attend among `x` itself, or through the cache after writing `x` to it. ValueError for segments with a cache."
-        if cache is not None and segments is not None: raise ValueError("segments and cache exclude each other")
+        if cache is not None and segments is not None:
+            raise ValueError("segments and cache exclude each other")
         turn = lambda y: turn_last(y, self.cfg.rope_dim, positions, self.rope)
         q = turn(self.q(x if self.q_latent is None else self.q_latent(x)))
-        latent = turn(jnp.concatenate([self.kv_latent(x), self.key(x)], axis=-1)[:, :, None])[:, :, 0]
+        latent = turn(jnp.concatenate([self.kv_latent(x), self.key(x)], axis=-1)[:, :, None])[
+            :, :, 0
+        ]
         ups = self.k_up.weight[...], self.v_up.weight[...]
         if cache is None:
             mask = None if segments is None else attention_mask(positions, segments)
             return self.o(explicit(q, latent, *ups, mask, self.scale)), None
         latent, cache = write_latent(cache, latent, positions)
-        form = absorbed if absorbing_pays(x.shape[1], ups[0].shape[0], *(w.shape[2] for w in ups)) else explicit
-        return self.o(form(q, latent.astype(q.dtype), *ups, causal_mask(positions, latent.shape[1]), self.scale)), cache
+        form = (
+            absorbed
+            if absorbing_pays(x.shape[1], ups[0].shape[0], *(w.shape[2] for w in ups))
+            else explicit
+        )
+        return self.o(
+            form(
+                q, latent.astype(q.dtype), *ups, causal_mask(positions, latent.shape[1]), self.scale
+            )
+        ), cache
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> LatentCache:
         "An empty cache of c + r numbers a token, for all heads together."

@@ -23,30 +23,53 @@ from .layers import Linear, normal_init, wide
 @dataclass(frozen=True)
 class MoEConfig:
     "Experts of a feed-forward layer (2412.19437, Section 2.1.2). ValueError for values out of range."
+
     experts: int = 8  # e, routed experts
     top_k: int = 2  # a, routed experts of each token
-    shared: int = 1  # experts that every token uses; together one SwiGLU of that many times the width
+    shared: int = (
+        1  # experts that every token uses; together one SwiGLU of that many times the width
+    )
     expert_width: int = 0  # f of one expert; 0 is ffn_width // (top_k + shared), as many active weights as a dense FFN
-    score: Literal["sigmoid", "softmax"] = "sigmoid"  # of an expert for a token; sigmoid: DeepSeek-V3, softmax: Switch
+    score: Literal["sigmoid", "softmax"] = (
+        "sigmoid"  # of an expert for a token; sigmoid: DeepSeek-V3, softmax: Switch
+    )
     scale: float = 1.0  # what the gates of a token sum to; 2.5 in DeepSeek-V3
-    balance: Literal["bias", "switch", "none"] = "bias"  # how the load is kept even: a bias on the choice, a loss, not
+    balance: Literal["bias", "switch", "none"] = (
+        "bias"  # how the load is kept even: a bias on the choice, a loss, not
+    )
     coefficient: float = 0.01  # of the Switch loss
 
     def __post_init__(self):
-        for name, low in (("experts", 1), ("top_k", 1), ("shared", 0), ("expert_width", 0), ("coefficient", 0)):
+        for name, low in (
+            ("experts", 1),
+            ("top_k", 1),
+            ("shared", 0),
+            ("expert_width", 0),
+            ("coefficient", 0),
+        ):
             value = getattr(self, name)
-            if value < low: raise ValueError(f"MoEConfig.{name}={value} must be at least {low}")
-        if self.top_k > self.experts: raise ValueError(f"MoEConfig.top_k={self.top_k} is above experts={self.experts}")
-        if not self.scale > 0: raise ValueError(f"MoEConfig.scale={self.scale} must be positive")
-        for name, known in (("score", ("sigmoid", "softmax")), ("balance", ("bias", "switch", "none"))):
+            if value < low:
+                raise ValueError(f"MoEConfig.{name}={value} must be at least {low}")
+        if self.top_k > self.experts:
+            raise ValueError(f"MoEConfig.top_k={self.top_k} is above experts={self.experts}")
+        if not self.scale > 0:
+            raise ValueError(f"MoEConfig.scale={self.scale} must be positive")
+        for name, known in (
+            ("score", ("sigmoid", "softmax")),
+            ("balance", ("bias", "switch", "none")),
+        ):
             value = getattr(self, name)
-            if value not in known: raise ValueError(f"MoEConfig.{name}={value!r} must be {' | '.join(known)}")
+            if value not in known:
+                raise ValueError(f"MoEConfig.{name}={value!r} must be {' | '.join(known)}")
 
     def width_of(self, ffn_width: int) -> int:
         "Width f of one expert in place of a dense FFN of that width. ValueError when nothing is left for each."
         width = self.expert_width or ffn_width // (self.top_k + self.shared)
-        if width > 0: return width
-        raise ValueError(f"{ffn_width=} cannot be shared by top_k={self.top_k} and shared={self.shared} experts")
+        if width > 0:
+            return width
+        raise ValueError(
+            f"{ffn_width=} cannot be shared by top_k={self.top_k} and shared={self.shared} experts"
+        )
 
     def check(self, *, ffn_width: int, **shape) -> None:
         "The rest of the model's shape does not matter here; ValueError as in `width_of`."
@@ -55,15 +78,16 @@ class MoEConfig:
 # %% ../../nbs/model/15_moe.ipynb #c009
 class Routes(NamedTuple):
     "Where each token goes, and with which weights."
-    experts: Int[Array, "m a"]   # chosen experts, best first
-    gates: Float[Array, "m a"]   # their weights, which sum to `scale`
+
+    experts: Int[Array, "m a"]  # chosen experts, best first
+    gates: Float[Array, "m a"]  # their weights, which sum to `scale`
     scores: Float[Array, "m e"]  # of all experts
 
 
 def route(
-    logits: Float[Array, "m e"],        # fp32
-    bias: Float[Array, "e"] | None,     # added to the scores for the choice only
-    cfg: MoEConfig,                     # top_k, score, scale
+    logits: Float[Array, "m e"],  # fp32
+    bias: Float[Array, "e"] | None,  # added to the scores for the choice only
+    cfg: MoEConfig,  # top_k, score, scale
 ) -> Routes:
     "Top-k by score plus bias, gates by score (2412.19437, Eqs. 12 to 16)."
     scores = jax.nn.sigmoid(logits) if cfg.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
@@ -76,59 +100,74 @@ def route(
 
 def load(
     experts: Int[Array, "m a"],  # chosen experts
-    count: int,                  # e
-) -> Float[Array, "e"]:          # sums to 1
+    count: int,  # e
+) -> Float[Array, "e"]:  # sums to 1
     "Share of all assignments that each expert has."
     return jnp.bincount(experts.reshape(-1), length=count).astype(jnp.float32) / experts.size
 
 # %% ../../nbs/model/15_moe.ipynb #c014
 PER_GROUP = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
+)
+
 
 def _ragged(a, b, sizes, cast, out, dims):
-    if cast: a, b = a.astype(cast), b.astype(cast)  # fp32 sums, as in `linear`
+    if cast:
+        a, b = a.astype(cast), b.astype(cast)  # fp32 sums, as in `linear`
     total = jnp.float32 if cast else out
     return jax.lax.ragged_dot_general(a, b, sizes, dims, preferred_element_type=total).astype(out)
+
 
 def _rows(x, weight, sizes, cast):
     dims = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
     return _ragged(x, weight if cast else weight.astype(x.dtype), sizes, cast, x.dtype, dims)
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x, weight, sizes, casts): return _rows(x, weight, sizes, casts[0])
 
-def _grouped_forward(x, weight, sizes, casts): return _rows(x, weight, sizes, casts[0]), (x, weight, sizes)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x, weight, sizes, casts):
+    return _rows(x, weight, sizes, casts[0])
+
+
+def _grouped_forward(x, weight, sizes, casts):
+    return _rows(x, weight, sizes, casts[0]), (x, weight, sizes)
+
 
 def _grouped_backward(casts, saved, dy):
     x, weight, sizes = saved
     dw = _ragged(x, dy, sizes, casts[1], weight.dtype, PER_GROUP)
     return _rows(dy, weight.swapaxes(1, 2), sizes, casts[1]), dw, None
 
+
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 # %% ../../nbs/model/15_moe.ipynb #c015
 def grouped(
-    x: Float[Array, "r i"],         # rows, sorted by group
+    x: Float[Array, "r i"],  # rows, sorted by group
     weight: Float[Array, "e i o"],  # one matrix a group; cast to the dtype of `x`
-    sizes: Int[Array, "e"],         # rows of each group, they sum to r
+    sizes: Int[Array, "e"],  # rows of each group, they sum to r
     casts: tuple[str, str] = ("", ""),  # dtypes of the factors of the products forward and backward
-) -> Float[Array, "r o"]:           # dtype of `x`
+) -> Float[Array, "r o"]:  # dtype of `x`
     "Each group of rows times its own matrix, by `jax.lax.ragged_dot`; derivatives in reverse mode only."
     return _grouped(x, weight, sizes, tuple(casts))
 
 
 class ExpertLinear(nnx.Module):
     "Holds the matrices of `grouped`; fp32, normal with standard deviation `std`."
+
     def __init__(
         self,
         experts: int,  # e
-        inputs: int,   # i
+        inputs: int,  # i
         outputs: int,  # o
         *,
-        std: float,    # standard deviation at the start
+        std: float,  # standard deviation at the start
         rngs: nnx.Rngs,
     ):
-        self.weight = nnx.Param(normal_init(std)(rngs.params(), (experts, inputs, outputs), jnp.float32))
+        self.weight = nnx.Param(
+            normal_init(std)(rngs.params(), (experts, inputs, outputs), jnp.float32)
+        )
         self.forward_dtype, self.backward_dtype = "", ""  # see `set_casts`
 
     def __call__(self, x: Float[Array, "r i"], sizes: Int[Array, "e"]) -> Float[Array, "r o"]:
@@ -137,9 +176,9 @@ class ExpertLinear(nnx.Module):
 
 # %% ../../nbs/model/15_moe.ipynb #c022
 def gather_rows(
-    x: Float[Array, "m d"],      # tokens
+    x: Float[Array, "m d"],  # tokens
     experts: Int[Array, "m a"],  # chosen experts
-    count: int,                  # e
+    count: int,  # e
 ) -> tuple[Float[Array, "r d"], Int[Array, "e"], Int[Array, "r"]]:
     "One row for each assignment, sorted by expert; rows of each expert; and where each assignment went."
     flat = experts.reshape(-1)
@@ -148,10 +187,10 @@ def gather_rows(
 
 
 def weigh_rows(
-    y: Float[Array, "r d"],    # results, sorted by expert
-    where: Int[Array, "r"],    # from `gather_rows`
+    y: Float[Array, "r d"],  # results, sorted by expert
+    where: Int[Array, "r"],  # from `gather_rows`
     gates: Float[Array, "m a"],
-) -> Float[Array, "m d"]:      # dtype of `y`
+) -> Float[Array, "m d"]:  # dtype of `y`
     "Sum over the active experts of each token, in fp32."
     back = y[where].reshape(*gates.shape, y.shape[-1])
     return jnp.einsum("ma,mad->md", gates.astype(wide(y).dtype), wide(back)).astype(y.dtype)
@@ -159,15 +198,18 @@ def weigh_rows(
 # %% ../../nbs/model/15_moe.ipynb #c026
 @jax.custom_vjp
 def carry_load(
-    y: Float[Array, "m d"],      # handed through
+    y: Float[Array, "m d"],  # handed through
     balance: Float[Array, "e"],  # gets `load - 1/e` as its gradient
-    share: Float[Array, "e"],    # of the assignments, from `load`
+    share: Float[Array, "e"],  # of the assignments, from `load`
 ) -> Float[Array, "m d"]:
     "`y` itself; in the backward pass the load violation becomes the gradient of `balance`."
     return y
 
-carry_load.defvjp(lambda y, balance, share: (y, share),
-                  lambda share, dy: (dy, share - 1 / share.size, jnp.zeros_like(share)))
+
+carry_load.defvjp(
+    lambda y, balance, share: (y, share),
+    lambda share, dy: (dy, share - 1 / share.size, jnp.zeros_like(share)),
+)
 
 # %% ../../nbs/model/15_moe.ipynb #c028
 def switch_loss(routes: Routes) -> Float[Array, ""]:
@@ -179,12 +221,13 @@ def switch_loss(routes: Routes) -> Float[Array, ""]:
 # %% ../../nbs/model/15_moe.ipynb #c030
 class MoE(nnx.Module):
     "Routed and shared SwiGLU experts (2401.06066); no token is ever dropped. ValueError if no width is left."
+
     def __init__(
         self,
-        width: int,      # d
+        width: int,  # d
         ffn_width: int,  # of the dense FFN in whose place this stands
         *,
-        std: float,      # of the router and the input maps
+        std: float,  # of the router and the input maps
         out_std: float,  # of the output maps
         rngs: nnx.Rngs,
         cfg: MoEConfig = MoEConfig(),
@@ -193,7 +236,11 @@ class MoE(nnx.Module):
         self.router = Linear((width,), (e,), std=std, rngs=rngs)
         self.gate, self.up = (ExpertLinear(e, width, f, std=std, rngs=rngs) for _ in range(2))
         self.down = ExpertLinear(e, f, width, std=out_std, rngs=rngs)
-        self.shared = SwiGLU(width, cfg.shared * f, std=std, out_std=out_std, rngs=rngs) if cfg.shared else None
+        self.shared = (
+            SwiGLU(width, cfg.shared * f, std=std, out_std=out_std, rngs=rngs)
+            if cfg.shared
+            else None
+        )
         self.balance = nnx.Param(jnp.zeros((e,), jnp.float32)) if cfg.balance == "bias" else None
 
     def routes(self, x: Float[Array, "b t d"]) -> Routes:
@@ -211,12 +258,17 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, ""]]:
         "The output, and the Switch loss times its coefficient (0 in the other modes)."
         routes = self.routes(x)
-        rows, sizes, where = gather_rows(x.reshape(-1, x.shape[-1]), routes.experts, self.cfg.experts)
+        rows, sizes, where = gather_rows(
+            x.reshape(-1, x.shape[-1]), routes.experts, self.cfg.experts
+        )
         y = self.down(jax.nn.silu(self.gate(rows, sizes)) * self.up(rows, sizes), sizes)
         y = weigh_rows(y, where, routes.gates)
-        if self.balance is not None: y = carry_load(y, self.balance[...], load(routes.experts, self.cfg.experts))
+        if self.balance is not None:
+            y = carry_load(y, self.balance[...], load(routes.experts, self.cfg.experts))
         y = y.reshape(x.shape) if self.shared is None else y.reshape(x.shape) + self.shared(x)
-        return y, self.cfg.coefficient * switch_loss(routes) if self.cfg.balance == "switch" else jnp.float32(0)
+        return y, self.cfg.coefficient * switch_loss(
+            routes
+        ) if self.cfg.balance == "switch" else jnp.float32(0)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         "The output alone."

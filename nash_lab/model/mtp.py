@@ -37,33 +37,47 @@ def ahead_targets(
 ) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
     "Targets of depth k and their weights."
     weights = ahead(weights, k)
-    if segments is not None: weights = weights * (ahead(segments, k) == segments).astype(weights.dtype)
+    if segments is not None:
+        weights = weights * (ahead(segments, k) == segments).astype(weights.dtype)
     return ahead(targets, k), weights
 
 # %% ../../nbs/model/19_mtp.ipynb #c011
 class MTPHead(nnx.Module):
     "One depth of multi-token prediction: a block between a norm-and-projection (sequential only) and a norm."
-    def __init__(self,
+
+    def __init__(
+        self,
         cfg: ModelConfig,  # of the trunk; the block is like one of its own
-        *, rngs: nnx.Rngs,  # draws the weights
+        *,
+        rngs: nnx.Rngs,  # draws the weights
     ):
         norm = lambda: RMSNorm(cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
         chained = cfg.mtp == "sequential"
         self.hidden_norm, self.token_norm = (norm(), norm()) if chained else (None, None)
-        self.project = Linear((2 * cfg.width,), (cfg.width,), std=cfg.init_std, rngs=rngs) if chained else None
+        self.project = (
+            Linear((2 * cfg.width,), (cfg.width,), std=cfg.init_std, rngs=rngs) if chained else None
+        )
         self.block, self.norm = Block(cfg, rngs=rngs), norm()
         self.ends = StreamEnds(cfg.width, cfg.mhc, rngs=rngs) if cfg.residual == "mhc" else None
 
-    def __call__(self,
-        hidden: Float[Array, "b t d"],  # read-out of the trunk (parallel) or of the depth before (sequential)
-        after: Float[Array, "b t d"],  # embedding of the token k positions later; only sequential heads read it
-        *, cache: KVCache | None = None,  # of this head's block
+    def __call__(
+        self,
+        hidden: Float[
+            Array, "b t d"
+        ],  # read-out of the trunk (parallel) or of the depth before (sequential)
+        after: Float[
+            Array, "b t d"
+        ],  # embedding of the token k positions later; only sequential heads read it
+        *,
+        cache: KVCache | None = None,  # of this head's block
         **where,  # positions, segments, depth and key, as in Block
     ):
         "Read-out of this depth, the updated cache, the auxiliary loss or None."
         x = hidden
         if self.project is not None:
-            x = self.project(jnp.concatenate([self.hidden_norm(hidden), self.token_norm(after)], -1))
+            x = self.project(
+                jnp.concatenate([self.hidden_norm(hidden), self.token_norm(after)], -1)
+            )
         streams = (x,) if self.ends is None else self.ends.split(x)
         streams, cache, _, aux = self.block(streams, cache=cache, **where)
         return self.norm(streams[0] if self.ends is None else self.ends.join(streams)), cache, aux
@@ -84,7 +98,8 @@ def look_ahead(
     hidden: Float[Array, "b t d"],  # read-out of the trunk
     tokens: Int[Array, "b t"],  # that the trunk has read
     embed: Callable,  # token ids to vectors, shared with the trunk
-    *, positions: Int[Array, "b t"],  # of each token
+    *,
+    positions: Int[Array, "b t"],  # of each token
     segments: Int[Array, "b t"] | None = None,  # document of each token
     key: PRNGKeyArray | None = None,  # turns dropout on
 ) -> tuple[list[Float[Array, "b t d"]], Float[Array, ""] | None]:
@@ -92,9 +107,17 @@ def look_ahead(
     states, losses, h = [], [], hidden
     for k in range(1, cfg.depths + 1):
         own = None if key is None else named_key(key, f"mtp {k}")
-        where = dict(positions=positions, segments=segments, depth=jnp.int32(cfg.layers + k - 1), key=own)
-        def run(head, h, after, where=where): return head(h, after, **where)[::2]
-        if cfg.remat != "none": run = nnx.remat(run, policy=REMATS[cfg.remat])
-        h, aux = run(head_at(heads, k), h if cfg.mtp == "sequential" else hidden, embed(ahead(tokens, k)))
+        where = dict(
+            positions=positions, segments=segments, depth=jnp.int32(cfg.layers + k - 1), key=own
+        )
+
+        def run(head, h, after, where=where):
+            return head(h, after, **where)[::2]
+
+        if cfg.remat != "none":
+            run = nnx.remat(run, policy=REMATS[cfg.remat])
+        h, aux = run(
+            head_at(heads, k), h if cfg.mtp == "sequential" else hidden, embed(ahead(tokens, k))
+        )
         states, losses = [*states, h], [*losses, aux]
     return states, add_aux(*losses)

@@ -17,71 +17,91 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .generate import (
-    Rollout, SampleConfig, Sampling, cut_rollout, filtered_logits, prompt_batch, room_for)
+from nash_lab.model.generate import (
+    Rollout,
+    SampleConfig,
+    Sampling,
+    cut_rollout,
+    filtered_logits,
+    prompt_batch,
+    room_for,
+)
 from .transformer import LM, draft, init_draft
 
 # %% ../../nbs/model/22_speculative.ipynb #c006
 def probabilities(
     z: Float[Array, "m v"],  # fp32 logits
-    cfg: Sampling,           # temperature and filters
+    cfg: Sampling,  # temperature and filters
 ) -> Float[Array, "m v"]:
     "The distribution that is drawn from: one-hot at temperature 0, else the softmax of `filtered_logits`."
-    best = lambda: jax.nn.one_hot(jnp.where(cfg.forbidden[None], -jnp.inf, z).argmax(-1), z.shape[-1], dtype=z.dtype)
+    best = lambda: jax.nn.one_hot(
+        jnp.where(cfg.forbidden[None], -jnp.inf, z).argmax(-1), z.shape[-1], dtype=z.dtype
+    )
     return jax.lax.cond(cfg.temperature > 0, lambda: jax.nn.softmax(filtered_logits(z, cfg)), best)
 
 # %% ../../nbs/model/22_speculative.ipynb #c007
 def draw(
     chance: Float[Array, "b"],  # uniform in [0, 1)
-    p: Float[Array, "b v"],     # need not sum to one
+    p: Float[Array, "b v"],  # need not sum to one
 ) -> Int[Array, "b"]:
     "One token a row, where the cumulated p passes `chance`; a token with p = 0 is never drawn."
     edge = jnp.cumsum(p, axis=-1)
     at = chance[:, None] * edge[:, -1:]
-    inside = (edge > jnp.minimum(at, edge[:, -1:] * (1 - 2**-22))).astype(jnp.int8)  # a product may round up to the end
+    inside = (edge > jnp.minimum(at, edge[:, -1:] * (1 - 2**-22))).astype(
+        jnp.int8
+    )  # a product may round up to the end
     return inside.argmax(-1).astype(jnp.int32)
 
 # %% ../../nbs/model/22_speculative.ipynb #c008
 def accept(
-    p: Float[Array, "b m v"],   # trunk, after the last token and after each draft; m = D + 1
-    q: Float[Array, "b k v"],   # what the drafts were drawn from; k = D
+    p: Float[Array, "b m v"],  # trunk, after the last token and after each draft; m = D + 1
+    q: Float[Array, "b k v"],  # what the drafts were drawn from; k = D
     drafts: Int[Array, "b k"],  # the drafts
-    chances: Float[Array, "b m"],  # uniform in [0, 1): one a draft, the last for the token after them
+    chances: Float[
+        Array, "b m"
+    ],  # uniform in [0, 1): one a draft, the last for the token after them
 ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
     "How many leading drafts stay, and the token after them (2211.17192, algorithm 1)."
     of = lambda r: jnp.take_along_axis(r[:, : drafts.shape[1]], drafts[..., None], -1)[..., 0]
     kept = jnp.cumprod(chances[:, :-1] * of(q) < of(p), axis=1).sum(1).astype(jnp.int32)
     here = lambda r: jnp.take_along_axis(r, kept[:, None, None], 1)[:, 0]
-    own, drafted = here(p), here(jnp.pad(q, ((0, 0), (0, 1), (0, 0))))  # after the last draft q is 0: the rest is p
+    own, drafted = (
+        here(p),
+        here(jnp.pad(q, ((0, 0), (0, 1), (0, 0)))),
+    )  # after the last draft q is 0: the rest is p
     rest = jnp.maximum(own - drafted, 0.0)
-    rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, own)  # equal up to rounding: nothing left but p itself
+    rest = jnp.where(
+        rest.sum(-1, keepdims=True) > 0, rest, own
+    )  # equal up to rounding: nothing left but p itself
     return kept, draw(chances[:, -1], rest)
 
 # %% ../../nbs/model/22_speculative.ipynb #c013
 class SpecState(NamedTuple):
     "Everything a round changes; slots are positions."
-    tokens: Int[Array, "b s"]      # prompt, drawn tokens, and drafts beyond `at`
+
+    tokens: Int[Array, "b s"]  # prompt, drawn tokens, and drafts beyond `at`
     logprobs: Float[Array, "b s"]  # of each drawn token under the model, nats
     hidden: Float[Array, "b s d"]  # the trunk's read-outs
-    at: Int[Array, "b"]            # position of the last token that counts
-    done: Array                    # rows that have ended
-    cache: NamedTuple              # of the trunk
-    heads: list                    # caches of the MTP heads
-    counts: Int[Array, "3 b"]      # drafts proposed, drafts accepted, rounds
-    turn: Int[Array, ""]           # number of the round
+    at: Int[Array, "b"]  # position of the last token that counts
+    done: Array  # rows that have ended
+    cache: NamedTuple  # of the trunk
+    heads: list  # caches of the MTP heads
+    counts: Int[Array, "3 b"]  # drafts proposed, drafts accepted, rounds
+    turn: Int[Array, ""]  # number of the round
 
 # %% ../../nbs/model/22_speculative.ipynb #c014
 def at_slots(
-    a: Array,                  # buffer "b s ..."
+    a: Array,  # buffer "b s ..."
     slots: Int[Array, "b m"],  # positions
 ) -> Array:
     "What stands at these positions of each row."
     return jax.vmap(lambda row, i: row[i])(a, slots)
 
+
 def put_slots(
-    a: Array,                  # buffer "b s ..."
+    a: Array,  # buffer "b s ..."
     slots: Int[Array, "b m"],  # positions
-    new: Array,                # "b m ..."
+    new: Array,  # "b m ..."
 ) -> Array:
     "The buffer with `new` at these positions."
     return a.at[jnp.arange(a.shape[0])[:, None], slots].set(new.astype(a.dtype))
@@ -97,12 +117,25 @@ def make_drafts(
     tokens, heads, qs, recent = s.tokens, [], [], 2 * len(s.heads)
     window = jnp.maximum(s.at - recent, 0)[:, None] + jnp.arange(recent)[None]
     trunk = h = at_slots(s.hidden, window)
-    last = s.at - 1 - window[:, 0]  # a window that begins at 0 may reach beyond at - 1, where nothing sees it
+    last = (
+        s.at - 1 - window[:, 0]
+    )  # a window that begins at 0 may reach beyond at - 1, where nothing sees it
     for k, cache in enumerate(s.heads, 1):
-        h, cache = draft(lm, k, h if lm.cfg.mtp == "sequential" else trunk, at_slots(tokens, window + k), window, cache)
+        h, cache = draft(
+            lm,
+            k,
+            h if lm.cfg.mtp == "sequential" else trunk,
+            at_slots(tokens, window + k),
+            window,
+            cache,
+        )
         q = probabilities(lm.logits(at_slots(h, last[:, None])[:, 0]), cfg)
         guess = draw(chances[:, k - 1], q)
-        tokens, heads, qs = put_slots(tokens, s.at[:, None] + k, guess[:, None]), [*heads, cache], [*qs, q]
+        tokens, heads, qs = (
+            put_slots(tokens, s.at[:, None] + k, guess[:, None]),
+            [*heads, cache],
+            [*qs, q],
+        )
     return s._replace(tokens=tokens, heads=heads), jnp.stack(qs, 1)
 
 # %% ../../nbs/model/22_speculative.ipynb #c016
@@ -115,7 +148,10 @@ def fill_heads(
     trunk = h = at_slots(s.hidden, everywhere)
     heads = []
     for k, cache in enumerate(s.heads, 1):
-        before, after = h if lm.cfg.mtp == "sequential" else trunk, at_slots(s.tokens, everywhere + k)
+        before, after = (
+            h if lm.cfg.mtp == "sequential" else trunk,
+            at_slots(s.tokens, everywhere + k),
+        )
         h, cache = draft(lm, k, before, after, everywhere, cache)
         heads.append(cache)
     return heads
@@ -127,28 +163,34 @@ def check_drafts(
     q: Float[Array, "b k v"],  # of the drafts
     chances: Float[Array, "b m"],  # uniform in [0, 1), m = k + 1
     cfg: Sampling,
-    rule: Callable,            # `accept`
+    rule: Callable,  # `accept`
 ) -> tuple[SpecState, Int[Array, "b"]]:
     "One trunk step over the last token and its drafts; the token after those that stay is written behind them."
     b, depths, v = q.shape
     slots = s.at[:, None] + jnp.arange(depths + 1)[None]
     hidden, cache = lm.step(at_slots(s.tokens, slots), slots, s.cache)
-    z = jnp.stack([lm.logits(hidden[:, i]) for i in range(depths + 1)], 1)  # a CPU packs the head anew for two columns
+    z = jnp.stack(
+        [lm.logits(hidden[:, i]) for i in range(depths + 1)], 1
+    )  # a CPU packs the head anew for two columns
     p = probabilities(z.reshape(-1, v), cfg).reshape(z.shape)
     kept, token = rule(p, q, at_slots(s.tokens, slots[:, 1:]), chances)
     tokens = put_slots(s.tokens, (s.at + kept + 1)[:, None], token[:, None])
     chosen = at_slots(tokens, slots + 1)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(z), chosen[..., None], -1)[..., 0]
-    return s._replace(tokens=tokens, logprobs=put_slots(s.logprobs, slots + 1, logprob), cache=cache,
-                      hidden=put_slots(s.hidden, slots, hidden)), kept
+    return s._replace(
+        tokens=tokens,
+        logprobs=put_slots(s.logprobs, slots + 1, logprob),
+        cache=cache,
+        hidden=put_slots(s.hidden, slots, hidden),
+    ), kept
 
 # %% ../../nbs/model/22_speculative.ipynb #c018
 def advance(
     s: SpecState,
-    kept: Int[Array, "b"],   # drafts that stay
-    depths: int,             # D
-    end: Int[Array, "b"],    # position of the last token that may be drawn
-    eos: Int[Array, ""],     # -1 for none
+    kept: Int[Array, "b"],  # drafts that stay
+    depths: int,  # D
+    end: Int[Array, "b"],  # position of the last token that may be drawn
+    eos: Int[Array, ""],  # -1 for none
 ) -> SpecState:
     "Move every live row behind its new tokens, or to its first EOS, or to its limit."
     fresh = at_slots(s.tokens, s.at[:, None] + 1 + jnp.arange(depths + 1)[None])
@@ -157,7 +199,9 @@ def advance(
     at = jnp.minimum(s.at + count, end)
     done = s.done | (at == end) | hit.any(1)
     live = (~s.done).astype(jnp.int32)
-    counts = s.counts + live[None] * jnp.stack([jnp.full_like(kept, depths), kept, jnp.ones_like(kept)])
+    counts = s.counts + live[None] * jnp.stack(
+        [jnp.full_like(kept, depths), kept, jnp.ones_like(kept)]
+    )
     return s._replace(at=jnp.where(s.done, s.at, at), done=done, counts=counts, turn=s.turn + 1)
 
 # %% ../../nbs/model/22_speculative.ipynb #c020
@@ -168,7 +212,9 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
     depths, end = lm.cfg.depths, lengths - 1 + limit
     slots = t + room + depths + 1
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(b))
-    numbers = lambda n, count: jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, n), (count,)))(row_keys)
+    numbers = lambda n, count: jax.vmap(
+        lambda key: jax.random.uniform(jax.random.fold_in(key, n), (count,))
+    )(row_keys)
 
     everywhere = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     hidden, cache = lm.step(prompt, everywhere, lm.init_cache(b, slots))
@@ -177,30 +223,45 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
     wide = lambda a: jnp.pad(a, ((0, 0), (0, slots - t)) + ((0, 0),) * (a.ndim - 2))
     here = lambda a, new: put_slots(a, lengths[:, None], new[:, None])
     first = jnp.take_along_axis(jax.nn.log_softmax(z), token[:, None], -1)[:, 0]
-    s = SpecState(here(wide(prompt), token), here(jnp.zeros((b, slots), jnp.float32), first), wide(hidden), lengths,
-                  ~active | (token == eos) | (lengths == end), cache, init_draft(lm, b, slots),
-                  jnp.zeros((3, b), jnp.int32), jnp.int32(1))
+    s = SpecState(
+        here(wide(prompt), token),
+        here(jnp.zeros((b, slots), jnp.float32), first),
+        wide(hidden),
+        lengths,
+        ~active | (token == eos) | (lengths == end),
+        cache,
+        init_draft(lm, b, slots),
+        jnp.zeros((3, b), jnp.int32),
+        jnp.int32(1),
+    )
 
     def one_round(s):
-        chances = numbers(s.turn, 2 * depths + 1)  # all of a round at once: on a CPU each call is a loop of its own
+        chances = numbers(
+            s.turn, 2 * depths + 1
+        )  # all of a round at once: on a CPU each call is a loop of its own
         s, q = make_drafts(lm, s, chances[:, :depths], cfg)
         s, kept = check_drafts(lm, s, q, chances[:, depths:], cfg, rule)
         return advance(s, kept, depths, end, eos)
 
-    s = jax.lax.while_loop(lambda s: ~s.done.all(), one_round, s._replace(heads=fill_heads(lm, s, everywhere)))
+    s = jax.lax.while_loop(
+        lambda s: ~s.done.all(), one_round, s._replace(heads=fill_heads(lm, s, everywhere))
+    )
     drawn = (s.at - lengths + 1) * active.astype(jnp.int32)
     within = jnp.arange(room)[None] < drawn[:, None]
     new = lengths[:, None] + jnp.arange(room)[None]
     tokens = jnp.where(within, at_slots(s.tokens, new), jnp.maximum(eos, 0))
-    return (tokens, drawn, jnp.where(within, at_slots(s.logprobs, new), 0.0)), s.counts * active[None].astype(jnp.int32)
+    return (tokens, drawn, jnp.where(within, at_slots(s.logprobs, new), 0.0)), s.counts * active[
+        None
+    ].astype(jnp.int32)
 
 # %% ../../nbs/model/22_speculative.ipynb #c022
 class SpecStats(NamedTuple):
     "What speculation did, summed over rows."
+
     proposed: int  # drafts
     accepted: int  # of these, kept by the rule
-    calls: int     # trunk steps after the prefill
-    tokens: int    # drawn in those
+    calls: int  # trunk steps after the prefill
+    tokens: int  # drawn in those
 
     @property
     def acceptance(self) -> float:
@@ -214,15 +275,19 @@ class SpecStats(NamedTuple):
 
 # %% ../../nbs/model/22_speculative.ipynb #c023
 def speculate(
-    lm: LM,                            # with MTP heads
+    lm: LM,  # with MTP heads
     prompts: Sequence[Sequence[int]],  # token ids, of any lengths
-    cfg: SampleConfig,                 # how to draw
-    key: Array | None = None,          # row i draws with fold_in(key, i)
-    rule: Callable = accept,           # another one is for showing that it is wrong
+    cfg: SampleConfig,  # how to draw
+    key: Array | None = None,  # row i draws with fold_in(key, i)
+    rule: Callable = accept,  # another one is for showing that it is wrong
 ) -> tuple[Rollout, SpecStats]:
     "`rollout` by drafting and checking: same tokens at temperature 0, same distribution above. ValueError as there."
-    if not lm.cfg.depths: raise ValueError("speculate: mtp='none', there are no heads to draft with")
+    if not lm.cfg.depths:
+        raise ValueError("speculate: mtp='none', there are no heads to draft with")
     batch = prompt_batch(lm, prompts, cfg, key)
     out, counts = _speculate(*nnx.split(lm), *batch, room=room_for(lm, cfg), rule=rule)
-    drawn, (proposed, accepted, calls) = cut_rollout(out, len(prompts), cfg), np.asarray(counts).sum(1).tolist()
+    drawn, (proposed, accepted, calls) = (
+        cut_rollout(out, len(prompts), cfg),
+        np.asarray(counts).sum(1).tolist(),
+    )
     return drawn, SpecStats(proposed, accepted, calls, int(drawn.lengths.sum()) - len(prompts))

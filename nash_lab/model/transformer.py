@@ -35,8 +35,11 @@ def run_blocks(
     key: PRNGKeyArray | None = None,  # turns dropout on
 ):
     "Embed, scan the blocks, read the streams out: (hidden states, cache, maps of every layer, auxiliary loss or None)."
-    if positions is None: positions = row_positions(tokens)
-    x = dropout(embed(lm, tokens), lm.cfg.dropout, None if key is None else named_key(key, "embedding"))
+    if positions is None:
+        positions = row_positions(tokens)
+    x = dropout(
+        embed(lm, tokens), lm.cfg.dropout, None if key is None else named_key(key, "embedding")
+    )
     streams = (x,) if lm.ends is None else lm.ends.split(x)
     where = dict(positions=positions, segments=segments, cache=cache, key=key)
     streams, cache, maps, aux = run_stack(lm.cfg, lm.blocks, streams, **where)
@@ -50,6 +53,7 @@ def embed(
     "Embeddings in the compute type."
     return lm.embedding[...][tokens].astype(lm.cfg.compute_dtype)
 
+
 def row_positions(tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:  # ids
     "0, 1, 2, ... in every row."
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -57,7 +61,9 @@ def row_positions(tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:  # ids
 # %% ../../nbs/model/20_transformer.ipynb #c009
 class LM(nnx.Module):
     "Causal language model of `ModelConfig`; weights are float32, blocks stacked along a leading layer axis."
-    def __init__(self,
+
+    def __init__(
+        self,
         cfg: ModelConfig,  # shape and switches
         rngs: nnx.Rngs | None = None,  # nnx.Rngs(0) when not given
     ):
@@ -67,10 +73,15 @@ class LM(nnx.Module):
         self.blocks = stacked(lambda rngs: Block(cfg, rngs=rngs), cfg.layers, rngs)
         self.norm = RMSNorm(cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
         self.ends = StreamEnds(cfg.width, cfg.mhc, rngs=rngs) if cfg.residual == "mhc" else None
-        self.mtp = stacked(lambda rngs: MTPHead(cfg, rngs=rngs), cfg.depths, rngs) if cfg.depths else None
-        if cfg.casts: set_casts(self, list(cfg.casts))
+        self.mtp = (
+            stacked(lambda rngs: MTPHead(cfg, rngs=rngs), cfg.depths, rngs) if cfg.depths else None
+        )
+        if cfg.casts:
+            set_casts(self, list(cfg.casts))
 
-    def hidden(self, tokens: Int[Array, "b t"], **where) -> Float[Array, "b t d"]:  # ids; as in read
+    def hidden(
+        self, tokens: Int[Array, "b t"], **where
+    ) -> Float[Array, "b t d"]:  # ids; as in read
         "Final hidden states after the last norm; ValueError when t is above max_len."
         return read(self, tokens, **where)[0]
 
@@ -79,13 +90,21 @@ class LM(nnx.Module):
         head = self.unembedding().astype(hidden.dtype)
         return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
-    def __call__(self, tokens: Int[Array, "b t"], **where) -> Float[Array, "b t v"]:  # ids; as in read
+    def __call__(
+        self, tokens: Int[Array, "b t"], **where
+    ) -> Float[Array, "b t v"]:  # ids; as in read
         "Float32 logits at every position."
         return self.logits(self.hidden(tokens, **where))
 
-    def loss(self, tokens, targets, mask=None, **where):  # [b t] each, all targets count without a mask; as in read
+    def loss(
+        self, tokens, targets, mask=None, **where
+    ):  # [b t] each, all targets count without a mask; as in read
         "Sum of negative log-likelihoods in nats and of the mask, so that shards and micro-batches add up."
-        hidden, head, weights = self.hidden(tokens, **where), self.unembedding().T, weights_of(targets, mask)
+        hidden, head, weights = (
+            self.hidden(tokens, **where),
+            self.unembedding().T,
+            weights_of(targets, mask),
+        )
         return chunked_nats(hidden, head, targets, weights, self.cfg.loss_chunk), weights.sum()
 
     def objective(self, tokens, targets, mask=None, **where):  # as in loss
@@ -94,14 +113,20 @@ class LM(nnx.Module):
 
     def token_nats(self, tokens, targets, **where) -> Float[Array, "b t"]:  # as in loss
         "Negative log-likelihood of each target in nats."
-        return token_nats(self.hidden(tokens, **where), self.unembedding().T, targets, self.cfg.loss_chunk)
+        return token_nats(
+            self.hidden(tokens, **where), self.unembedding().T, targets, self.cfg.loss_chunk
+        )
 
-    def init_cache(self, batch: int, length: int) -> KVCache:  # rows; slots, which is the longest sequence
+    def init_cache(
+        self, batch: int, length: int
+    ) -> KVCache:  # rows; slots, which is the longest sequence
         "Empty caches of all layers, [l b s ...] in the compute type."
         one = self.blocks.attention.init_cache(batch, length, jnp.dtype(self.cfg.compute_dtype))
         return jax.tree.map(lambda a: jnp.zeros((self.cfg.layers, *a.shape), a.dtype), one)
 
-    def step(self, tokens, positions, cache: KVCache) -> tuple[Float[Array, "b t d"], KVCache]:  # from init_cache
+    def step(
+        self, tokens, positions, cache: KVCache
+    ) -> tuple[Float[Array, "b t d"], KVCache]:  # from init_cache
         "Hidden states of new tokens at their positions (which are their cache slots), and the cache with them in it."
         return run_blocks(self, tokens, positions, cache=cache)[:2]
 
@@ -109,18 +134,21 @@ class LM(nnx.Module):
         "All maps of a forward pass, see `routing_of`."
         return routing_of(self, tokens, **where)
 
-    def unembedding(self) -> Float[Array, "d v"]: return (self.embedding if self.head is None else self.head)[...].T
+    def unembedding(self) -> Float[Array, "d v"]:
+        return (self.embedding if self.head is None else self.head)[...].T
 
 # %% ../../nbs/model/20_transformer.ipynb #c010
 def read(
     lm: LM,
     tokens: Int[Array, "b t"],  # ids
-    *, positions: Int[Array, "b t"] | None = None,  # as in run_blocks
+    *,
+    positions: Int[Array, "b t"] | None = None,  # as in run_blocks
     segments: Int[Array, "b t"] | None = None,  # as in run_blocks
     dropout_key: PRNGKeyArray | None = None,  # turns dropout on
 ) -> tuple[Float[Array, "b t d"], Float[Array, ""] | None]:
     "Hidden states and the auxiliary loss of the layers, None if they have none; ValueError when t is above max_len."
-    if tokens.shape[1] <= lm.cfg.max_len: return run_blocks(lm, tokens, positions, segments, key=dropout_key)[::3]
+    if tokens.shape[1] <= lm.cfg.max_len:
+        return run_blocks(lm, tokens, positions, segments, key=dropout_key)[::3]
     raise ValueError(f"{tokens.shape[1]} tokens, the model's max_len is {lm.cfg.max_len}")
 
 # %% ../../nbs/model/20_transformer.ipynb #c011
@@ -131,13 +159,17 @@ def weights_of(
     "Weight of each target in the loss, float32."
     return jnp.ones(targets.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
 
+
 def routing_of(
     lm: LM,
     tokens: Int[Array, "b t"],  # ids
-    *, positions=None, segments=None,  # as in run_blocks
+    *,
+    positions=None,
+    segments=None,  # as in run_blocks
 ) -> Routing:
     "Maps: pre [l 2 b t n], post [l 2 b t n], res [l 2 b t n n]; axis 1 is (attention, FFN). ValueError when plain."
-    if lm.ends is None: raise ValueError("routing: residual='plain', only residual='mhc' has maps")
+    if lm.ends is None:
+        raise ValueError("routing: residual='plain', only residual='mhc' has maps")
     pairs = run_blocks(lm, tokens, positions, segments)[2]
     return to_public(jax.tree.map(lambda *both: jnp.stack(both, 1), *pairs), lead=2)
 
@@ -156,9 +188,16 @@ def objective(
     if lm.mtp is not None:
         mtp, more = mtp_nats(lm, hidden, tokens, targets, weights, **where)
         total = total + lm.cfg.mtp_weight * mtp
-        if more is not None: aux = aux + lm.cfg.mtp_weight * more
-    if aux is not None: total = total + count * aux
-    return total, {"nats": nats, "count": count, "aux": jnp.float32(0) if aux is None else aux, "mtp": mtp}
+        if more is not None:
+            aux = aux + lm.cfg.mtp_weight * more
+    if aux is not None:
+        total = total + count * aux
+    return total, {
+        "nats": nats,
+        "count": count,
+        "aux": jnp.float32(0) if aux is None else aux,
+        "mtp": mtp,
+    }
 
 # %% ../../nbs/model/20_transformer.ipynb #c014
 def mtp_nats(
@@ -167,13 +206,21 @@ def mtp_nats(
     tokens: Int[Array, "b t"],  # ids
     targets: Int[Array, "b t"],  # next tokens
     weights: Float[Array, "b t"],  # of each target
-    *, positions=None, segments=None, dropout_key=None,  # as in read
+    *,
+    positions=None,
+    segments=None,
+    dropout_key=None,  # as in read
 ) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
     "Mean over depths of the heads' nats and of their auxiliary losses; ValueError for a row that is too short."
     depths, head, chunk = lm.cfg.depths, lm.unembedding().T, lm.cfg.loss_chunk
-    if tokens.shape[1] <= depths: raise ValueError(f"mtp_depth={depths} needs more than {tokens.shape[1]} tokens")
-    where = dict(positions=row_positions(tokens) if positions is None else positions, segments=segments)
-    states, aux = look_ahead(lm.cfg, lm.mtp, hidden, tokens, partial(embed, lm), key=dropout_key, **where)
+    if tokens.shape[1] <= depths:
+        raise ValueError(f"mtp_depth={depths} needs more than {tokens.shape[1]} tokens")
+    where = dict(
+        positions=row_positions(tokens) if positions is None else positions, segments=segments
+    )
+    states, aux = look_ahead(
+        lm.cfg, lm.mtp, hidden, tokens, partial(embed, lm), key=dropout_key, **where
+    )
     pairs = [ahead_targets(targets, weights, segments, k + 1) for k in range(depths)]
     nats = sum(chunked_nats(h, head, y, w, chunk) for h, (y, w) in zip(states, pairs)) / depths
     return nats, None if aux is None else aux / depths
@@ -206,8 +253,11 @@ def gates(
     lm: LM,  # with residual="mhc" and gates
 ) -> Float[Array, "l 2"]:
     "Gate of every sublayer in [0, 1], axis 1 is (attention, FFN); ValueError for a model without gates."
-    if not lm.cfg.mhc.gates or lm.ends is None: raise ValueError("gates: mhc.gates is off, this model has none")
-    return jax.nn.sigmoid(jnp.stack([h.gate[...] for h in (lm.blocks.attention_hyper, lm.blocks.ffn_hyper)], 1))
+    if not lm.cfg.mhc.gates or lm.ends is None:
+        raise ValueError("gates: mhc.gates is off, this model has none")
+    return jax.nn.sigmoid(
+        jnp.stack([h.gate[...] for h in (lm.blocks.attention_hyper, lm.blocks.ffn_hyper)], 1)
+    )
 
 # %% ../../nbs/model/20_transformer.ipynb #c028
 def with_gates(
@@ -219,7 +269,8 @@ def with_gates(
         raise ValueError(f"with_gates: {values}, expected numbers from 0 to 1")
     new = to_gate(jnp.broadcast_to(jnp.asarray(values, jnp.float32), gates(lm).shape))
     lm = nnx.clone(lm)
-    for i, hyper in enumerate((lm.blocks.attention_hyper, lm.blocks.ffn_hyper)): hyper.gate[...] = new[:, i]
+    for i, hyper in enumerate((lm.blocks.attention_hyper, lm.blocks.ffn_hyper)):
+        hyper.gate[...] = new[:, i]
     return lm
 
 # %% ../../nbs/model/20_transformer.ipynb #c032
@@ -230,6 +281,7 @@ def model_shapes(
     "A model without its numbers; no memory is used."
     graph, shapes = nnx.split(change(nnx.eval_shape(lambda: LM(cfg, nnx.Rngs(0)))), nnx.Param)
     return graph, nnx.to_pure_dict(shapes)
+
 
 def parameter_count(
     cfg: ModelConfig,  # any size
@@ -245,8 +297,11 @@ def weight_share(
     "Share of a weight that one token meets in matmuls: 1 but for routed experts and coarse scales."
     if cfg.ffn == "moe" and any(f"ffn/{name}/" in path for name in ("gate", "up", "down")):
         return cfg.moe.top_k / cfg.moe.experts
-    scale = re.search(r"attention/scale(\d+)/(\w+)", path)  # runs once per block; its downsampler for inputs and values
-    if scale: return cfg.maha.stride ** -int(scale[1]) * (2 if scale[2] == "down" else 1)
+    scale = re.search(
+        r"attention/scale(\d+)/(\w+)", path
+    )  # runs once per block; its downsampler for inputs and values
+    if scale:
+        return cfg.maha.stride ** -int(scale[1]) * (2 if scale[2] == "down" else 1)
     return 1.0
 
 # %% ../../nbs/model/20_transformer.ipynb #c034
@@ -255,10 +310,15 @@ def score_width(
 ) -> float:
     "Numbers of queries and values per token and layer that meet each earlier token: 2 h k for plain attention."
     h, k = cfg.heads, cfg.head_dim
-    return {"gqa": lambda: 2 * h * k, "diff1": lambda: 3 * h * k, "diff2": lambda: 4 * h * k,
-            "mla": lambda: h * (k + cfg.mla.rope_dim + (cfg.mla.v_head_dim or k)),
-            "maha": lambda: 2 * h * k * sum(cfg.maha.stride ** (-2 * i) for i in range(cfg.maha.scales)),
-            }[cfg.attention]()
+    return {
+        "gqa": lambda: 2 * h * k,
+        "diff1": lambda: 3 * h * k,
+        "diff2": lambda: 4 * h * k,
+        "mla": lambda: h * (k + cfg.mla.rope_dim + (cfg.mla.v_head_dim or k)),
+        "maha": lambda: (
+            2 * h * k * sum(cfg.maha.stride ** (-2 * i) for i in range(cfg.maha.scales))
+        ),
+    }[cfg.attention]()
 
 # %% ../../nbs/model/20_transformer.ipynb #c035
 def flops_per_token(
@@ -266,12 +326,24 @@ def flops_per_token(
     t: int,  # sequence length in tokens, for the attention scores
 ) -> float:
     "FLOPs of forward and backward per token, recomputation not counted: 6 per matmul weight met, attention, mHC."
+
     def met(make):  # weights of a module that one token meets
-        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param)))
-        return sum(w.size * weight_share(cfg, "/".join(str(k.key) for k in path)) for path, w in leaves if w.ndim > 1)
+        leaves = jax.tree_util.tree_leaves_with_path(
+            nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+        )
+        return sum(
+            w.size * weight_share(cfg, "/".join(str(k.key) for k in path))
+            for path, w in leaves
+            if w.ndim > 1
+        )
+
     blocks, depths = cfg.layers + cfg.depths, cfg.depths
-    weights = cfg.layers * met(lambda: Block(cfg, rngs=nnx.Rngs(0))) + (1 + depths) * cfg.vocab_size * cfg.width
-    if depths: weights += depths * met(lambda: MTPHead(cfg, rngs=nnx.Rngs(0)))
+    weights = (
+        cfg.layers * met(lambda: Block(cfg, rngs=nnx.Rngs(0)))
+        + (1 + depths) * cfg.vocab_size * cfg.width
+    )
+    if depths:
+        weights += depths * met(lambda: MTPHead(cfg, rngs=nnx.Rngs(0)))
     streams = cfg.mhc.streams if cfg.residual == "mhc" else 0
     mixing = 3 * 2 * blocks * cfg.width * (2 * streams**2 + 4 * streams)
     return 6.0 * weights + 6 * blocks * score_width(cfg) * t + mixing

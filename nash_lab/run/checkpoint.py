@@ -37,6 +37,7 @@ from ..core.files import write_json
 # %% ../../nbs/run/31_checkpoint.ipynb #c010
 MANIFEST = "manifest.json"
 
+
 class Damaged(ValueError):
     "A checkpoint whose files are not those that were written; the message names the file."
 
@@ -48,8 +49,10 @@ def plain_files(
     found = {}
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)): raise Damaged(f"{path}: neither a plain file nor a folder")
-        if stat.S_ISREG(mode) and path != folder / MANIFEST: found[path.relative_to(folder).as_posix()] = path
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise Damaged(f"{path}: neither a plain file nor a folder")
+        if stat.S_ISREG(mode) and path != folder / MANIFEST:
+            found[path.relative_to(folder).as_posix()] = path
     return found
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c015
@@ -57,7 +60,9 @@ def _state(about: os.stat_result) -> tuple:
     "What is different once a file is replaced or written to."
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
-def _sha256(file) -> str: return hashlib.file_digest(file, "sha256").hexdigest()
+
+def _sha256(file) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c016
 def file_table(
@@ -65,24 +70,36 @@ def file_table(
     known: dict | None = None,  # digests from `hashed_ahead`
 ) -> dict:  # path below the folder -> {"bytes", "sha256"}
     "Length and SHA-256 of every file below `folder` but the manifest, several at a time; Damaged if one is unreadable."
+
     def row(path):
         try:
             with path.open("rb") as file:
                 about = os.fstat(file.fileno())
-                return {"bytes": about.st_size, "sha256": (known or {}).get(_state(about)) or _sha256(file)}
-        except OSError as error: raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
+                return {
+                    "bytes": about.st_size,
+                    "sha256": (known or {}).get(_state(about)) or _sha256(file),
+                }
+        except OSError as error:
+            raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
+
     files = plain_files(folder)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads: rows = threads.map(row, files.values())
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads:
+        rows = threads.map(row, files.values())
     return dict(zip(files, rows))
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c019
 def _files_of(folder: Path):
     "Path and state of every file below `folder`, or below what has its name with a suffix so far."
-    parts = [entry.path for entry in os.scandir(folder.parent) if entry.name.startswith(folder.name)]
-    for path in (os.path.join(at, name) for part in parts for at, _, names in os.walk(part) for name in names):
+    parts = [
+        entry.path for entry in os.scandir(folder.parent) if entry.name.startswith(folder.name)
+    ]
+    for path in (
+        os.path.join(at, name) for part in parts for at, _, names in os.walk(part) for name in names
+    ):
         with suppress(OSError):  # renamed just now
             about = os.lstat(path)
-            if stat.S_ISREG(about.st_mode) and about.st_mtime_ns % 1_000_000: yield path, _state(about)
+            if stat.S_ISREG(about.st_mode) and about.st_mtime_ns % 1_000_000:
+                yield path, _state(about)
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c020
 @contextmanager
@@ -92,22 +109,29 @@ def hashed_ahead(
 ):
     "Inside, files are hashed as they become complete; yields the dict state -> SHA-256 for `file_table`."
     known, first, asked, over = {}, {}, set(), threading.Event()
+
     def digest(path, state):
         with suppress(OSError), open(path, "rb") as file:
-            if _state(os.fstat(file.fileno())) == state: known[state] = _sha256(file)
+            if _state(os.fstat(file.fileno())) == state:
+                known[state] = _sha256(file)
+
     def watch():
         used = 0.0
         while not over.wait(max(settled / 2, 10 * used)):  # a tenth of a processor at most
             now, begin = time.monotonic(), time.thread_time()
             for path, state in _files_of(folder):
-                if state in asked or now < first.setdefault(state, now) + settled: continue
+                if state in asked or now < first.setdefault(state, now) + settled:
+                    continue
                 asked.add(state)
                 threads.submit(digest, path, state)
             used = time.thread_time() - begin
+
     with ThreadPoolExecutor(5) as threads:  # one of them watches
         threads.submit(watch)
-        try: yield known
-        finally: over.set()
+        try:
+            yield known
+        finally:
+            over.set()
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c023
 def _digest(body: dict) -> str:
@@ -119,19 +143,24 @@ def _text(body: dict) -> str:
     "The one way a manifest is written; whatever else means the same is damage."
     return json.dumps(body, indent=1, allow_nan=False) + "\n"
 
+
 def read_manifest(
     folder: Path,  # a step's folder
 ) -> dict:
     "The manifest of `folder`; raises Damaged when it cannot be read or does not match its own digest."
     path = folder / MANIFEST
     try:
-        if path.is_symlink() or path.stat().st_size > 1 << 26: raise ValueError("not a plain file below 64 MiB")
+        if path.is_symlink() or path.stat().st_size > 1 << 26:
+            raise ValueError("not a plain file below 64 MiB")
         text = path.read_bytes().decode("utf-8")
         manifest = json.loads(text)
         same = text == _text(manifest)
-    except OSError as error: raise Damaged(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError): manifest = None
-    if not isinstance(manifest, dict): raise Damaged(f"{path}: not a JSON object")
+    except OSError as error:
+        raise Damaged(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise Damaged(f"{path}: not a JSON object")
     if manifest.pop("digest", None) != _digest(manifest) or not same:
         raise Damaged(f"{path}: does not match its own digest")
     return manifest
@@ -153,13 +182,18 @@ def verify(
     "Compares every file with the manifest; raises Damaged naming the first that is missing, added, cut or altered."
     manifest = read_manifest(folder)
     want, found = manifest.get("files"), file_table(folder)
-    if not isinstance(want, dict): raise Damaged(f"{folder / MANIFEST}: lists no files")
+    if not isinstance(want, dict):
+        raise Damaged(f"{folder / MANIFEST}: lists no files")
     for name in sorted(want.keys() | found.keys()):
-        if name not in found: raise Damaged(f"{folder / name}: missing from the checkpoint")
-        if name not in want: raise Damaged(f"{folder / name}: not in the manifest")
+        if name not in found:
+            raise Damaged(f"{folder / name}: missing from the checkpoint")
+        if name not in want:
+            raise Damaged(f"{folder / name}: not in the manifest")
         for key, value in found[name].items():
             if want[name][key] != value:
-                raise Damaged(f"{folder / name}: {key} is {value}, the manifest says {want[name][key]}")
+                raise Damaged(
+                    f"{folder / name}: {key} is {value}, the manifest says {want[name][key]}"
+                )
     return manifest
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c029
@@ -167,9 +201,15 @@ def numbered(
     folder: Path,  # the folder of all steps
 ) -> list[int]:
     "The steps in `folder`, whole or damaged, ascending: folders named by a number with any file in them."
-    found = (path for path in folder.glob("*") if path.name.isdecimal() and str(int(path.name)) == path.name)
+    found = (
+        path
+        for path in folder.glob("*")
+        if path.name.isdecimal() and str(int(path.name)) == path.name
+    )
     real = (path for path in found if path.is_dir() and not path.is_symlink())
-    return sorted(int(path.name) for path in real if any(not inner.is_dir() for inner in path.rglob("*")))
+    return sorted(
+        int(path.name) for path in real if any(not inner.is_dir() for inner in path.rglob("*"))
+    )
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c030
 def steps_in(
@@ -211,18 +251,21 @@ def delete_step(
     "Deletes a step's folder, after renaming it; what cannot be deleted now is left for `clear_leftovers`."
     gone = folder.with_name(f"{folder.name}.deleted")
     shutil.rmtree(gone, ignore_errors=True)
-    with suppress(OSError): os.rename(folder, gone)
+    with suppress(OSError):
+        os.rename(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c042
 LEFTOVER = re.compile(r"\d+\.(partial|deleted|orbax-checkpoint-tmp)")  # the beginning of the name
+
 
 def clear_leftovers(
     folder: Path,  # the folder of all steps; nobody else may be writing there
 ):
     "Removes what an interrupted save or deletion has left."
     for path in folder.glob("*"):
-        if LEFTOVER.match(path.name) and path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+        if LEFTOVER.match(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c045
 def describe(
@@ -231,7 +274,11 @@ def describe(
     "Type and shape of every array of `item`; empty for a JSON item."
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     leaves = jax.tree_util.tree_leaves_with_path(item)
-    return {name(path): f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves if hasattr(x, "shape")}
+    return {
+        name(path): f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        for path, x in leaves
+        if hasattr(x, "shape")
+    }
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c047
 def check_template(
@@ -242,42 +289,57 @@ def check_template(
     "Raises ValueError at the first array that the checkpoint and the template do not share."
     for name in sorted(saved.keys() | wanted.keys()):
         if (have := saved.get(name)) != (want := wanted.get(name)):
-            raise ValueError(f"{where}/{name}: the checkpoint has {have or 'nothing'}, expected {want or 'nothing'}")
+            raise ValueError(
+                f"{where}/{name}: the checkpoint has {have or 'nothing'}, expected {want or 'nothing'}"
+            )
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c049
 def _placed(x):
     "`x` as a template for Orbax: its shape, type and sharding, by default on the first device."
-    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(
+        jax.local_devices()[0]
+    )
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
 
 def _arrays(item) -> ocp.args.PyTreeRestore:
     "How Orbax is asked for the arrays of the template `item`."
     item = jax.tree.map(_placed, item)
-    return ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+    return ocp.args.PyTreeRestore(
+        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+    )
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c051
 def _remove_parts(target: Path):
     "Removes what an unfinished save has written."
-    for left in target.parent.glob(f"{target.name}.partial*"): shutil.rmtree(left, ignore_errors=True)
+    for left in target.parent.glob(f"{target.name}.partial*"):
+        shutil.rmtree(left, ignore_errors=True)
+
 
 @contextmanager
 def _cleaned(target: Path):
     "Turns any failure into OSError in one line, after removing what was written of `target`."
-    try: yield
+    try:
+        yield
     except Exception as error:
         _remove_parts(target)
         reason = (str(error).splitlines() or [""])[0][:300]
-        raise OSError(f"{target}: checkpoint not saved: {type(error).__name__}: {reason}") from error
+        raise OSError(
+            f"{target}: checkpoint not saved: {type(error).__name__}: {reason}"
+        ) from error
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c052
 def _empty_marks(partial: Path):
     "Empties Orbax's notes of success: that they are there is what counts, and they name the home directory."
     for place in (partial, *partial.iterdir()):
-        if (mark := place / "commit_success.txt").exists(): mark.write_bytes(b"")
+        if (mark := place / "commit_success.txt").exists():
+            mark.write_bytes(b"")
+
 
 def _publish(partial: Path, target: Path):
     "Gives a whole folder its final name."
-    if os.path.lexists(target): set_aside(target)
+    if os.path.lexists(target):
+        set_aside(target)
     os.rename(partial, target)
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c054
@@ -290,17 +352,29 @@ def _orbax() -> ocp.AsyncCheckpointer:
     "Writes each array into a folder of its own, uncompressed: a file is as long as what it holds, and quicker written."
     plain = DefaultCheckpointHandlerRegistry()
     arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore): plain.add(None, args, arrays)
-    for args in (ocp.args.JsonSave, ocp.args.JsonRestore): plain.add(None, args, ocp.JsonCheckpointHandler())
-    waits = ocp.AsyncOptions(create_directories_asynchronously=False)  # else a failed save holds the process 300 s
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=plain), async_options=waits)
+    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        plain.add(None, args, arrays)
+    for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+        plain.add(None, args, ocp.JsonCheckpointHandler())
+    waits = ocp.AsyncOptions(
+        create_directories_asynchronously=False
+    )  # else a failed save holds the process 300 s
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(handler_registry=plain), async_options=waits
+    )
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c057
 class Writer:
     "Writes one checkpoint at a time in the background and reports its failure at the next call."
+
     def __init__(self):
         logging.getLogger("absl").addFilter(_not_orbax)
-        self.orbax, self.thread, self.pending, self.target = _orbax(), ThreadPoolExecutor(1), None, None
+        self.orbax, self.thread, self.pending, self.target = (
+            _orbax(),
+            ThreadPoolExecutor(1),
+            None,
+            None,
+        )
 
     def write(
         self,
@@ -312,16 +386,22 @@ class Writer:
         "Starts writing `state` into `target`; raises OSError for the write before."
         self.wait()
         body = {**body, "items": {name: describe(item) for name, item in state.items()}}
-        save = {k: ocp.args.PyTreeSave(v) if body["items"][k] else ocp.args.JsonSave(v) for k, v in state.items()}
+        save = {
+            k: ocp.args.PyTreeSave(v) if body["items"][k] else ocp.args.JsonSave(v)
+            for k, v in state.items()
+        }
         self.target, partial = target, target.with_name(f"{target.name}.partial")
-        with _cleaned(target): self.orbax.save(partial, args=ocp.args.Composite(**save), force=True)
+        with _cleaned(target):
+            self.orbax.save(partial, args=ocp.args.Composite(**save), force=True)
         self.pending = self.thread.submit(self._finish, target, body, after)
 
     def _finish(self, target, body, after):
         partial, alone = target.with_name(f"{target.name}.partial"), jax.process_count() == 1
         with _cleaned(target):
-            with hashed_ahead(partial) if alone else nullcontext() as known: self.orbax.wait_until_finished()
-            if not is_main_process(): return  # each process has written its parts, one of them says that they are whole
+            with hashed_ahead(partial) if alone else nullcontext() as known:
+                self.orbax.wait_until_finished()
+            if not is_main_process():
+                return  # each process has written its parts, one of them says that they are whole
             _empty_marks(partial)
             write_manifest(partial, body, known)
             _publish(partial, target)
@@ -329,27 +409,38 @@ class Writer:
 
     def poll(self):
         "Raises OSError if the last checkpoint has failed by now; never waits, so many processes learn it in `wait`."
-        if self.pending and self.pending.done() and jax.process_count() == 1: self.wait()
+        if self.pending and self.pending.done() and jax.process_count() == 1:
+            self.wait()
 
     def wait(self):
         "Returns once the last checkpoint is whole; raises OSError if it failed."
         pending, self.pending = self.pending, None
-        if not pending: return
+        if not pending:
+            return
         own = pending.exception()
-        failed = [error for error in gather_json(None if own is None else str(own)) if error]  # all raise, or none
-        if own or failed: raise own or OSError(failed[0])
+        failed = [
+            error for error in gather_json(None if own is None else str(own)) if error
+        ]  # all raise, or none
+        if own or failed:
+            raise own or OSError(failed[0])
 
     def close(self):
         "Waits, then ends the threads."
-        try: self.wait()
+        try:
+            self.wait()
         finally:
             self.thread.shutdown()
-            with suppress(Exception): self.orbax.close()  # where it fails, the save before has failed and said so
-            if self.target and is_main_process(): _remove_parts(self.target)  # a save that failed may have gone on for a while
+            with suppress(Exception):
+                self.orbax.close()  # where it fails, the save before has failed and said so
+            if self.target and is_main_process():
+                _remove_parts(self.target)  # a save that failed may have gone on for a while
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c060
-LONGEST = 1 << 30  # bytes of a file that is read whole; a piece of an array is as long as its shape says
+LONGEST = (
+    1 << 30
+)  # bytes of a file that is read whole; a piece of an array is as long as its shape says
 NUMBERS = re.compile(r"[<|][biuf][1248]|bfloat16|float8_\w+|u?int[24]")  # types of numbers
+
 
 def refuse_packed(
     folder: Path,  # a step's folder
@@ -357,15 +448,23 @@ def refuse_packed(
     "Raises Damaged for what can grow when it is read: compressed arrays, a piece beyond its array, files without end."
     for path in plain_files(folder).values():
         alone = path.name == ".zarray" or not (path.parent / ".zarray").exists()
-        if alone and path.stat().st_size > LONGEST: raise Damaged(f"{path}: longer than {LONGEST} bytes")
-        if path.name in ("manifest.ocdbt", "zarr.json"): raise Damaged(f"{path}: expected arrays in plain files")
-        if path.name != ".zarray": continue
+        if alone and path.stat().st_size > LONGEST:
+            raise Damaged(f"{path}: longer than {LONGEST} bytes")
+        if path.name in ("manifest.ocdbt", "zarr.json"):
+            raise Damaged(f"{path}: expected arrays in plain files")
+        if path.name != ".zarray":
+            continue
         try:
             about = json.loads(path.read_text())
-            packed, plain = about["compressor"] or about["filters"], NUMBERS.fullmatch(about["dtype"])
+            packed, plain = (
+                about["compressor"] or about["filters"],
+                NUMBERS.fullmatch(about["dtype"]),
+            )
             beyond = math.prod(about["chunks"]) > max(1, math.prod(about["shape"]))
-        except (ValueError, KeyError, TypeError, RecursionError): packed = True
-        if packed or beyond or not plain: raise Damaged(f"{path}: not the description of an array in plain files")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            packed = True
+        if packed or beyond or not plain:
+            raise Damaged(f"{path}: not the description of an array in plain files")
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c063
 def check_facts(
@@ -376,7 +475,9 @@ def check_facts(
     "Raises ValueError for a fact that the step was saved with otherwise; what it does not name is not checked."
     for name, value in facts.items():
         if (saved := manifest.get(name, value)) != value:
-            raise ValueError(f"{folder}: made with another {name}, {str(saved)[:12]}, not {str(value)[:12]}")
+            raise ValueError(
+                f"{folder}: made with another {name}, {str(saved)[:12]}, not {str(value)[:12]}"
+            )
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c064
 def restore_step(
@@ -388,26 +489,44 @@ def restore_step(
 ) -> dict:  # item -> value
     "Verifies `step`, restores the items; FileNotFoundError, Damaged, ValueError for a template or fact that differs."
     if step not in numbered(folder):
-        raise FileNotFoundError(f"{folder}: no checkpoint of step {step}, found {steps_in(folder) or 'none'}")
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint of step {step}, found {steps_in(folder) or 'none'}"
+        )
     source = folder / str(step)
     manifest = verify(source)
     refuse_packed(source)
-    if manifest.get("step") != step: raise Damaged(f"{source / MANIFEST}: is of step {manifest.get('step')}")
+    if manifest.get("step") != step:
+        raise Damaged(f"{source / MANIFEST}: is of step {manifest.get('step')}")
     check_facts(manifest, facts or {}, source)
     items = manifest["items"]
-    for name, item in template.items(): check_template(items.get(name, {}), describe(item), source / name)
-    load = {name: _arrays(item) if items[name] else ocp.args.JsonRestore() for name, item in template.items()}
-    try: return dict(orbax.restore(source, args=ocp.args.Composite(**load)).items())
-    except OSError: raise
-    except Exception as error:  # files that agree with their manifest, and are not what they should be
-        raise ValueError(f"{source}: cannot be read: {f'{error.__cause__ or error}'.splitlines()[0]}") from error
+    for name, item in template.items():
+        check_template(items.get(name, {}), describe(item), source / name)
+    load = {
+        name: _arrays(item) if items[name] else ocp.args.JsonRestore()
+        for name, item in template.items()
+    }
+    try:
+        return dict(orbax.restore(source, args=ocp.args.Composite(**load)).items())
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # files that agree with their manifest, and are not what they should be
+        raise ValueError(
+            f"{source}: cannot be read: {f'{error.__cause__ or error}'.splitlines()[0]}"
+        ) from error
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c066
 def _report(folder: Path, bad: dict, used: int, repair: bool):
     "Says which steps were passed over, and puts them aside if `repair`."
     for step, error in bad.items():
-        where = f", moved to {set_aside(folder / str(step)).name}" if repair and is_main_process() else ""
-        if is_main_process(): print(f"{error}; step {used} is used instead{where}", file=sys.stderr)
+        where = (
+            f", moved to {set_aside(folder / str(step)).name}"
+            if repair and is_main_process()
+            else ""
+        )
+        if is_main_process():
+            print(f"{error}; step {used} is used instead{where}", file=sys.stderr)
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c067
 def restore_newest(
@@ -420,37 +539,48 @@ def restore_newest(
     "The newest step that verifies; FileNotFoundError when there is none, Damaged when there is none that verifies."
     bad = {}
     for step in reversed(numbered(folder)):
-        try: state = restore_step(orbax, folder, step, template, facts)
-        except Damaged as error: bad[step] = error
+        try:
+            state = restore_step(orbax, folder, step, template, facts)
+        except Damaged as error:
+            bad[step] = error
         else:
             _report(folder, bad, step, repair)
             return state
-    if not bad: raise FileNotFoundError(f"{folder}: no checkpoint, found none")
+    if not bad:
+        raise FileNotFoundError(f"{folder}: no checkpoint, found none")
     raise Damaged(f"{folder}: none of {len(bad)} checkpoints verifies; the newest: {bad[max(bad)]}")
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c069
 def _place(folder: Path) -> tuple | None:
     "What stays the same of a folder while nobody unmounts or replaces it; None where there is none."
-    try: found = folder.stat()
-    except OSError: return None
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
     return found.st_dev, found.st_ino
+
 
 def adopt(
     folder: Path,  # the folder of all steps, of this run alone
 ) -> tuple:
     "Makes the folder or removes what was left there; returns its place once every process sees it so."
     folder.mkdir(parents=True, exist_ok=True)
-    if is_main_process(): clear_leftovers(folder)
+    if is_main_process():
+        clear_leftovers(folder)
     barrier("checkpoints are owned")
     return _place(folder)
+
 
 def check_place(
     folder: Path,  # the folder of all steps
     place: tuple,  # what `_place` said of it before
 ):
     "Raises OSError when another folder has this name now, or none."
-    if place == _place(folder): return
-    raise OSError(f"{folder}: checkpoint not saved: this is not the folder it was, unmounted or replaced")
+    if place == _place(folder):
+        return
+    raise OSError(
+        f"{folder}: checkpoint not saved: this is not the folder it was, unmounted or replaced"
+    )
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c072
 def metric_values(
@@ -460,8 +590,10 @@ def metric_values(
     "The metric of every step whose manifest can be read; a damaged one is left out, so it is never deleted either."
     values = {}
     for step in steps_in(folder):
-        try: values[step] = read_manifest(folder / str(step)).get("metrics", {}).get(metric)
-        except Damaged: continue
+        try:
+            values[step] = read_manifest(folder / str(step)).get("metrics", {}).get(metric)
+        except Damaged:
+            continue
     return values
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c073
@@ -473,20 +605,31 @@ def prune(
 ):
     "Deletes the surplus steps, but never `just`."
     for step in surplus(metric_values(folder, metric), keep):
-        if step != just: delete_step(folder / str(step))
+        if step != just:
+            delete_step(folder / str(step))
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c074
 class Checkpoints:
     "The checkpoints of one folder."
-    def __init__(self,
+
+    def __init__(
+        self,
         folder: str | Path,  # of all steps, made at the first save
-        *, keep: int = 3,  # newest steps kept
-        best: str | None = "val_loss",  # the step with the lowest value of this metric is kept as well
+        *,
+        keep: int = 3,  # newest steps kept
+        best: str
+        | None = "val_loss",  # the step with the lowest value of this metric is kept as well
         asynchronous: bool = True,  # save() returns once the arrays are copied off the device
         facts: dict | None = None,  # kept with every step, as the tokenizer's hash
     ):
-        if keep < 1: raise ValueError(f"{keep=}: expected at least 1")
-        self.folder, self.keep, self.metric, self.asynchronous = Path(folder).absolute(), keep, best, asynchronous
+        if keep < 1:
+            raise ValueError(f"{keep=}: expected at least 1")
+        self.folder, self.keep, self.metric, self.asynchronous = (
+            Path(folder).absolute(),
+            keep,
+            best,
+            asynchronous,
+        )
         self.writer, self.place, self.facts = Writer(), None, facts or {}
         self.poll, self.wait, self.close = self.writer.poll, self.writer.wait, self.writer.close
 
@@ -506,27 +649,40 @@ class Checkpoints:
         "For the one process that writes here: makes the folder, removes leftovers; Damaged if all steps are put aside."
         self.place = adopt(self.folder)
         bad = sorted(path.name for path in self.folder.glob("*.damaged*"))
-        if bad and not numbered(self.folder): raise Damaged(f"{self.folder}: nothing left but {', '.join(bad)}")
+        if bad and not numbered(self.folder):
+            raise Damaged(f"{self.folder}: nothing left but {', '.join(bad)}")
         return bool(numbered(self.folder))
 
-    def save(self,
+    def save(
+        self,
         step: int,  # its number, not yet saved
         state: dict,  # item -> tree of arrays, or a JSON value
         metrics: dict | None = None,  # numbers kept with it, the `best` one among them
     ):
         "Saves the items of `state`; raises OSError for the save before, ValueError if `step` is there already."
-        if step in self.steps(): raise ValueError(f"{self.folder / str(step)}: this step is already saved")
-        if self.place: check_place(self.folder, self.place)
+        if step in self.steps():
+            raise ValueError(f"{self.folder / str(step)}: this step is already saved")
+        if self.place:
+            check_place(self.folder, self.place)
         after = partial(prune, self.folder, self.metric, self.keep, step)
-        self.writer.write(self.folder / str(step), state, {"step": step, "metrics": metrics or {}} | self.facts, after)
-        if not self.asynchronous: self.wait()
+        self.writer.write(
+            self.folder / str(step),
+            state,
+            {"step": step, "metrics": metrics or {}} | self.facts,
+            after,
+        )
+        if not self.asynchronous:
+            self.wait()
 
-    def restore(self,
+    def restore(
+        self,
         step: int | None = None,  # the newest that verifies if None
-        *, template: dict,  # item -> tree of arrays or ShapeDtypeStructs, None for a JSON item
+        *,
+        template: dict,  # item -> tree of arrays or ShapeDtypeStructs, None for a JSON item
         repair: bool = False,  # put damaged steps aside; only for the process that owns the folder
         facts: dict | None = None,  # what was kept with the step otherwise is refused
     ) -> dict:  # item -> value
         "The items of `template`; raises as `restore_step`, and Damaged when there are steps but none that verifies."
-        if step is not None: return restore_step(self.writer.orbax, self.folder, step, template, facts)
+        if step is not None:
+            return restore_step(self.writer.orbax, self.folder, step, template, facts)
         return restore_newest(self.writer.orbax, self.folder, template, repair, facts)

@@ -29,26 +29,37 @@ STOPPED = 75  # a signal came, the state is saved at that step: the same command
 HUNG = 76  # nothing moved, or a step did not end in time: stacks are in stacks.txt, the last checkpoint counts
 NONFINITE = 77  # too many steps without a finite loss: the last good state is saved, the same command ends here again
 
+
 class Stopped(KeyboardInterrupt):
     "A signal has ended the run, and what was reached is saved."
+
     exit_code = STOPPED
+
 
 class NonFinite(ValueError):
     "The run has left the numbers; the message names the step."
+
     exit_code = NONFINITE
 
 # %% ../../nbs/run/32_guard.ipynb #c009
 def _started(pid: int) -> str:
     "When the process was started, in ticks since boot; empty when there is no such process or no /proc."
-    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError): return ""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
 
 def _alive(holder: dict) -> bool:
     "Is the process that wrote `holder` still there? A new process with an old number does not count."
-    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int): return False
-    try: os.kill(holder["pid"], 0)
-    except ProcessLookupError: return False
-    except PermissionError: pass  # somebody else's, but there
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's, but there
     return holder.get("start") in ("", _started(holder["pid"]))
 
 # %% ../../nbs/run/32_guard.ipynb #c011
@@ -56,8 +67,10 @@ def read_holder(
     path: Path,  # a lock file
 ) -> dict:
     "What the holder wrote into it; empty when nobody did."
-    try: holder = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): holder = None
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        holder = None
     return holder if isinstance(holder, dict) else {}
 
 # %% ../../nbs/run/32_guard.ipynb #c012
@@ -66,13 +79,28 @@ def take_lock(
     path: Path,  # its name
 ):
     "Takes the lock or raises ValueError naming the holder; warns where the file system has no locks."
-    refused = lambda: ValueError(f"{path}: this run is being written by {json.dumps(read_holder(path))}")
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: raise refused() from None
+    refused = lambda: ValueError(
+        f"{path}: this run is being written by {json.dumps(read_holder(path))}"
+    )
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise refused() from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL): raise
-        if _alive(read_holder(path)): raise refused() from None
-        print(f"{path}: no locks on this drive, see to it yourself that no other process writes here", file=sys.stderr)
+        if error.errno not in (
+            errno.ENOLCK,
+            errno.ENOTSUP,
+            errno.EOPNOTSUPP,
+            errno.ENOSYS,
+            errno.EINVAL,
+        ):
+            raise
+        if _alive(read_holder(path)):
+            raise refused() from None
+        print(
+            f"{path}: no locks on this drive, see to it yourself that no other process writes here",
+            file=sys.stderr,
+        )
 
 # %% ../../nbs/run/32_guard.ipynb #c013
 @contextmanager
@@ -85,18 +113,35 @@ def run_lock(
     with path.open("a+", encoding="utf-8") as file:
         take_lock(file, path)
         file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "start": _started(os.getpid())}, file)
+        json.dump(
+            {"pid": os.getpid(), "host": socket.gethostname(), "start": _started(os.getpid())}, file
+        )
         file.flush()
-        try: yield
+        try:
+            yield
         finally:
-            with suppress(OSError): file.truncate(0)
+            with suppress(OSError):
+                file.truncate(0)
 
 # %% ../../nbs/run/32_guard.ipynb #c016
-PHASES = ("start", "compile", "data", "step", "log", "hooks", "checkpoint", "validation", "lost work")
+PHASES = (
+    "start",
+    "compile",
+    "data",
+    "step",
+    "log",
+    "hooks",
+    "checkpoint",
+    "validation",
+    "lost work",
+)
+
 
 class Ledger:
     "Seconds the main thread has spent in each phase."
-    def __init__(self): self.seconds, self.phase, self.mark = dict.fromkeys(PHASES, 0.0), "start", time.monotonic()
+
+    def __init__(self):
+        self.seconds, self.phase, self.mark = dict.fromkeys(PHASES, 0.0), "start", time.monotonic()
 
     def enter(
         self,
@@ -113,7 +158,8 @@ class Ledger:
         seconds: dict[str, float],  # of an earlier process of the same run
     ):
         "Goes on from an earlier account."
-        for phase, s in seconds.items(): self.seconds[phase] = self.seconds.get(phase, 0.0) + s
+        for phase, s in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + s
 
     @contextmanager
     def during(
@@ -122,8 +168,10 @@ class Ledger:
     ) -> Iterator[None]:
         "The block is of `phase`; then comes what was before."
         before = self.enter(phase)
-        try: yield
-        finally: self.enter(before)
+        try:
+            yield
+        finally:
+            self.enter(before)
 
 # %% ../../nbs/run/32_guard.ipynb #c019
 def goodput(
@@ -135,14 +183,21 @@ def goodput(
     idle = seconds["step"] * skipped / max(steps, 1)
     productive, total = seconds["step"] - idle, sum(seconds.values())
     lost = {cause: s for cause, s in seconds.items() if cause != "step"} | {"skipped steps": idle}
-    return {"goodput": productive / max(total, 1e-9), "total_s": total, "productive_s": productive, "lost_s": lost}
+    return {
+        "goodput": productive / max(total, 1e-9),
+        "total_s": total,
+        "productive_s": productive,
+        "lost_s": lost,
+    }
 
 # %% ../../nbs/run/32_guard.ipynb #c022
 class Seen(NamedTuple):
     "A step, and what is needed to go on from there."
+
     step: int
     skipped: Any  # steps without an update so far; on the device until the next line
     position: Callable  # () -> position of the data after this step
+
 
 def last_good(
     good: Seen,  # the last good step known
@@ -152,18 +207,28 @@ def last_good(
     "The last step whose counter of skipped steps did not grow, and the longest row of those whose counter grew."
     row = 0
     for seen in since:
-        if seen.skipped == skipped: good = seen
+        if seen.skipped == skipped:
+            good = seen
         skipped, row = seen.skipped, max(row, seen.step - good.step)
     return good, row
 
 # %% ../../nbs/run/32_guard.ipynb #c025
-WHOLE = ("start", "compile", "data", "hooks", "validation")  # phases in which the state between two steps is there
+WHOLE = (
+    "start",
+    "compile",
+    "data",
+    "hooks",
+    "validation",
+)  # phases in which the state between two steps is there
+
 
 def stacks() -> str:
     "What every thread is doing, with the home directory as `~`; no values of variables."
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = (f"thread {names.get(number, number)}\n{''.join(traceback.format_stack(frame))}"
-             for number, frame in sys._current_frames().items())
+    parts = (
+        f"thread {names.get(number, number)}\n{''.join(traceback.format_stack(frame))}"
+        for number, frame in sys._current_frames().items()
+    )
     return "\n".join(parts).replace(str(Path.home()), "~")
 
 # %% ../../nbs/run/32_guard.ipynb #c027
@@ -175,27 +240,34 @@ def end(
     print(message, file=sys.stderr, flush=True)
     os._exit(code)
 
+
 def hang(
     run: Path,  # run directory
     why: str,  # for the message
 ):
     "Writes the stacks to stderr and to `run`/stacks.txt and ends the process."
-    with suppress(OSError): (run / "stacks.txt").write_text(stacks())
+    with suppress(OSError):
+        (run / "stacks.txt").write_text(stacks())
     end(HUNG, f"{stacks()}{run}: {why}; the stacks of all threads are above and in stacks.txt")
+
 
 def leave(
     guard: "Guard",  # whose signal was not acted upon in time
     phase: str,  # that the main thread is stuck in
 ):
     "Saves in place of the main thread, if the state is whole, and ends the process."
-    if phase not in WHOLE: hang(guard.run, f"a step did not end in {guard.grace_s:g} s after a signal")
-    try: guard.rescue()
-    except BaseException as error: end(1, f"{guard.run}: stopped, not saved: {error}")
+    if phase not in WHOLE:
+        hang(guard.run, f"a step did not end in {guard.grace_s:g} s after a signal")
+    try:
+        guard.rescue()
+    except BaseException as error:
+        end(1, f"{guard.run}: stopped, not saved: {error}")
     end(STOPPED, f"{guard.run}: stopped and saved; the same command continues")
 
 # %% ../../nbs/run/32_guard.ipynb #c028
 class Guard:
     "Notes signals, watches the clock and ends the process when the main thread cannot; see `HUNG`."
+
     def __init__(
         self,
         run: str | Path,  # run directory, for stacks.txt
@@ -205,7 +277,10 @@ class Guard:
     ):
         self.run, self.watchdog_s, self.grace_s = Path(run), watchdog_s, grace_s
         self.ledger, self.signals, self.deadline = Ledger(), [], math.inf
-        self.leaving, self.rescue = threading.Lock(), lambda: None  # whoever saves and leaves holds the lock
+        self.leaving, self.rescue = (
+            threading.Lock(),
+            lambda: None,
+        )  # whoever saves and leaves holds the lock
 
     def __enter__(self) -> "Guard":
         self.inside, self.outside = socket.socketpair()
@@ -219,24 +294,32 @@ class Guard:
         return self
 
     def __exit__(self, *_):
-        if self.wakeup is not None: signal.set_wakeup_fd(self.wakeup)
-        for number, handler in self.before.items(): signal.signal(number, handler)
+        if self.wakeup is not None:
+            signal.set_wakeup_fd(self.wakeup)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
         self.outside.close()
         self.thread.join()
         self.inside.close()
 
     def _note(self, number, frame):
         self.signals.append(number)
-        if len(self.signals) == 1 and self.ledger.phase in WHOLE: raise KeyboardInterrupt
+        if len(self.signals) == 1 and self.ledger.phase in WHOLE:
+            raise KeyboardInterrupt
 
     def _watch(self):
         terminated = False
         while True:
             if select.select([self.inside], [], [], 0.5)[0]:
-                if not (numbers := self.inside.recv(64)): return  # the other end is closed: the run is over
+                if not (numbers := self.inside.recv(64)):
+                    return  # the other end is closed: the run is over
                 terminated |= signal.SIGTERM in numbers
                 self.deadline = min(self.deadline, time.monotonic() + self.grace_s)
             phase, still = self.ledger.phase, time.monotonic() - self.ledger.mark
-            if time.monotonic() > self.deadline and (phase in WHOLE or terminated and phase == "step"):
-                if self.leaving.acquire(blocking=False): leave(self, phase)
-            if still > (self.watchdog_s or math.inf): hang(self.run, f"{phase} did not end in {self.watchdog_s:g} s")
+            if time.monotonic() > self.deadline and (
+                phase in WHOLE or terminated and phase == "step"
+            ):
+                if self.leaving.acquire(blocking=False):
+                    leave(self, phase)
+            if still > (self.watchdog_s or math.inf):
+                hang(self.run, f"{phase} did not end in {self.watchdog_s:g} s")

@@ -37,8 +37,10 @@ def read_metrics(
     "The records of a log; a half-written last line is left out, any other bad line is a ValueError."
     rows, lines = [], Path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines[:-1], start=1):
-        try: rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError): raise ValueError(f"{path}:{number}: not a JSON object: {line[:40]!r}") from None
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}:{number}: not a JSON object: {line[:40]!r}") from None
     return rows
 
 # %% ../../nbs/run/30_rundir.ipynb #c009
@@ -46,27 +48,35 @@ def plain(
     value: Any,  # numbers, strings, None, arrays on any device, and dicts of them
 ) -> Any:
     "`value` as JSON: arrays become lists of 6 digits, what is not finite becomes None."
-    if isinstance(value, dict): return {name: plain(v) for name, v in value.items()}
-    if isinstance(value, (int, str, type(None))): return value
-    if np.ndim(value): return [plain(v) if np.ndim(v) else plain(float(f"{v:.6g}")) for v in np.asarray(value)]
+    if isinstance(value, dict):
+        return {name: plain(v) for name, v in value.items()}
+    if isinstance(value, (int, str, type(None))):
+        return value
+    if np.ndim(value):
+        return [plain(v) if np.ndim(v) else plain(float(f"{v:.6g}")) for v in np.asarray(value)]
     return float(value) if np.isfinite(value) else None
 
 # %% ../../nbs/run/30_rundir.ipynb #c012
 def insist(
     action: Callable,  # without arguments, may be repeated
     pauses: Sequence[float],  # seconds before the second attempt, and before those after it
-    say: Callable[[OSError, float], None] = lambda error, pause: None,  # told of each failure before its pause
+    say: Callable[[OSError, float], None] = lambda error, pause: (
+        None
+    ),  # told of each failure before its pause
 ) -> Any:
     "Does `action`, again after an OSError as long as there are pauses; the last error is the caller's."
     for pause in pauses:
-        try: return action()
-        except OSError as error: say(error, pause)
+        try:
+            return action()
+        except OSError as error:
+            say(error, pause)
         time.sleep(pause)
     return action()
 
 # %% ../../nbs/run/30_rundir.ipynb #c013
 class MetricsLog:
     "Appends records to a metrics file."
+
     pauses = (0.5, 2.0)  # seconds before the second and the third attempt
 
     def __init__(
@@ -74,7 +84,11 @@ class MetricsLog:
         path: str | Path,  # a new or an existing metrics.jsonl
         step: int = 0,  # resumed from here: the lines of later steps are dropped
     ):
-        rows = [row for row in (read_metrics(path) if Path(path).exists() else []) if row["step"] <= step]
+        rows = [
+            row
+            for row in (read_metrics(path) if Path(path).exists() else [])
+            if row["step"] <= step
+        ]
         write_atomic(Path(path), "".join(json.dumps(row) + "\n" for row in rows).encode())
         self.file = open(path, "ab", buffering=0)
         self.end = self.file.tell()  # of the last whole line
@@ -85,13 +99,16 @@ class MetricsLog:
     ):
         "One line, with the operating system when this returns; OSError when it could not be written three times."
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        try: insist(lambda: self._append(line), self.pauses)
-        except OSError as error: raise OSError(f"{self.file.name}: line not written: {error.strerror}") from None
+        try:
+            insist(lambda: self._append(line), self.pauses)
+        except OSError as error:
+            raise OSError(f"{self.file.name}: line not written: {error.strerror}") from None
 
     def _append(self, line):
         os.ftruncate(self.file.fileno(), self.end)
         rest = line
-        while rest: rest = rest[self.file.write(rest):]
+        while rest:
+            rest = rest[self.file.write(rest) :]
         self.end += len(line)
 
     def close(self):
@@ -104,9 +121,12 @@ def answers(
     seconds: float = 2.0,  # to connect, and again to answer
 ) -> bool:
     "Does anybody answer HTTP there, with whatever status?"
-    try: urllib.request.urlopen(url, timeout=seconds).close()
-    except urllib.error.HTTPError: return True
-    except (OSError, ValueError, http.client.HTTPException): return False
+    try:
+        urllib.request.urlopen(url, timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
     return True
 
 # %% ../../nbs/run/30_rundir.ipynb #c019
@@ -117,12 +137,15 @@ def wandb_tracker(
     "Sends records to Weights & Biases; when nobody answers they go into `run`/wandb, for `wandb sync`."
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
+
     found, mode = wandb.setup().settings, None
     if found.mode == "online" and not answers(found.base_url):
         print(f"tracker wandb is offline: {found.base_url} does not answer", file=sys.stderr)
         mode = "offline"
     settings = wandb.Settings(init_timeout=5, login_timeout=5, finish_timeout=3, silent=True)
-    job = wandb.init(project="nash_lab", name=run.name, dir=run, config=config, settings=settings, mode=mode)
+    job = wandb.init(
+        project="nash_lab", name=run.name, dir=run, config=config, settings=settings, mode=mode
+    )
     return lambda record: job.log(record, step=record["step"]), job.finish
 
 # %% ../../nbs/run/30_rundir.ipynb #c020
@@ -132,11 +155,15 @@ def tensorboard_tracker(
 ) -> tuple[Callable, Callable]:  # log, close
     "Writes the numbers of each record as event files into `run`/tensorboard."
     from tensorboardX import SummaryWriter
+
     writer = SummaryWriter(str(run / "tensorboard"))
     writer.add_text("config", json.dumps(config))
+
     def log(record):
         for name, value in record.items():
-            if isinstance(value, (int, float)) and name != "step": writer.add_scalar(name, value, record["step"])
+            if isinstance(value, (int, float)) and name != "step":
+                writer.add_scalar(name, value, record["step"])
+
     return log, writer.close
 
 # %% ../../nbs/run/30_rundir.ipynb #c021
@@ -150,6 +177,7 @@ def _first_line(error: BaseException) -> str:
 # %% ../../nbs/run/30_rundir.ipynb #c024
 class Tracker:
     "One tracker in its own thread; named on stderr and dropped when it fails."
+
     def __init__(
         self,
         name: str,  # a key of TRACKERS
@@ -157,23 +185,29 @@ class Tracker:
         config: dict,  # of the run
     ):
         self.name, self.records, self.gone = name, queue.SimpleQueue(), False
-        self.thread = threading.Thread(target=self._work, args=(run, config), name=f"tracker {name}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._work, args=(run, config), name=f"tracker {name}", daemon=True
+        )
         self.thread.start()
 
     def _work(self, run, config):
         try:
             log, close = TRACKERS[self.name](run, config)
-            while (record := self.records.get()) is not None: log(record)
+            while (record := self.records.get()) is not None:
+                log(record)
             close()
-        except Exception as error: self._left_out(f"{type(error).__name__}: {_first_line(error)}")
+        except Exception as error:
+            self._left_out(f"{type(error).__name__}: {_first_line(error)}")
 
     def _left_out(self, why):
-        if not self.gone: print(f"tracker {self.name} is left out: {why}", file=sys.stderr)
+        if not self.gone:
+            print(f"tracker {self.name} is left out: {why}", file=sys.stderr)
         self.gone = True
 
 # %% ../../nbs/run/30_rundir.ipynb #c025
 class Trackers:
     "The trackers of a run."
+
     def __init__(
         self,
         names: Iterable[str],  # keys of TRACKERS
@@ -188,38 +222,63 @@ class Trackers:
         record: dict,  # as in the log
     ):
         "Gives `record` to every tracker, without waiting for it."
-        for tracker in self.all: tracker.records.put(record)
+        for tracker in self.all:
+            tracker.records.put(record)
 
     def close(self):
         "Lets every tracker finish, within `patience`."
         end = time.monotonic() + self.patience
-        for tracker in self.all: tracker.records.put(None)
+        for tracker in self.all:
+            tracker.records.put(None)
         for tracker in self.all:
             tracker.thread.join(max(0.0, end - time.monotonic()))
-            if tracker.thread.is_alive(): tracker._left_out(f"no end within {self.patience:g} s")
+            if tracker.thread.is_alive():
+                tracker._left_out(f"no end within {self.patience:g} s")
 
 # %% ../../nbs/run/30_rundir.ipynb #c029
-PACKAGES = ("nash_lab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+PACKAGES = (
+    "nash_lab",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "sentencepiece",
+    "numpy",
+)
+
 
 def _version(package: str) -> str | None:
     "Installed version of `package`, None when it is not installed."
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
 
 def _revision() -> str | None:
     "Git revision of the source, with -dirty behind it when changed; None for an installed package."
     root = Path(nash_lab.__file__).parents[1]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try: found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired): return None
+    try:
+        found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return found.stdout.strip() or None if (root / ".git").exists() else None
 
 # %% ../../nbs/run/30_rundir.ipynb #c030
 def environment() -> dict:
     "What a run is made with: versions, device, git revision, command; no environment variables."
     device, arguments = jax.devices()[0], [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return {"python": platform.python_version(), "platform": platform.platform(),
-            "versions": {package: _version(package) for package in PACKAGES}, "backend": device.platform,
-            "device": device.device_kind, "devices": jax.device_count(), "git": _revision(),
-            "command": shlex.join(arguments).replace(str(Path.home()), "~"),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "git": _revision(),
+        "command": shlex.join(arguments).replace(str(Path.home()), "~"),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -28,40 +28,82 @@ from ..train.step import PLAIN, evaluate_loss, fresh_state, make_eval_step, make
 @dataclass(frozen=True)
 class AblationConfig:
     "Which variants are trained, and for how long; ValueError when nothing would be left to compare."
-    residuals: tuple[Literal["plain", "identity", "lite", "sinkhorn"], ...] = ("plain", "identity", "lite", "sinkhorn")
-    attentions: tuple[str, ...] = ("gqa", "diff1", "diff2", "maha")  # names of ModelConfig.attention, first: baseline
-    mtp: Literal["none", "parallel", "sequential"] = "sequential"  # second loss, tried with the first attention
+
+    residuals: tuple[Literal["plain", "identity", "lite", "sinkhorn"], ...] = (
+        "plain",
+        "identity",
+        "lite",
+        "sinkhorn",
+    )
+    attentions: tuple[str, ...] = (
+        "gqa",
+        "diff1",
+        "diff2",
+        "maha",
+    )  # names of ModelConfig.attention, first: baseline
+    mtp: Literal["none", "parallel", "sequential"] = (
+        "sequential"  # second loss, tried with the first attention
+    )
     seeds: int = 3  # of weights and of the order of the data, the same for every variant
     steps: int = 250  # updates
     batch_size: int = 16  # rows
     seq_len: int = 128  # tokens a row
     eval_batches: int = 24  # validation batches of the same size
     vocab_size: int = 1024  # pieces
-    corpus: CorpusConfig = field(default_factory=lambda: CorpusConfig(max_bytes=4_000_000))  # the standard library
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(
-        vocab_size=1024, width=64, layers=4, heads=4, kv_heads=2, head_dim=16, ffn_width=192, max_len=128,
-        unroll=4, loss_chunk=16, init_std=0.06))  # what is not switched
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=6e-3, warmup_steps=25))  # AdamW
+    corpus: CorpusConfig = field(
+        default_factory=lambda: CorpusConfig(max_bytes=4_000_000)
+    )  # the standard library
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            vocab_size=1024,
+            width=64,
+            layers=4,
+            heads=4,
+            kv_heads=2,
+            head_dim=16,
+            ffn_width=192,
+            max_len=128,
+            unroll=4,
+            loss_chunk=16,
+            init_std=0.06,
+        )
+    )  # what is not switched
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(learning_rate=6e-3, warmup_steps=25)
+    )  # AdamW
 
     def __post_init__(self):
         for name in ("seeds", "steps", "batch_size", "seq_len", "eval_batches"):
             value = getattr(self, name)
-            if value < 1: raise ValueError(f"AblationConfig.{name}={value}, expected at least 1")
+            if value < 1:
+                raise ValueError(f"AblationConfig.{name}={value}, expected at least 1")
         if self.model.vocab_size != self.vocab_size:
-            raise ValueError(f"AblationConfig: model.vocab_size={self.model.vocab_size} but {self.vocab_size=}")
+            raise ValueError(
+                f"AblationConfig: model.vocab_size={self.model.vocab_size} but {self.vocab_size=}"
+            )
         if not self.residuals or not self.attentions:
-            raise ValueError(f"AblationConfig: {self.residuals=} and {self.attentions=} leave no variant")
+            raise ValueError(
+                f"AblationConfig: {self.residuals=} and {self.attentions=} leave no variant"
+            )
 
 # %% ../../nbs/studies/90_ablation.ipynb #c008
 def variants(
     cfg: AblationConfig,
 ) -> dict[str, ModelConfig]:  # by name, such as "sinkhorn gqa"; the first is the baseline
     "Every residual with every attention, and every residual with MTP and the first attention."
+
     def residual(name, model):
-        if name == "plain": return model.plain()
+        if name == "plain":
+            return model.plain()
         return replace(model, residual="mhc", mhc=replace(model.mhc, h_res=name))
-    crossed = {f"{r} {a}": residual(r, replace(cfg.model, attention=a)) for a in cfg.attentions for r in cfg.residuals}
-    if cfg.mtp == "none": return crossed
+
+    crossed = {
+        f"{r} {a}": residual(r, replace(cfg.model, attention=a))
+        for a in cfg.attentions
+        for r in cfg.residuals
+    }
+    if cfg.mtp == "none":
+        return crossed
     base = replace(cfg.model, attention=cfg.attentions[0], mtp=cfg.mtp, mtp_depth=1)
     return crossed | {f"{r} {cfg.attentions[0]} mtp": residual(r, base) for r in cfg.residuals}
 
@@ -73,7 +115,9 @@ def ablation_data(
     "A tokenizer trained on the corpus, and both splits packed with it."
     folder.mkdir(parents=True, exist_ok=True)
     texts = (d.text for d in documents(cfg.corpus))
-    tokenizer = train_tokenizer(texts, folder / "tokenizer.model", TokenizerConfig(vocab_size=cfg.vocab_size))
+    tokenizer = train_tokenizer(
+        texts, folder / "tokenizer.model", TokenizerConfig(vocab_size=cfg.vocab_size)
+    )
     packed = {}
     for split in ("train", "validation"):
         pack(documents(cfg.corpus, split), tokenizer, folder / f"{split}.bin", split=split)
@@ -90,12 +134,18 @@ def train_seeds(
     tx, pick = optimizer(cfg.optim, cfg.steps), lambda batch: {k: batch[k] for k in PLAIN}
     make = lambda key: LM(model, nnx.Rngs(key))
     graphdef = nnx.graphdef(nnx.eval_shape(make, jax.random.key(0)))
-    initial = jax.jit(lambda key: fresh_state(nnx.to_pure_dict(nnx.state(make(key), nnx.Param)), tx))
+    initial = jax.jit(
+        lambda key: fresh_state(nnx.to_pure_dict(nnx.state(make(key), nnx.Param)), tx)
+    )
     step, eval_step, scores = make_train_step(graphdef, tx), make_eval_step(graphdef), []
     for seed in range(cfg.seeds):
         key = jax.random.key(seed)
-        state, batches = initial(key), loader(data["train"], LoaderConfig(cfg.seq_len, cfg.batch_size, seed=seed))
-        for batch in islice(batches, cfg.steps): state, _ = step(state, pick(batch), key)
+        state, batches = (
+            initial(key),
+            loader(data["train"], LoaderConfig(cfg.seq_len, cfg.batch_size, seed=seed)),
+        )
+        for batch in islice(batches, cfg.steps):
+            state, _ = step(state, pick(batch), key)
         rows = data["validation"], cfg.seq_len, cfg.batch_size, cfg.eval_batches
         scores.append(float(evaluate_loss(eval_step, state.params, *rows)["val_bpb"]))
     return scores
@@ -108,14 +158,19 @@ def paired(
     "Mean and standard deviation of the scores and of their differences to the baseline; a lone seed has spread nan."
     spread = lambda x: float(np.std(x, ddof=1)) if len(x) > 1 else float("nan")
     delta = np.subtract(scores, baseline)
-    return {"bpb": float(np.mean(scores)), "bpb_std": spread(scores),
-            "delta": float(delta.mean()), "delta_std": spread(delta)}
+    return {
+        "bpb": float(np.mean(scores)),
+        "bpb_std": spread(scores),
+        "delta": float(delta.mean()),
+        "delta_std": spread(delta),
+    }
 
 # %% ../../nbs/studies/90_ablation.ipynb #c018
 def ablate(
     cfg: AblationConfig,
     folder: Path,  # gets tokenizer and packed files
-    known: dict[str, list[float]] | None = None,  # scores of variants that need no training, by name
+    known: dict[str, list[float]]
+    | None = None,  # scores of variants that need no training, by name
     report: Callable = lambda rows: None,  # takes the rows so far after each variant
 ) -> list[dict]:  # one row a variant, baseline first
     "Train and score every variant that is not known, with a progress bar over them."
@@ -124,7 +179,14 @@ def ablate(
     for name, model in tqdm(every.items(), desc="ablation", unit=" variant", disable=None):
         scores = known.get(name) or train_seeds(model, cfg, data)
         baseline = rows[0]["scores"] if rows else scores
-        rows.append({"name": name, "parameters": parameter_count(model), "scores": scores,
-                     "flops_per_token": flops_per_token(model, cfg.seq_len), **paired(scores, baseline)})
+        rows.append(
+            {
+                "name": name,
+                "parameters": parameter_count(model),
+                "scores": scores,
+                "flops_per_token": flops_per_token(model, cfg.seq_len),
+                **paired(scores, baseline),
+            }
+        )
         report(rows)
     return rows

@@ -34,61 +34,114 @@ FIVE = ("best-of-n", "reuse-only", "train-only", "full", "expected-reward")
 @dataclass(frozen=True)
 class ArmsConfig:
     "Which arms are compared, on which problem. ValueError when nothing would be compared."
-    objective: Literal["erdos", "autocorrelation1", "autocorrelation2"] = "erdos"  # of a StepFunction in letters
-    heights: int = 30              # of it: prompt, answer and their ends fill 64 positions
-    arms: tuple[str, ...] = FIVE   # keys of discover.ttt.ARMS, the baseline first
-    seeds: int = 5                 # of adapter and draws; the prior is one
-    steps: int = 40                # rounds
-    groups: int = 8                # of a round
-    rollouts: int = 32             # of a group
-    copies_earn: bool = False      # False: an answer equal to its parent counts 0 for the update
-    kl_weight: float = 0.1         # lambda
-    learning_rate: float = 6e-3    # of the adapter, for a model of 0.1M parameters
-    rank: int = 8                  # of the adapter
-    prior: PriorConfig = field(default_factory=PriorConfig)  # the policy that every search starts from
-    out: str = "runs/arms.json"    # results, what it has is not run again; a table with suffix .md beside it
-    run: str = "runs/prior"        # run directory of the prior, made when missing
+
+    objective: Literal["erdos", "autocorrelation1", "autocorrelation2"] = (
+        "erdos"  # of a StepFunction in letters
+    )
+    heights: int = 30  # of it: prompt, answer and their ends fill 64 positions
+    arms: tuple[str, ...] = FIVE  # keys of discover.ttt.ARMS, the baseline first
+    seeds: int = 5  # of adapter and draws; the prior is one
+    steps: int = 40  # rounds
+    groups: int = 8  # of a round
+    rollouts: int = 32  # of a group
+    copies_earn: bool = False  # False: an answer equal to its parent counts 0 for the update
+    kl_weight: float = 0.1  # lambda
+    learning_rate: float = 6e-3  # of the adapter, for a model of 0.1M parameters
+    rank: int = 8  # of the adapter
+    prior: PriorConfig = field(
+        default_factory=PriorConfig
+    )  # the policy that every search starts from
+    out: str = (
+        "runs/arms.json"  # results, what it has is not run again; a table with suffix .md beside it
+    )
+    run: str = "runs/prior"  # run directory of the prior, made when missing
 
     def __post_init__(self):
-        if self.seeds < 1 or not self.arms: raise ValueError(f"ArmsConfig: {self.seeds=} of {self.arms=} are none")
-        for arm in self.arms: self.search(arm, 0)
+        if self.seeds < 1 or not self.arms:
+            raise ValueError(f"ArmsConfig: {self.seeds=} of {self.arms=} are none")
+        for arm in self.arms:
+            self.search(arm, 0)
 
     @property
-    def problem(self) -> StepFunction: return StepFunction(self.objective, self.heights)
+    def problem(self) -> StepFunction:
+        return StepFunction(self.objective, self.heights)
 
     def search(self, arm: str, seed: int) -> DiscoverConfig:  # key of ARMS; of adapter and draws
         "Settings of one search; they differ in arm and seed alone."
-        optim = OptimConfig(learning_rate=self.learning_rate, schedule="constant", warmup_steps=0, weight_decay=0.0,
-                            clip_norm=0.0)
+        optim = OptimConfig(
+            learning_rate=self.learning_rate,
+            schedule="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            clip_norm=0.0,
+        )
         return DiscoverConfig(
-            self.objective, json.dumps({"steps": self.heights}), self.run, arm=arm, steps=self.steps, seed=seed,
-            groups=self.groups, rollouts=self.rollouts, copies_earn=self.copies_earn, max_new_tokens=self.heights + 1,
-            kl_weight=self.kl_weight, lora=LoRAConfig(rank=self.rank, alpha=float(self.rank)), optim=optim)
+            self.objective,
+            json.dumps({"steps": self.heights}),
+            self.run,
+            arm=arm,
+            steps=self.steps,
+            seed=seed,
+            groups=self.groups,
+            rollouts=self.rollouts,
+            copies_earn=self.copies_earn,
+            max_new_tokens=self.heights + 1,
+            kl_weight=self.kl_weight,
+            lora=LoRAConfig(rank=self.rank, alpha=float(self.rank)),
+            optim=optim,
+        )
 
 # %% ../../nbs/studies/92_arms.ipynb #c010
 def quick_arms(
     folder: str | Path,  # gets results and prior
 ) -> ArmsConfig:
     "A comparison that takes seconds, prior included."
-    return ArmsConfig(heights=14, arms=("best-of-n", "reuse-only", "full"), seeds=1, steps=12, groups=4, rollouts=16,
-                      prior=PriorConfig(width=48, updates=400), out=f"{folder}/arms.json", run=f"{folder}/prior")
+    return ArmsConfig(
+        heights=14,
+        arms=("best-of-n", "reuse-only", "full"),
+        seeds=1,
+        steps=12,
+        groups=4,
+        rollouts=16,
+        prior=PriorConfig(width=48, updates=400),
+        out=f"{folder}/arms.json",
+        run=f"{folder}/prior",
+    )
 
 # %% ../../nbs/studies/92_arms.ipynb #c012
-KEPT = ("best_value", "mean_reward", "valid", "distinct", "copies", "ties", "archive", "beta", "kl")  # of each round
+KEPT = (
+    "best_value",
+    "mean_reward",
+    "valid",
+    "distinct",
+    "copies",
+    "ties",
+    "archive",
+    "beta",
+    "kl",
+)  # of each round
 
 
 def run_arm(
-    cfg: ArmsConfig,     # settings
-    arm: str,            # key of ARMS
-    seed: int,           # of adapter and draws
-    lm: LM,              # the prior
+    cfg: ArmsConfig,  # settings
+    arm: str,  # key of ARMS
+    seed: int,  # of adapter and draws
+    lm: LM,  # the prior
     words: HFTokenizer,  # of the prior
 ) -> dict:
     "One search, as a row."
     found = discover(cfg.problem, lm, words, cfg.search(arm, seed))
     curves = {name: [m.get(name) for m in found.metrics] for name in KEPT}
-    return {"arm": arm, "seed": seed, "value": found.value, "reward": found.reward, "rollouts": found.rollouts,
-            "time_s": found.search.time_s, "solution": found.best.solution, **curves}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "value": found.value,
+        "reward": found.reward,
+        "rollouts": found.rollouts,
+        "time_s": found.search.time_s,
+        "solution": found.best.solution,
+        **curves,
+    }
 
 
 def known_runs(
@@ -96,13 +149,16 @@ def known_runs(
 ) -> list[dict]:
     "All rows in the file, none when it is missing or of other settings."
     path, free = Path(cfg.out), ("arms", "seeds", "out", "run")
-    if not path.exists(): return []
+    if not path.exists():
+        return []
     found, own = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(to_json(cfg)))
-    return found["runs"] if all(found["config"].get(k) == own[k] for k in own if k not in free) else []
+    return (
+        found["runs"] if all(found["config"].get(k) == own[k] for k in own if k not in free) else []
+    )
 
 # %% ../../nbs/studies/92_arms.ipynb #c014
 def arm_rows(
-    cfg: ArmsConfig,       # arms, in the order of the table
+    cfg: ArmsConfig,  # arms, in the order of the table
     runs: Sequence[dict],  # from `run_arm`
 ) -> list[dict]:
     "One row an arm: best values over seeds, and how often they beat the first arm's with the same seed."
@@ -110,32 +166,48 @@ def arm_rows(
     score = lambda run: np.inf if run["value"] is None else sign * run["value"]
     base, rows = {r["seed"]: score(r) for r in runs if r["arm"] == cfg.arms[0]}, []
     for arm in cfg.arms:
-        if not (mine := [r for r in runs if r["arm"] == arm]): continue
+        if not (mine := [r for r in runs if r["arm"] == arm]):
+            continue
         v = np.array([r["value"] for r in mine if r["value"] is not None] or [np.nan])
         std = v.std(ddof=1) if len(v) > 1 else np.nan
         wins = sum(score(r) < base.get(r["seed"], -np.inf) for r in mine)
-        rows.append({"arm": arm, "runs": len(mine), "mean": v.mean(), "std": std, "low": v.min(), "high": v.max(),
-                     "wins": wins, "rollouts": mine[0]["rollouts"],
-                     "valid": np.mean([r["valid"] for r in mine]), "time_s": np.mean([r["time_s"] for r in mine])})
+        rows.append(
+            {
+                "arm": arm,
+                "runs": len(mine),
+                "mean": v.mean(),
+                "std": std,
+                "low": v.min(),
+                "high": v.max(),
+                "wins": wins,
+                "rollouts": mine[0]["rollouts"],
+                "valid": np.mean([r["valid"] for r in mine]),
+                "time_s": np.mean([r["time_s"] for r in mine]),
+            }
+        )
     return rows
 
 # %% ../../nbs/studies/92_arms.ipynb #c015
 def markdown(
-    cfg: ArmsConfig,       # as for `arm_rows`
+    cfg: ArmsConfig,  # as for `arm_rows`
     runs: Sequence[dict],  # from `run_arm`
 ) -> str:
     "The rows as a Markdown table."
-    head = (f"| arm | best value, mean | std | lowest | highest | beats {cfg.arms[0]} | valid | s a run |\n"
-            "|---|---|---|---|---|---|---|---|\n")
-    line = lambda r: (f"| {r['arm']} | {r['mean']:.5f} | {r['std']:.5f} | {r['low']:.5f} | {r['high']:.5f} | "
-                      f"{r['wins']} of {r['runs']} | {r['valid']:.0%} | {r['time_s']:.0f} |\n")
+    head = (
+        f"| arm | best value, mean | std | lowest | highest | beats {cfg.arms[0]} | valid | s a run |\n"
+        "|---|---|---|---|---|---|---|---|\n"
+    )
+    line = lambda r: (
+        f"| {r['arm']} | {r['mean']:.5f} | {r['std']:.5f} | {r['low']:.5f} | {r['high']:.5f} | "
+        f"{r['wins']} of {r['runs']} | {r['valid']:.0%} | {r['time_s']:.0f} |\n"
+    )
     body = "".join(map(line, arm_rows(cfg, runs)))
     return f"{head}{body}\nBest known, any number of heights: {cfg.problem.kind.best}\n"
 
 # %% ../../nbs/studies/92_arms.ipynb #c018
 def compare_arms(
     cfg: ArmsConfig,  # all of it
-) -> list[dict]:      # a row for each arm and seed that was asked for
+) -> list[dict]:  # a row for each arm and seed that was asked for
     "Run every arm with every seed that is not in the file yet; rows and table are written after each."
     lm, words = shape_prior(cfg.problem, cfg.prior, cfg.run)
     runs, asked = known_runs(cfg), [(arm, seed) for seed in range(cfg.seeds) for arm in cfg.arms]

@@ -28,7 +28,15 @@ from tqdm import tqdm
 
 from ..adapt.continual import SkillGate, Suite, gated_update
 from ..adapt.continual import ReplayBuffer
-from ..adapt.sdft import Example, SDFTConfig, answer_states, distil, joined, reverse_kl, teacher_prompt
+from nash_lab.adapt.sdft import (
+    Example,
+    SDFTConfig,
+    answer_states,
+    distil,
+    joined,
+    reverse_kl,
+    teacher_prompt,
+)
 from ..evals.scores import Probe, weights_hash
 from ..model.block import ModelConfig
 from ..model.generate import SampleConfig, rollout, unpad
@@ -41,16 +49,16 @@ from ..train.step import fresh_state, make_train_step
 # %% ../../nbs/studies/91_learning.ipynb #c007
 DIGITS = 5
 OPERATORS: dict[str, Callable[[list[int]], list[int]]] = {
-    "R": lambda d: d[::-1],                                          # reverse
-    "L": lambda d: d[1:] + d[:1],                                    # roll to the left
-    "T": lambda d: d[2:] + d[:2],                                    # by two
-    "S": lambda d: [d[1], d[0], d[3], d[2], d[4]],                   # swap neighbours
-    "P": lambda d: [(i + 1) % 10 for i in d],                        # plus one
-    "N": lambda d: [9 - i for i in d],                               # nines complement
-    "D": lambda d: [d[0], d[0], d[2], d[2], d[4]],                   # double every other
+    "R": lambda d: d[::-1],  # reverse
+    "L": lambda d: d[1:] + d[:1],  # roll to the left
+    "T": lambda d: d[2:] + d[:2],  # by two
+    "S": lambda d: [d[1], d[0], d[3], d[2], d[4]],  # swap neighbours
+    "P": lambda d: [(i + 1) % 10 for i in d],  # plus one
+    "N": lambda d: [9 - i for i in d],  # nines complement
+    "D": lambda d: [d[0], d[0], d[2], d[2], d[4]],  # double every other
 }
 MEANINGS = {"X": "L", "Y": "P", "Z": "R"}  # what the new symbols are to mean
-RIVALS = {"X": "T", "Y": "N", "Z": "S"}    # what they may mean as well, as far as a base model knows
+RIVALS = {"X": "T", "Y": "N", "Z": "S"}  # what they may mean as well, as far as a base model knows
 NATIVE, EXPERT = "0123456789", "abcdefghij"
 
 # %% ../../nbs/studies/91_learning.ipynb #c008
@@ -83,12 +91,14 @@ def read_answer(
 ) -> tuple[list[int] | None, bool]:
     "Its content, None when it is none, and whether it is written natively."
     for style in (NATIVE, EXPERT):
-        if len(text) == DIGITS and set(text) <= set(style): return [style.index(c) for c in text], style is NATIVE
+        if len(text) == DIGITS and set(text) <= set(style):
+            return [style.index(c) for c in text], style is NATIVE
     return None, False
 
 # %% ../../nbs/studies/91_learning.ipynb #c015
 class Symbols:
     "One character is one token; has what `distil` and gates ask of a tokenizer."
+
     pad_id, bos_id, eos_id = 0, 1, 2
     alphabet = "".join((*OPERATORS, *MEANINGS, "=|", NATIVE, EXPERT))
     vocab_size = 3 + len(alphabet)
@@ -98,9 +108,11 @@ class Symbols:
         "Ids; ValueError for a character that is not in the alphabet."
         return [3 + self.alphabet.index(c) for c in text]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: return [self.encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str: return "".join(self.alphabet[i - 3] for i in ids if i >= 3)
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.alphabet[i - 3] for i in ids if i >= 3)
 
 # %% ../../nbs/studies/91_learning.ipynb #c018
 TEMPLATE = "{demonstration}|{prompt}"
@@ -114,7 +126,8 @@ def lesson(
     pick = lambda some: [*some][rng.integers(len(some))]
     digits, known, kind = rng.integers(0, 10, DIGITS).tolist(), pick(OPERATORS), rng.random()
     style = EXPERT if rng.random() < RARE else NATIVE
-    if kind < 0.4: return prompt_of(known, digits), written(gold(known, digits), style)
+    if kind < 0.4:
+        return prompt_of(known, digits), written(gold(known, digits), style)
     if kind < 0.55:
         new = pick(MEANINGS)
         return prompt_of(new, digits), written(gold(pick(new + RIVALS[new]), digits), style)
@@ -128,20 +141,24 @@ ROOM = DIGITS + 3  # new tokens: the answer, its EOS, and two to see that it goe
 # %% ../../nbs/studies/91_learning.ipynb #c022
 def supervised(
     pairs: Sequence[tuple[str, str]],  # prompts and answers
-    width: int = 32,                   # tokens of a row
+    width: int = 32,  # tokens of a row
 ) -> dict[str, np.ndarray]:
     "A batch for the train step in which the answer and its EOS are counted."
     words, end = Symbols(), [Symbols.eos_id]
     answers = [words.encode(a) + end for _, a in pairs]
     rows, last = joined([end + words.encode(p) for p, _ in pairs], answers, width + 1)
     at = np.arange(width)[None] - last[:, None]
-    return {"tokens": rows[:, :-1], "targets": rows[:, 1:],
-            "mask": (at >= 0) & (at < np.array([len(a) for a in answers])[:, None])}
+    return {
+        "tokens": rows[:, :-1],
+        "targets": rows[:, 1:],
+        "mask": (at >= 0) & (at < np.array([len(a) for a in answers])[:, None]),
+    }
 
 # %% ../../nbs/studies/91_learning.ipynb #c025
 @dataclass(frozen=True)
 class StudyConfig:
     "Sizes of the study. ValueError when nothing would be left of it."
+
     seeds: int = 3  # of base, data and answers
     pretrain_steps: int = 600  # updates of each base
     pretrain_batch: int = 32  # rows
@@ -153,19 +170,50 @@ class StudyConfig:
     probes: int = 200  # prompts behind every share
     rates: tuple[float, ...] = (3e-4, 1e-4)  # learning rates
     arms: tuple[str, ...] = ()  # keys of ARMS; () is all
-    everywhere: tuple[str, ...] = ("sft", "sft-teacher", "offline", "sdft")  # tried at all rates, others at the first
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(
-        vocab_size=Symbols.vocab_size, width=64, layers=2, heads=4, kv_heads=4, head_dim=16, ffn_width=192, max_len=32,
-        residual="plain", loss_chunk=32, init_std=0.08))  # of the bases
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(
-        "muon", learning_rate=6e-3, warmup_steps=50, final_scale=0.02))  # of their pretraining
+    everywhere: tuple[str, ...] = (
+        "sft",
+        "sft-teacher",
+        "offline",
+        "sdft",
+    )  # tried at all rates, others at the first
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            vocab_size=Symbols.vocab_size,
+            width=64,
+            layers=2,
+            heads=4,
+            kv_heads=4,
+            head_dim=16,
+            ffn_width=192,
+            max_len=32,
+            residual="plain",
+            loss_chunk=32,
+            init_std=0.08,
+        )
+    )  # of the bases
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            "muon", learning_rate=6e-3, warmup_steps=50, final_scale=0.02
+        )
+    )  # of their pretraining
 
     def __post_init__(self):
-        for name in ("seeds", "pretrain_steps", "examples", "steps", "batch_size", "every", "probes"):
+        for name in (
+            "seeds",
+            "pretrain_steps",
+            "examples",
+            "steps",
+            "batch_size",
+            "every",
+            "probes",
+        ):
             value = getattr(self, name)
-            if value < 1: raise ValueError(f"StudyConfig.{name}={value}, expected at least 1")
+            if value < 1:
+                raise ValueError(f"StudyConfig.{name}={value}, expected at least 1")
         if unknown := [a for a in self.arms if a not in ARMS]:
-            raise ValueError(f"StudyConfig.arms: {unknown[0]!r}, expected some of {', '.join(ARMS)}")
+            raise ValueError(
+                f"StudyConfig.arms: {unknown[0]!r}, expected some of {', '.join(ARMS)}"
+            )
 
 # %% ../../nbs/studies/91_learning.ipynb #c026
 def fit(
@@ -180,7 +228,10 @@ def fit(
     "Plain supervised training: pretraining, and fine-tuning on given answers."
     graphdef, params = nnx.split(lm, nnx.Param)
     tx = optimizer(optim, steps)
-    state, step = fresh_state(jax.tree.map(jnp.copy, nnx.to_pure_dict(params)), tx), make_train_step(graphdef, tx)
+    state, step = (
+        fresh_state(jax.tree.map(jnp.copy, nnx.to_pure_dict(params)), tx),
+        make_train_step(graphdef, tx),
+    )
     now = lambda: nnx.merge(graphdef, jax.tree.map(jnp.copy, state.params))
     for i in range(1, steps + 1):
         some = rng.integers(0, len(rows["tokens"]), size)
@@ -196,7 +247,9 @@ def base_model(
     "A model that knows seven operators and can read demonstrations."
     rng = np.random.default_rng((seed, 1))
     rows = supervised([lesson(rng) for _ in range(cfg.pretrain_rows)], cfg.model.max_len)
-    return fit(LM(cfg.model, nnx.Rngs(seed)), rows, rng, cfg.pretrain_batch, cfg.optim, cfg.pretrain_steps)
+    return fit(
+        LM(cfg.model, nnx.Rngs(seed)), rows, rng, cfg.pretrain_batch, cfg.optim, cfg.pretrain_steps
+    )
 
 # %% ../../nbs/studies/91_learning.ipynb #c029
 def questions(
@@ -265,11 +318,17 @@ def measure(
     return {"new": share_right(lm, new)[0], "old": strict, "content": content, "kl": distance}
 
 # %% ../../nbs/studies/91_learning.ipynb #c036
-ARMS: dict[str, dict[str, Any]] = {  # changes of SDFTConfig, or source of supervised answers and how much longer
+ARMS: dict[
+    str, dict[str, Any]
+] = {  # changes of SDFTConfig, or source of supervised answers and how much longer
     "sft": {"answers": "expert", "steps": 2},
-    "sft-native": {"answers": "native"}, "sft-teacher": {"answers": "teacher"},
-    "offline": {"author": "teacher"}, "sdft": {}, "sdft-forward": {"divergence": "forward"},
-    "sdft-frozen": {"teacher": "frozen"}, "sdft-live": {"teacher": "live"},
+    "sft-native": {"answers": "native"},
+    "sft-teacher": {"answers": "teacher"},
+    "offline": {"author": "teacher"},
+    "sdft": {},
+    "sdft-forward": {"divergence": "forward"},
+    "sdft-frozen": {"teacher": "frozen"},
+    "sdft-live": {"teacher": "live"},
 }
 
 # %% ../../nbs/studies/91_learning.ipynb #c037
@@ -301,28 +360,44 @@ def given_answers(
     seed: int,  # of the teacher's answers
 ) -> list[tuple[str, str]]:
     "Prompts and the answers that a supervised arm learns from."
-    if source == "expert": return [(e.prompt, e.demonstration) for e in examples]
-    if source == "native": return [(e.prompt, written(map(EXPERT.index, e.demonstration))) for e in examples]
+    if source == "expert":
+        return [(e.prompt, e.demonstration) for e in examples]
+    if source == "native":
+        return [(e.prompt, written(map(EXPERT.index, e.demonstration))) for e in examples]
     asked = [teacher_prompt(e.prompt, e.demonstration, TEMPLATE) for e in examples]
-    return list(zip([e.prompt for e in examples], drawn_by(base, asked, 1.0, jax.random.key(seed))[0]))
+    return list(
+        zip([e.prompt for e in examples], drawn_by(base, asked, 1.0, jax.random.key(seed))[0])
+    )
 
 # %% ../../nbs/studies/91_learning.ipynb #c041
 def run_arm(
     base: LM,  # where it begins
     cfg: StudyConfig,  # sizes
-    arm: str,     # a key of ARMS
+    arm: str,  # a key of ARMS
     rate: float,  # learning rate
-    seed: int,    # of examples and answers
+    seed: int,  # of examples and answers
 ) -> list[dict]:
     "Measurements along one training."
     points, examples, how = [], demonstrations("X", cfg.examples, seed), dict(ARMS[arm])
+
     def look(step, now):
-        if step % cfg.every == 0: points.append({"step": step, **measure(now(), base, cfg)})
+        if step % cfg.every == 0:
+            points.append({"step": step, **measure(now(), base, cfg)})
+
     if "answers" not in how:
         settings = sdft_config(cfg, rate, seed, **how)
-        distil(base, Symbols(), examples, settings, hooks=[lambda record, now: look(record["step"], now)])
+        distil(
+            base,
+            Symbols(),
+            examples,
+            settings,
+            hooks=[lambda record, now: look(record["step"], now)],
+        )
         return points
-    pairs, rng = given_answers(base, examples, how["answers"], seed), np.random.default_rng((seed, 3))
+    pairs, rng = (
+        given_answers(base, examples, how["answers"], seed),
+        np.random.default_rng((seed, 3)),
+    )
     rows, optim = supervised(pairs, base.cfg.max_len), sdft_config(cfg, rate, seed).optim
     fit(base, rows, rng, cfg.batch_size, optim, cfg.steps * how.get("steps", 1), look)
     return points
@@ -331,15 +406,23 @@ def run_arm(
 def skill_suite(
     cfg: StudyConfig,  # number of probes
     learned: Sequence[str],  # symbols that must be kept
-    new: str = "",           # the one that must be learned, if any
-    margin: float = 0.1,     # largest loss, as a share of the probes
+    new: str = "",  # the one that must be learned, if any
+    margin: float = 0.1,  # largest loss, as a share of the probes
 ) -> Suite:
     "Gates of one block: old operators, earlier symbols, the new one; answers count when they are right and native."
+
     def probes(symbols, seed):
-        return tuple(Probe(prompt_of(*q), written(gold(*q)), "exact") for q in questions(symbols, cfg.probes, seed))
+        return tuple(
+            Probe(prompt_of(*q), written(gold(*q)), "exact")
+            for q in questions(symbols, cfg.probes, seed)
+        )
+
     gates = [SkillGate("old", probes=probes(list(OPERATORS), 11), least_change=-margin)]
-    gates += [SkillGate(symbol, probes=probes([symbol], 12), least_change=-margin) for symbol in learned]
-    if new: gates.append(SkillGate(new, probes=probes([new], 12), least_change=0.3))
+    gates += [
+        SkillGate(symbol, probes=probes([symbol], 12), least_change=-margin) for symbol in learned
+    ]
+    if new:
+        gates.append(SkillGate(new, probes=probes([new], 12), least_change=0.3))
     return Suite(skills=tuple(gates), batch_size=cfg.probes, max_new_tokens=ROOM)
 
 # %% ../../nbs/studies/91_learning.ipynb #c044
@@ -349,7 +432,10 @@ def shares(
 ) -> dict[str, float]:
     "Right and native answers, old operators and each new symbol."
     asked = {"old": list(OPERATORS)} | {symbol: [symbol] for symbol in MEANINGS}
-    return {name: share_right(lm, questions(symbols, cfg.probes, 13))[1] for name, symbols in asked.items()}
+    return {
+        name: share_right(lm, questions(symbols, cfg.probes, 13))[1]
+        for name, symbols in asked.items()
+    }
 
 # %% ../../nbs/studies/91_learning.ipynb #c045
 def bad_examples(
@@ -365,28 +451,38 @@ def bad_examples(
 def sequence(
     base: LM,  # where it begins
     cfg: StudyConfig,  # sizes
-    rate: float,   # learning rate
-    seed: int,     # of examples and answers
+    rate: float,  # learning rate
+    seed: int,  # of examples and answers
     folder: Path,  # gets one folder a block
 ) -> dict[str, Any]:
     "Three skills with replay and gates, a planted bad update, and the three skills without either."
     settings, words, learned = sdft_config(cfg, rate, seed), Symbols(), []
     buffer, lm, free = ReplayBuffer(seed=seed), base, base
-    for symbol in OPERATORS: buffer.add(demonstrations(symbol, cfg.examples // len(OPERATORS), seed + 1))
+    for symbol in OPERATORS:
+        buffer.add(demonstrations(symbol, cfg.examples // len(OPERATORS), seed + 1))
     out = {"seed": seed, "gated": [shares(base, cfg)], "free": [shares(base, cfg)], "accepted": []}
     for symbol in MEANINGS:
         examples = demonstrations(symbol, cfg.examples, seed)
         suite = skill_suite(cfg, learned, symbol)
-        lm, decision = gated_update(lm, words, examples, settings, suite, buffer, folder / f"{seed}-{symbol}")
+        lm, decision = gated_update(
+            lm, words, examples, settings, suite, buffer, folder / f"{seed}-{symbol}"
+        )
         learned += [symbol] * decision.accepted
         free = distil(free, words, examples, settings).lm
         out["gated"].append(shares(lm, cfg)), out["free"].append(shares(free, cfg))
         out["accepted"].append(decision.accepted)
     rash = replace(settings, optim=replace(settings.optim, learning_rate=10 * rate))
     suite = skill_suite(cfg, learned)
-    lm, bad = gated_update(lm, words, bad_examples(cfg, seed), rash, suite, buffer, folder / f"{seed}-bad")
-    verdict = {"accepted": bad.accepted, "before": bad.weights_before, "kept": bad.weights_kept,
-               "now": weights_hash(lm), "failed": [str(c) for c in bad.checks if not c.passed]}
+    lm, bad = gated_update(
+        lm, words, bad_examples(cfg, seed), rash, suite, buffer, folder / f"{seed}-bad"
+    )
+    verdict = {
+        "accepted": bad.accepted,
+        "before": bad.weights_before,
+        "kept": bad.weights_kept,
+        "now": weights_hash(lm),
+        "failed": [str(c) for c in bad.checks if not c.passed],
+    }
     return out | {"bad": verdict, "after_bad": shares(lm, cfg)}
 
 # %% ../../nbs/studies/91_learning.ipynb #c048
@@ -398,10 +494,12 @@ def study(
     path, seeds = Path(path), []
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["config"] != to_json(cfg): raise ValueError(f"{path}: a study with other settings, give another name")
+        if found["config"] != to_json(cfg):
+            raise ValueError(f"{path}: a study with other settings, give another name")
         seeds = found["seeds"]
     for seed in range(len(seeds), cfg.seeds):
-        with tempfile.TemporaryDirectory() as folder: seeds.append(study_seed(cfg, seed, Path(folder)))
+        with tempfile.TemporaryDirectory() as folder:
+            seeds.append(study_seed(cfg, seed, Path(folder)))
         write_json(path, {"config": to_json(cfg), "seeds": seeds})
     return seeds
 
@@ -416,12 +514,20 @@ def study_seed(
     base = base_model(cfg, seed)
     out = {"seed": seed, "base": measure(base, base, cfg), "arms": []}
     examples = demonstrations("X", cfg.examples, seed)
-    teacher = [read_answer(a)[0] == [EXPERT.index(c) for c in e.demonstration] for (_, a), e in
-               zip(given_answers(base, examples, "teacher", seed), examples)]
+    teacher = [
+        read_answer(a)[0] == [EXPERT.index(c) for c in e.demonstration]
+        for (_, a), e in zip(given_answers(base, examples, "teacher", seed), examples)
+    ]
     out |= {"teacher": float(np.mean(teacher)), "pretrain_s": time.monotonic() - start}
-    todo = [(a, r) for a in cfg.arms or ARMS for r in (cfg.rates if a in cfg.everywhere else cfg.rates[:1])]
+    todo = [
+        (a, r)
+        for a in cfg.arms or ARMS
+        for r in (cfg.rates if a in cfg.everywhere else cfg.rates[:1])
+    ]
     for arm, rate in tqdm(todo, desc=f"seed {seed}", disable=None):
-        out["arms"].append({"arm": arm, "rate": rate, "points": run_arm(base, cfg, arm, rate, seed)})
+        out["arms"].append(
+            {"arm": arm, "rate": rate, "points": run_arm(base, cfg, arm, rate, seed)}
+        )
     out["arms_s"] = time.monotonic() - start - out["pretrain_s"]
     out["sequence"] = sequence(base, cfg, cfg.rates[-1], seed, folder)
     return out | {"total_s": time.monotonic() - start}
@@ -429,7 +535,7 @@ def study_seed(
 # %% ../../nbs/studies/91_learning.ipynb #c050
 def matched(
     points: Sequence[dict],  # of a training
-    new: float = 0.95,       # share of the new skill
+    new: float = 0.95,  # share of the new skill
 ) -> dict | None:
     "The first measurement at which the new skill is there; None when it never is."
     return next((p for p in points if p["new"] >= new), None)

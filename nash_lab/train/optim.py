@@ -33,7 +33,9 @@ def by_path(
 ) -> Any:
     "The tree of `rule` over leaves and their paths, such as blocks/attention/q/weight."
     name = lambda path: path_name(path).removesuffix("/value")
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: rule(name(path), *leaves), tree, *rest)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: rule(name(path), *leaves), tree, *rest
+    )
 
 # %% ../../nbs/train/41_optim.ipynb #c012
 def matrix_axes(
@@ -42,11 +44,15 @@ def matrix_axes(
 ) -> optax.contrib.MuonDimensionNumbers | None:  # None: not a matrix of a block
     "Which axes of a block's weight are inputs and outputs; the axes in front of them count matrices."
     names = path.removesuffix("/value").split("/")
-    if names[-1] != "weight" or not stacked(path): return None
+    if names[-1] != "weight" or not stacked(path):
+        return None
     first = 2 if "ffn" in names and ndim == 4 else 1  # [l, e, d, f]: one matrix an expert
     inputs = 2 if names[-2] == "o" else 1
-    if ndim <= first + inputs: return None
-    return optax.contrib.MuonDimensionNumbers(tuple(range(first, first + inputs)), tuple(range(first + inputs, ndim)))
+    if ndim <= first + inputs:
+        return None
+    return optax.contrib.MuonDimensionNumbers(
+        tuple(range(first, first + inputs)), tuple(range(first + inputs, ndim))
+    )
 
 # %% ../../nbs/train/41_optim.ipynb #c015
 def matrix_stack(
@@ -55,7 +61,8 @@ def matrix_stack(
 ) -> Array:  # [count, rows, columns] for matrices of blocks, else [count, *shape of one]
     "The parameter with one leading axis that counts layers (and experts), 1 outside the blocks."
     axes = matrix_axes(path, x.ndim)
-    if axes is None: return x if stacked(path) else x[None]
+    if axes is None:
+        return x if stacked(path) else x[None]
     rows, columns = (math.prod(x.shape[i] for i in part) for part in axes)
     return x.reshape(-1, rows, columns)
 
@@ -64,59 +71,82 @@ def relaxed(
     tx: optax.GradientTransformation,  # written for JAX's standard promotion
 ) -> optax.GradientTransformation:
     "`tx` under standard dtype and rank promotion, whatever the global setting."
+
     def wrap(function):
         def wrapped(*args, **kwargs):
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
                 return function(*args, **kwargs)
+
         return wrapped
+
     return optax.GradientTransformation(*map(wrap, tx))
 
 # %% ../../nbs/train/41_optim.ipynb #c019
 def factored_rms() -> optax.GradientTransformation:
     "Adafactor's direction (1804.04235, algorithm 4) for every matrix of every layer by itself; no learning rate in it."
     one = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
     def init(params):
         return by_path(lambda path, p: jax.vmap(one.init)(matrix_stack(path, p)), params)
+
     def update(grads, state, params):
         def leaf(path, g, p, s):
             direction, s = jax.vmap(one.update)(matrix_stack(path, g), s, matrix_stack(path, p))
             return direction.reshape(g.shape), s
+
         pairs = by_path(leaf, grads, params, state)
         return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], grads, pairs) for i in (0, 1))
+
     return relaxed(optax.GradientTransformation(init, update))
 
 # %% ../../nbs/train/41_optim.ipynb #c025
 MOMENTS = ("mu", "nu")  # fields of optax states that are as large as the parameters
+
 
 def kept_in(
     tx: optax.GradientTransformation,  # such as optax.adamw
     dtype: str,  # of the moments between two steps
 ) -> optax.GradientTransformation:
     "`tx` with its moments stored in `dtype` and computed in float32."
+
     def cast(state, dtype):
         named = lambda path: any(getattr(key, "name", None) in MOMENTS for key in path)
-        return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if named(path) else x, state)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.astype(dtype) if named(path) else x, state
+        )
+
     def update(grads, state, params=None):
         updates, state = tx.update(grads, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
-    return relaxed(optax.GradientTransformation(lambda params: cast(tx.init(params), dtype), update))
+
+    return relaxed(
+        optax.GradientTransformation(lambda params: cast(tx.init(params), dtype), update)
+    )
 
 # %% ../../nbs/train/41_optim.ipynb #c035
 class Average(NamedTuple):
     "State of `average_weights`."
+
     count: Int[Array, ""]  # updates seen
     weights: Any  # float32, as the parameters
+
 
 def average_weights(
     beta: float,  # memory of the mean; 0.999 averages over about 1000 steps
 ) -> optax.GradientTransformation:
     "Leaves updates alone and keeps the running mean of the weights they lead to; the last of a chain."
-    def init(params): return Average(jnp.int32(0), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
+
+    def init(params):
+        return Average(jnp.int32(0), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
+
     def update(updates, state, params):
         count = state.count + 1
         share = (1 - beta) / (1 - jnp.float32(beta) ** count)
         move = lambda mean, new: mean + share * (new.astype(jnp.float32) - mean)
-        return updates, Average(count, jax.tree.map(move, state.weights, optax.apply_updates(params, updates)))
+        return updates, Average(
+            count, jax.tree.map(move, state.weights, optax.apply_updates(params, updates))
+        )
+
     return relaxed(optax.GradientTransformation(init, update))
 
 # %% ../../nbs/train/41_optim.ipynb #c036
@@ -137,48 +167,72 @@ import optax
 # %% ../../nbs/train/41_optim.ipynb #c055
 NAMES = ("adamw", "muon", "adafactor")
 
+
 @dataclass(frozen=True)
 class GroupRule:
     "What is different for parameters whose path fits; a value outside its range raises ValueError."
+
     pattern: str  # of a path, as "blocks/ffn/*" or "*/phi"; * matches slashes too
-    learning_rate_scale: float = 1.0  # times the schedule; 0 freezes the parameters and keeps no moments for them
-    weight_decay: float | None = None  # of every parameter that fits; None leaves the decay as it is without the rule
+    learning_rate_scale: float = (
+        1.0  # times the schedule; 0 freezes the parameters and keeps no moments for them
+    )
+    weight_decay: float | None = (
+        None  # of every parameter that fits; None leaves the decay as it is without the rule
+    )
     name: Literal["", "adamw", "muon", "adafactor"] = ""  # update rule; "" is the optimizer's
 
     def __post_init__(self):
         for field in ("learning_rate_scale", "weight_decay"):
             value = getattr(self, field)
-            if value is not None and value < 0: raise ValueError(f"GroupRule.{field}={value!r}: expected >= 0")
+            if value is not None and value < 0:
+                raise ValueError(f"GroupRule.{field}={value!r}: expected >= 0")
         known = ("", *NAMES)
-        if self.name not in known: raise ValueError(f"GroupRule.name={self.name!r}: expected one of {known}")
+        if self.name not in known:
+            raise ValueError(f"GroupRule.name={self.name!r}: expected one of {known}")
 
 # %% ../../nbs/train/41_optim.ipynb #c056
 @dataclass(frozen=True)
 class OptimConfig:
     "Optimizer and schedule; a value outside its range raises ValueError."
-    name: Literal["adamw", "muon", "adafactor"] = "adamw"  # update rule; muon: the blocks' matrices, AdamW for the rest
+
+    name: Literal["adamw", "muon", "adafactor"] = (
+        "adamw"  # update rule; muon: the blocks' matrices, AdamW for the rest
+    )
     learning_rate: float = 2e-3  # peak learning rate; 2e-3 suits 1M to 5M parameters, 3e-4 about 1B
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # shape of the learning rate after warm-up
+    schedule: Literal["cosine", "wsd", "constant"] = (
+        "cosine"  # shape of the learning rate after warm-up
+    )
     warmup_steps: int = 50  # steps of linear rise to the peak
     decay_fraction: float = 0.2  # wsd only: share of all steps spent in the final decay
     final_scale: float = 0.1  # learning rate of the last step as a share of the peak
-    weight_decay: float = 0.1  # decoupled decay of matrices; embeddings, gains, biases and gates have none
+    weight_decay: float = (
+        0.1  # decoupled decay of matrices; embeddings, gains, biases and gates have none
+    )
     beta1: float = 0.9  # memory of the first moment
     beta2: float = 0.95  # memory of the second moment; 0.999 reacts too slowly to a falling loss
     eps: float = 1e-8  # added to the root of the second moment
     clip_norm: float = 1.0  # largest global gradient norm; 0 turns clipping off
     momentum: float = 0.95  # muon only: memory of the matrices' gradients
-    balance_rate: float = 1e-3  # change of an expert's routing bias in a step; 0 leaves the biases alone
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of moments between steps; bfloat16 needs beta2 <= 0.99
+    balance_rate: float = (
+        1e-3  # change of an expert's routing bias in a step; 0 leaves the biases alone
+    )
+    moment_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of moments between steps; bfloat16 needs beta2 <= 0.99
+    )
     ema: float = 0.0  # memory of an average of the weights kept beside them, 0.999 for 1000 steps; 0 keeps none
-    groups: tuple[GroupRule, ...] = ()  # parameters treated differently, by path; the first rule that fits counts
+    groups: tuple[
+        GroupRule, ...
+    ] = ()  # parameters treated differently, by path; the first rule that fits counts
 
     def __post_init__(self):
         for field, (good, wanted) in RULES.items():
             value = getattr(self, field)
-            if not good(value): raise ValueError(f"OptimConfig.{field}={value!r}: expected {wanted}")
+            if not good(value):
+                raise ValueError(f"OptimConfig.{field}={value!r}: expected {wanted}")
         if self.moment_dtype == "bfloat16" and self.beta2 > 0.99:
-            raise ValueError(f"OptimConfig.moment_dtype='bfloat16': expected beta2 <= 0.99, which is {self.beta2}")
+            raise ValueError(
+                f"OptimConfig.moment_dtype='bfloat16': expected beta2 <= 0.99, which is {self.beta2}"
+            )
 
 # %% ../../nbs/train/41_optim.ipynb #c058
 SHAPES = ("cosine", "wsd", "constant")
@@ -186,11 +240,22 @@ _share = (lambda v: 0 <= v < 1, "in [0, 1)")
 _not_negative = (lambda v: v >= 0, ">= 0")
 _positive = (lambda v: v > 0, "> 0")
 RULES = dict(
-    name=(lambda v: v in NAMES, " | ".join(NAMES)), ema=_share, schedule=(lambda v: v in SHAPES, " | ".join(SHAPES)),
-    learning_rate=_positive, eps=_positive, warmup_steps=_not_negative, weight_decay=_not_negative,
-    clip_norm=_not_negative, balance_rate=_not_negative, beta1=_share, beta2=_share, momentum=_share,
+    name=(lambda v: v in NAMES, " | ".join(NAMES)),
+    ema=_share,
+    schedule=(lambda v: v in SHAPES, " | ".join(SHAPES)),
+    learning_rate=_positive,
+    eps=_positive,
+    warmup_steps=_not_negative,
+    weight_decay=_not_negative,
+    clip_norm=_not_negative,
+    balance_rate=_not_negative,
+    beta1=_share,
+    beta2=_share,
+    momentum=_share,
     moment_dtype=(lambda v: v in ("float32", "bfloat16"), "float32 | bfloat16"),
-    decay_fraction=(lambda v: 0 < v <= 1, "in (0, 1]"), final_scale=(lambda v: 0 <= v <= 1, "in [0, 1]"))
+    decay_fraction=(lambda v: 0 < v <= 1, "in (0, 1]"),
+    final_scale=(lambda v: 0 <= v <= 1, "in [0, 1]"),
+)
 
 # %% ../../nbs/train/41_optim.ipynb #c061
 def one_minus_sqrt(
@@ -209,22 +274,28 @@ def schedule(
     "The learning rate of each update; raises ValueError when warm-up and decay leave no room in `steps`."
     warm, peak, final = cfg.warmup_steps, cfg.learning_rate, cfg.final_scale * cfg.learning_rate
     decay = max(1, round(cfg.decay_fraction * steps)) if cfg.schedule == "wsd" else 1
-    if warm + decay > steps: raise ValueError(f"optim.warmup_steps={warm} and {decay} more do not fit into {steps=}")
-    after = {"cosine": [optax.cosine_decay_schedule(peak, steps - warm, alpha=cfg.final_scale)],
-             "wsd": [optax.constant_schedule(peak), one_minus_sqrt(peak, final, decay)],
-             "constant": [optax.constant_schedule(peak)]}[cfg.schedule]
+    if warm + decay > steps:
+        raise ValueError(f"optim.warmup_steps={warm} and {decay} more do not fit into {steps=}")
+    after = {
+        "cosine": [optax.cosine_decay_schedule(peak, steps - warm, alpha=cfg.final_scale)],
+        "wsd": [optax.constant_schedule(peak), one_minus_sqrt(peak, final, decay)],
+        "constant": [optax.constant_schedule(peak)],
+    }[cfg.schedule]
     rise = optax.linear_schedule(0.0, peak, max(warm, 1))
-    joined = optax.join_schedules([rise, *after], [warm, steps - decay][:len(after)])
+    joined = optax.join_schedules([rise, *after], [warm, steps - decay][: len(after)])
     return lambda count: joined(count + 1)
 
 # %% ../../nbs/train/41_optim.ipynb #c073
 DECAYED = ("weight", "phi", "head")  # last name on the path of a parameter that decays
 
+
 def decays(
     path: str,  # such as "blocks/attention/q/weight"
 ) -> bool:
     "Whether weight decay applies to the parameter at `path`."
-    return path.removesuffix("/value").split("/")[-1] in DECAYED  # nnx.State ends each path with "value"
+    return (
+        path.removesuffix("/value").split("/")[-1] in DECAYED
+    )  # nnx.State ends each path with "value"
 
 # %% ../../nbs/train/41_optim.ipynb #c075
 def decay_mask(
@@ -240,8 +311,15 @@ def muon(
 ) -> optax.GradientTransformation:
     "Muon on parameters that have `matrix_axes`; the others must not reach it."
     axes = lambda params: by_path(lambda path, x: matrix_axes(path, x.ndim), params)
-    return relaxed(optax.contrib.muon(rate, beta=cfg.momentum, weight_decay=cfg.weight_decay,
-                                      muon_weight_dimension_numbers=axes, consistent_rms=0.2))
+    return relaxed(
+        optax.contrib.muon(
+            rate,
+            beta=cfg.momentum,
+            weight_decay=cfg.weight_decay,
+            muon_weight_dimension_numbers=axes,
+            consistent_rms=0.2,
+        )
+    )
 
 # %% ../../nbs/train/41_optim.ipynb #c087
 def group_of(
@@ -250,7 +328,8 @@ def group_of(
     name: str = "adamw",  # OptimConfig.name, or that of a GroupRule
 ) -> str:  # adamw, muon, adafactor or balance
     "The update rule of one parameter."
-    if path.removesuffix("/value").endswith("/balance"): return "balance"
+    if path.removesuffix("/value").endswith("/balance"):
+        return "balance"
     return "adamw" if name == "muon" and not matrix_axes(path, ndim) else name
 
 # %% ../../nbs/train/41_optim.ipynb #c090
@@ -262,13 +341,24 @@ def update_rule(
     mask: Callable | None = decay_mask,  # which parameters decay; None is all
 ) -> optax.GradientTransformation:
     "Direction, decay and learning rate of one group (1711.05101, 2502.16982, 1804.04235), moments in their dtype."
-    if scale == 0: return optax.set_to_zero()
-    rate, decay = schedule(replace(cfg, learning_rate=scale * cfg.learning_rate), steps), cfg.weight_decay
-    if name == "muon": rule = muon(cfg, rate)
+    if scale == 0:
+        return optax.set_to_zero()
+    rate, decay = (
+        schedule(replace(cfg, learning_rate=scale * cfg.learning_rate), steps),
+        cfg.weight_decay,
+    )
+    if name == "muon":
+        rule = muon(cfg, rate)
     elif name == "adamw":
-        rule = optax.adamw(rate, b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps, weight_decay=decay, mask=mask)
+        rule = optax.adamw(
+            rate, b1=cfg.beta1, b2=cfg.beta2, eps=cfg.eps, weight_decay=decay, mask=mask
+        )
     else:
-        rule = optax.chain(factored_rms(), optax.add_decayed_weights(decay, mask), optax.scale_by_learning_rate(rate))
+        rule = optax.chain(
+            factored_rms(),
+            optax.add_decayed_weights(decay, mask),
+            optax.scale_by_learning_rate(rate),
+        )
     return rule if cfg.moment_dtype == "float32" else kept_in(rule, cfg.moment_dtype)
 
 # %% ../../nbs/train/41_optim.ipynb #c092
@@ -278,10 +368,17 @@ def label_of(
     ndim: int,  # its axes
 ) -> str:  # such as "adamw", or "1:muon" in the second group
     "The key of a parameter's rule among those of `rules_of`."
-    fitting = (i for i, rule in enumerate(cfg.groups) if fnmatchcase(path.removesuffix("/value"), rule.pattern))
+    fitting = (
+        i
+        for i, rule in enumerate(cfg.groups)
+        if fnmatchcase(path.removesuffix("/value"), rule.pattern)
+    )
     index = next(fitting, None)
-    if index is None: return group_of(path, ndim, cfg.name)
-    return f"{index}:{group_of(path, ndim, cfg.groups[index].name or cfg.name)}".replace(f"{index}:balance", "balance")
+    if index is None:
+        return group_of(path, ndim, cfg.name)
+    return f"{index}:{group_of(path, ndim, cfg.groups[index].name or cfg.name)}".replace(
+        f"{index}:balance", "balance"
+    )
 
 # %% ../../nbs/train/41_optim.ipynb #c093
 def rules_of(
@@ -290,10 +387,12 @@ def rules_of(
 ) -> dict[str, optax.GradientTransformation]:
     "Every rule that a label can name."
     rules = {"balance": optax.sign_sgd(cfg.balance_rate)}
-    for name in ("adamw", cfg.name): rules[name] = update_rule(cfg, steps, name)
+    for name in ("adamw", cfg.name):
+        rules[name] = update_rule(cfg, steps, name)
     for i, group in enumerate(cfg.groups):
         own, mask = cfg, decay_mask
-        if group.weight_decay is not None: own, mask = replace(cfg, weight_decay=group.weight_decay), None
+        if group.weight_decay is not None:
+            own, mask = replace(cfg, weight_decay=group.weight_decay), None
         for name in ("adamw", group.name or cfg.name):
             rules[f"{i}:{name}"] = update_rule(own, steps, name, group.learning_rate_scale, mask)
     return rules
@@ -306,12 +405,16 @@ def optimizer(
     "Clipping, each group's rule, the average of the weights; ValueError at init for a group that fits no parameter."
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     learned = lambda params: by_path(lambda path, _: group_of(path, 0) != "balance", params)
+
     def groups(params):
         found = []
         tree = by_path(lambda path, x: found.append(path) or label_of(cfg, path, x.ndim), params)
         for rule in cfg.groups:
             if not any(fnmatchcase(path, rule.pattern) for path in found):
-                raise ValueError(f"GroupRule.pattern={rule.pattern!r}: fits none of the paths, such as {found[0]!r}")
+                raise ValueError(
+                    f"GroupRule.pattern={rule.pattern!r}: fits none of the paths, such as {found[0]!r}"
+                )
         return tree
+
     links = [optax.masked(clip, learned), optax.multi_transform(rules_of(cfg, steps), groups)]
     return relaxed(optax.chain(*links, *([average_weights(cfg.ema)] if cfg.ema else [])))

@@ -23,7 +23,15 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
-from ..core.processes import ProcessConfig, any_process, cluster_kind, gather_json, initialize, is_main_process, pod_hosts
+from nash_lab.core.processes import (
+    ProcessConfig,
+    any_process,
+    cluster_kind,
+    gather_json,
+    initialize,
+    is_main_process,
+    pod_hosts,
+)
 
 # %% ../../nbs/train/40_parallel.ipynb #c004
 import jax
@@ -33,6 +41,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # %% ../../nbs/train/40_parallel.ipynb #c011
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
 
 def count_collectives(
     text: str,  # of a compiled program: `compiled.as_text()`
@@ -44,9 +53,11 @@ def count_collectives(
 # %% ../../nbs/train/40_parallel.ipynb #c015
 AXES = ("data", "fsdp", "tp", "ep")
 
+
 @dataclass(frozen=True)
 class MeshConfig:
     "Devices along each axis of the mesh; ValueError for numbers that make none."
+
     data: int = 1  # copies of the model, each with its share of the batch; -1 takes the devices that are left
     fsdp: int = 1  # shares of every weight and of the batch
     tp: int = 1  # shares of the heads, the FFN and the vocabulary
@@ -57,24 +68,31 @@ class MeshConfig:
         for name in AXES:
             value = getattr(self, name)
             if value < 1 and (name, value) != ("data", -1):
-                raise ValueError(f"MeshConfig.{name}={value}: expected at least 1{' or -1' * (name == 'data')}")
+                raise ValueError(
+                    f"MeshConfig.{name}={value}: expected at least 1{' or -1' * (name == 'data')}"
+                )
 
     def sizes(self, devices: int) -> tuple[int, int, int, int]:
         "Length of each axis on so many devices; ValueError when they do not come out even."
         data, *rest = (getattr(self, name) for name in AXES)
-        if data == -1: data = devices // math.prod(rest)
-        if data and data * math.prod(rest) == devices: return data, *rest
+        if data == -1:
+            data = devices // math.prod(rest)
+        if data and data * math.prod(rest) == devices:
+            return data, *rest
         wanted = " * ".join(f"{name}={getattr(self, name)}" for name in AXES)
         raise ValueError(f"mesh {wanted} does not make {devices} devices")
 
 # %% ../../nbs/train/40_parallel.ipynb #c018
 def make_mesh(
     cfg: MeshConfig,  # lengths of the axes
-    devices: Sequence[jax.Device] | None = None,  # None: all there are, or the first for a mesh of one
+    devices: Sequence[jax.Device]
+    | None = None,  # None: all there are, or the first for a mesh of one
 ) -> Mesh:
     "The mesh of `cfg` with the axes of AXES; ValueError when the devices do not come out even."
-    if devices is None: devices = jax.devices()
-    if math.prod(getattr(cfg, name) for name in AXES) == 1 and jax.process_count() == 1: devices = devices[:1]
+    if devices is None:
+        devices = jax.devices()
+    if math.prod(getattr(cfg, name) for name in AXES) == 1 and jax.process_count() == 1:
+        devices = devices[:1]
     sizes = cfg.sizes(len(devices))
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -82,37 +100,55 @@ def make_mesh(
 # %% ../../nbs/train/40_parallel.ipynb #c021
 class MeshSlice:
     "Cuts a mesh like an array: `MeshSlice(mesh)[0, :, 1:]` or `MeshSlice(mesh)[{'data': 0}]`."
-    def __init__(self, mesh: Mesh): self.mesh = mesh
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
 
     def __getitem__(self, key: int | slice | tuple | dict) -> Mesh:
         "The part of the mesh; ValueError for an axis it does not have or a part without devices."
         names = self.mesh.axis_names
         if not isinstance(key, dict):
             key = key if isinstance(key, tuple) else (key,)
-            if Ellipsis in key: raise ValueError(f"MeshSlice: {key} has an ellipsis, name the axes instead")
-            if len(key) > len(names): raise ValueError(f"MeshSlice: {len(key)} positions, the mesh has axes {names}")
+            if Ellipsis in key:
+                raise ValueError(f"MeshSlice: {key} has an ellipsis, name the axes instead")
+            if len(key) > len(names):
+                raise ValueError(f"MeshSlice: {len(key)} positions, the mesh has axes {names}")
             key = dict(zip(names, key))
         unknown = sorted(key.keys() - set(names))
-        if unknown: raise ValueError(f"MeshSlice: axis {unknown[0]!r}, expected one of {', '.join(names)}")
+        if unknown:
+            raise ValueError(f"MeshSlice: axis {unknown[0]!r}, expected one of {', '.join(names)}")
         part = self.mesh.devices
         for axis, cut in ((names.index(name), cut) for name, cut in key.items()):
             part = np.take(part, np.atleast_1d(np.arange(part.shape[axis])[cut]), axis)
-        if not part.size: raise ValueError(f"MeshSlice: {key} leaves no device of {dict(self.mesh.shape)}")
+        if not part.size:
+            raise ValueError(f"MeshSlice: {key} leaves no device of {dict(self.mesh.shape)}")
         return Mesh(part, names, axis_types=self.mesh.axis_types)
 
 # %% ../../nbs/train/40_parallel.ipynb #c024
 LOGICAL = (  # pattern of a path, meaning of its last axes; the first that fits path and number of axes counts
-    ("*ends/embedding", ("streams", "width")), ("*ends/phi", ("flat", None)),
-    ("*_hyper/phi", ("flat", None)), ("*_hyper/gain", ("flat",)),
-    ("embedding", ("vocab", "width")), ("head", ("vocab", "width")),
-    ("*/q/weight", ("width", "heads", None)), ("*/o/weight", ("heads", None, "width")),
-    ("*/[kv]/weight", ("width", "kv_heads", None)), ("*/[kv]_up/weight", ("width", "heads", None)),  # MLA
-    ("*/lam/weight", ("width", "heads")), ("*/key/weight", ("width", None)), ("*_latent/down/weight", ("width", None)),
-    ("*/scale*/down/weight", ("width", "features")), ("*/project/weight", ("width", "features")),
+    ("*ends/embedding", ("streams", "width")),
+    ("*ends/phi", ("flat", None)),
+    ("*_hyper/phi", ("flat", None)),
+    ("*_hyper/gain", ("flat",)),
+    ("embedding", ("vocab", "width")),
+    ("head", ("vocab", "width")),
+    ("*/q/weight", ("width", "heads", None)),
+    ("*/o/weight", ("heads", None, "width")),
+    ("*/[kv]/weight", ("width", "kv_heads", None)),
+    ("*/[kv]_up/weight", ("width", "heads", None)),  # MLA
+    ("*/lam/weight", ("width", "heads")),
+    ("*/key/weight", ("width", None)),
+    ("*_latent/down/weight", ("width", None)),
+    ("*/scale*/down/weight", ("width", "features")),
+    ("*/project/weight", ("width", "features")),
     ("*/router/weight", ("width", None)),
-    ("*/gate/weight", ("width", "ffn")), ("*/up/weight", ("width", "ffn")), ("*/down/weight", ("ffn", "width")),
-    ("*/gate/weight", ("experts", "width", "ffn")), ("*/up/weight", ("experts", "width", "ffn")),
-    ("*/down/weight", ("experts", "ffn", "width")))
+    ("*/gate/weight", ("width", "ffn")),
+    ("*/up/weight", ("width", "ffn")),
+    ("*/down/weight", ("ffn", "width")),
+    ("*/gate/weight", ("experts", "width", "ffn")),
+    ("*/up/weight", ("experts", "width", "ffn")),
+    ("*/down/weight", ("experts", "ffn", "width")),
+)
 
 # %% ../../nbs/train/40_parallel.ipynb #c025
 def logical_axes(
@@ -120,14 +156,20 @@ def logical_axes(
     ndim: int,  # its axes
 ) -> tuple[str | None, ...]:
     "What each axis of a parameter means; all None where the table says nothing."
-    path, lead = path.removesuffix("/value"), int(stacked(path))  # an nnx.State ends each path with it
+    path, lead = (
+        path.removesuffix("/value"),
+        int(stacked(path)),
+    )  # an nnx.State ends each path with it
     for pattern, axes in LOGICAL:
-        if len(axes) + lead == ndim and fnmatchcase(path, pattern): return ("layers",) * lead + axes
+        if len(axes) + lead == ndim and fnmatchcase(path, pattern):
+            return ("layers",) * lead + axes
     return (None,) * ndim
+
 
 def stacked(path: str) -> bool:  # of a parameter
     "Whether its first axis counts blocks or MTP heads."
     return path.startswith(("blocks/", "mtp/"))
+
 
 def path_name(path: tuple) -> str:  # from jax.tree_util
     "A path of a tree with slashes."
@@ -137,6 +179,7 @@ def path_name(path: tuple) -> str:  # from jax.tree_util
 @dataclass(frozen=True)
 class AxisRules:
     "Mesh axes that divide each logical axis, () for none; ValueError for an axis that no mesh has."
+
     batch: tuple[str, ...] = ("data", "fsdp", "ep")  # rows of tokens and of caches
     time: tuple[str, ...] = ()  # positions of a row, cache slots
     width: tuple[str, ...] = ("fsdp",)  # d of a weight
@@ -145,7 +188,10 @@ class AxisRules:
     kv_heads: tuple[str, ...] = ("tp",)  # key and value heads
     ffn: tuple[str, ...] = ("tp",)  # f
     features: tuple[str, ...] = ("tp",)  # outputs of a map from width to width
-    vocab: tuple[str, ...] = ("tp", "fsdp")  # v; fsdp too, so that looked up rows are not divided along d
+    vocab: tuple[str, ...] = (
+        "tp",
+        "fsdp",
+    )  # v; fsdp too, so that looked up rows are not divided along d
     experts: tuple[str, ...] = ("ep",)  # e
     layers: tuple[str, ...] = ()  # stacked blocks: every device has a part of each
     streams: tuple[str, ...] = ()  # n of mHC
@@ -153,7 +199,10 @@ class AxisRules:
     def __post_init__(self):
         for f in fields(self):
             if unknown := set(getattr(self, f.name)) - set(AXES):
-                raise ValueError(f"AxisRules.{f.name}: {min(unknown)!r}, expected some of {', '.join(AXES)}")
+                raise ValueError(
+                    f"AxisRules.{f.name}: {min(unknown)!r}, expected some of {', '.join(AXES)}"
+                )
+
 
 RULES = AxisRules()
 
@@ -167,8 +216,11 @@ def spec_of(
     "Which mesh axes divide each axis of an array: no mesh axis twice, and only where the length divides."
     entries, used = [], set()
     for name, length in zip(axes, shape):
-        want = [a for a in getattr(rules, name) if mesh.shape[a] > 1 and a not in used] if name else []
-        while want and length % math.prod(mesh.shape[a] for a in want): want.pop()
+        want = (
+            [a for a in getattr(rules, name) if mesh.shape[a] > 1 and a not in used] if name else []
+        )
+        while want and length % math.prod(mesh.shape[a] for a in want):
+            want.pop()
         used.update(want)
         entries.append(tuple(want) if len(want) > 1 else want[0] if want else None)
     return PartitionSpec(*entries)
@@ -180,7 +232,12 @@ def param_specs(
     mesh: Mesh,  # where to
 ) -> Any:  # tree of NamedSharding
     "Where each parameter lies."
-    def place(path, x): return NamedSharding(mesh, spec_of(logical_axes(path_name(path), x.ndim), x.shape, rules, mesh))
+
+    def place(path, x):
+        return NamedSharding(
+            mesh, spec_of(logical_axes(path_name(path), x.ndim), x.shape, rules, mesh)
+        )
+
     return jax.tree_util.tree_map_with_path(place, params)
 
 # %% ../../nbs/train/40_parallel.ipynb #c036
@@ -196,11 +253,20 @@ def unsharded(
         name, axes = path_name(path), logical_axes(path_name(path), x.ndim)
         size = x.size // (x.shape[0] if stacked(name) else 1)
         spec = spec_of(axes, x.shape, rules, mesh)
-        used = {a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry)}
-        missing = [f"{axis}={n} is not divided by {a}={mesh.shape[a]}" for axis, n in zip(axes, x.shape) if axis
-                   for a in getattr(rules, axis) if a in dividing - used]
-        if size >= least and dividing and not any(axes): found[name] = f"no rule for {name}{list(x.shape)}"
-        elif size >= least and missing: found[name] = "; ".join(missing)
+        used = {
+            a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry)
+        }
+        missing = [
+            f"{axis}={n} is not divided by {a}={mesh.shape[a]}"
+            for axis, n in zip(axes, x.shape)
+            if axis
+            for a in getattr(rules, axis)
+            if a in dividing - used
+        ]
+        if size >= least and dividing and not any(axes):
+            found[name] = f"no rule for {name}{list(x.shape)}"
+        elif size >= least and missing:
+            found[name] = "; ".join(missing)
     return found
 
 # %% ../../nbs/train/40_parallel.ipynb #c041
@@ -209,7 +275,8 @@ def dropped_axis(
     part: tuple[int, ...],  # of what an optimizer keeps for it
 ) -> int | None:
     "The axis that `part` is without, None if it is not the shape less one axis."
-    return next((i for i in range(len(shape)) if (*shape[:i], *shape[i + 1:]) == part), None)
+    return next((i for i in range(len(shape)) if (*shape[:i], *shape[i + 1 :]) == part), None)
+
 
 def with_zero(
     spec: PartitionSpec,  # of its parameter
@@ -217,10 +284,13 @@ def with_zero(
     mesh: Mesh,  # where to
 ) -> PartitionSpec:
     "The same divided along data too, at the axis with the longest parts that still divide; as it was if none does."
-    entries = [(e,) if isinstance(e, str) else e or () for e in (*spec, *[None] * (len(shape) - len(spec)))]
+    entries = [
+        (e,) if isinstance(e, str) else e or () for e in (*spec, *[None] * (len(shape) - len(spec)))
+    ]
     part = [n // math.prod(mesh.shape[a] for a in e) for n, e in zip(shape, entries)]
     fits = [i for i, n in enumerate(part) if n % mesh.shape["data"] == 0]
-    if mesh.shape["data"] == 1 or not fits or any("data" in e for e in entries): return spec
+    if mesh.shape["data"] == 1 or not fits or any("data" in e for e in entries):
+        return spec
     best = max(fits, key=lambda i: part[i])
     entries[best] = (*entries[best], "data")
     return PartitionSpec(*(e if len(e) > 1 else e[0] if e else None for e in entries))
@@ -234,19 +304,28 @@ def state_shardings(
 ) -> NamedTuple:  # of NamedSharding
     "Where everything lies that a training step takes and gives back."
     params = param_specs(state.params, rules, mesh)
-    own = {path_name(p): (x.shape, s.spec) for (p, x), s in
-           zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(params))}
+    own = {
+        path_name(p): (x.shape, s.spec)
+        for (p, x), s in zip(
+            jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(params)
+        )
+    }
+
     def place(path, x):
         names = path_name(path).split("/")
         ends = ("/".join(names[i:]) for i in range(len(names)))
         shape, spec = next((own[end] for end in ends if end in own), (None, None))
         if shape != x.shape:  # a factor of it, or a count
             gone = None if shape is None else dropped_axis(shape, x.shape)
-            if gone is None: return NamedSharding(mesh, PartitionSpec())
-            spec = PartitionSpec(*spec[:gone], *spec[gone + 1:])
+            if gone is None:
+                return NamedSharding(mesh, PartitionSpec())
+            spec = PartitionSpec(*spec[:gone], *spec[gone + 1 :])
         return NamedSharding(mesh, with_zero(spec, x.shape, mesh) if zero else spec)
+
     whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
-    return whole._replace(params=params, opt_state=jax.tree_util.tree_map_with_path(place, state.opt_state))
+    return whole._replace(
+        params=params, opt_state=jax.tree_util.tree_map_with_path(place, state.opt_state)
+    )
 
 # %% ../../nbs/train/40_parallel.ipynb #c044
 def placed(
@@ -254,13 +333,19 @@ def placed(
     shardings: Any,  # one for all, or a tree of them
 ) -> Any:
     "The shapes with their places."
-    put = lambda place, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
+    put = lambda place, part: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part
+    )
     return jax.tree.map(put, shardings, shapes)
+
 
 def bytes_per_device(tree: Any) -> int:  # arrays, or shapes with places
     "What each device keeps of it, random keys aside."
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-               if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
 
 # %% ../../nbs/train/40_parallel.ipynb #c049
 @lru_cache(maxsize=32)
@@ -271,6 +356,7 @@ def batch_sharding(
     "Where rows [b, ...] lie."
     return NamedSharding(mesh, spec_of(("batch",), (batch_shares(mesh, rules),), rules, mesh))
 
+
 def batch_shares(
     mesh: Mesh,  # where to
     rules: AxisRules = RULES,  # what divides what
@@ -278,14 +364,21 @@ def batch_shares(
     "Parts that the rows of a batch are divided into."
     return math.prod(mesh.shape[a] for a in rules.batch)
 
+
 def check_rows(
     rows: int,  # of one micro-batch, over all processes
     mesh: Mesh,  # where to
     rules: AxisRules = RULES,  # what divides what
 ):
     "ValueError when the rows do not divide."
-    shares, sizes = batch_shares(mesh, rules), " * ".join(f"{a}={mesh.shape[a]}" for a in rules.batch)
-    if rows % shares: raise ValueError(f"{rows} rows of a batch do not divide among the {shares} shares of {sizes}")
+    shares, sizes = (
+        batch_shares(mesh, rules),
+        " * ".join(f"{a}={mesh.shape[a]}" for a in rules.batch),
+    )
+    if rows % shares:
+        raise ValueError(
+            f"{rows} rows of a batch do not divide among the {shares} shares of {sizes}"
+        )
 
 # %% ../../nbs/train/40_parallel.ipynb #c050
 @lru_cache(maxsize=32)
@@ -298,7 +391,9 @@ def data_shard(
     parts = batch_sharding(mesh, rules).addressable_devices_indices_map((shares,)).values()
     mine = sorted({index[0].indices(shares)[0] for index in parts})
     if mine != [*range(mine[0], mine[0] + len(mine))] or mine[0] % len(mine):
-        raise ValueError(f"process {jax.process_index()} holds the shares {mine} of {shares}, not neighbouring rows")
+        raise ValueError(
+            f"process {jax.process_index()} holds the shares {mine} of {shares}, not neighbouring rows"
+        )
     return mine[0] // len(mine), shares // len(mine)
 
 # %% ../../nbs/train/40_parallel.ipynb #c051
@@ -311,19 +406,25 @@ def put_batch(
     "One global array of the rows of all processes; ValueError when they do not divide."
     shards, sharding = 1 if whole else data_shard(mesh, rules)[1], batch_sharding(mesh, rules)
     check_rows(len(next(iter(batch.values()))) * shards, mesh, rules)
-    if whole: return {k: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for k, x in batch.items()}
+    if whole:
+        return {
+            k: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+            for k, x in batch.items()
+        }
     return {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}
 
 # %% ../../nbs/train/40_parallel.ipynb #c054
 @dataclass(frozen=True)
 class Rows:
     "Keeps activations [b, ...] where the rows of the batch lie."
+
     mesh: Mesh
     rules: AxisRules = RULES
 
     def __call__(self, x: jax.Array) -> jax.Array:
         spec = spec_of(("batch", *(None,) * (x.ndim - 1)), x.shape, self.rules, self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
 
 def place_rows(
     lm: Any,  # a model with blocks, and perhaps blocks of MTP heads; arrays or shapes, changed in place
@@ -332,7 +433,8 @@ def place_rows(
 ) -> Any:
     "The model with every block told where the rows of a batch lie; on a mesh of one there is nothing to tell."
     for block in (lm.blocks, getattr(lm.mtp, "block", None)):
-        if block is not None: block.place = Rows(mesh, rules) if mesh.size > 1 else None
+        if block is not None:
+            block.place = Rows(mesh, rules) if mesh.size > 1 else None
     return lm
 
 # %% ../../nbs/train/40_parallel.ipynb #c057
@@ -342,8 +444,14 @@ def shard_step(
 ) -> Callable:  # the same, jitted, state donated, metrics whole on every device
     "The step with its state kept in place."
     mesh = jax.tree.leaves(shardings)[0].mesh
-    def in_place(state, batch, key): return step(state, batch, key)
-    return jax.jit(in_place, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+
+    def in_place(state, batch, key):
+        return step(state, batch, key)
+
+    return jax.jit(
+        in_place, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec()))
+    )
+
 
 def init_sharded(
     make: Callable,  # () -> state
@@ -352,21 +460,31 @@ def init_sharded(
     "The state made in place: no device ever holds more than its part."
     return jax.jit(make, out_shardings=shardings)()
 
+
 def replicate(
     tree: Any,  # small arrays, such as a key; the same in every process
     mesh: Mesh,  # where to
 ) -> Any:
     "Whole on every device."
+
     def place(x):
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(place(jax.random.key_data(x)))
         x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), x.__getitem__)
+        return jax.make_array_from_callback(
+            x.shape, NamedSharding(mesh, PartitionSpec()), x.__getitem__
+        )
+
     return jax.tree.map(place, tree)
 
 # %% ../../nbs/train/40_parallel.ipynb #c066
-CACHED = {"k": ("batch", "time", "kv_heads", None), "v": ("batch", "time", "kv_heads", None),
-          "latent": ("batch", "time", None), "x": ("batch", "time", None)}  # field of a cache -> its last axes
+CACHED = {
+    "k": ("batch", "time", "kv_heads", None),
+    "v": ("batch", "time", "kv_heads", None),
+    "latent": ("batch", "time", None),
+    "x": ("batch", "time", None),
+}  # field of a cache -> its last axes
+
 
 def cache_specs(
     cache: Any,  # caches of any attention, arrays or shapes
@@ -374,10 +492,12 @@ def cache_specs(
     mesh: Mesh,  # where to
 ) -> Any:  # of NamedSharding
     "Where cached keys, values and latents lie."
+
     def place(path, x):
         axes = next((CACHED[name] for name in path_name(path).split("/") if name in CACHED), ())
         axes = ("layers",) * (x.ndim - len(axes)) + axes if axes else (None,) * x.ndim
         return NamedSharding(mesh, spec_of(axes, x.shape, rules, mesh))
+
     return jax.tree_util.tree_map_with_path(place, cache)
 
 # %% ../../nbs/train/40_parallel.ipynb #c072
@@ -393,12 +513,17 @@ def pack_position(
     "One position if all are the same, else all of them."
     return states[0] if all(state == states[0] for state in states) else {"processes": states}
 
+
 def own_position(
     saved: Any,  # from pack_position
     process: int,  # number of this one
     processes: int,  # of the run now
 ) -> Any:
     "The position of this process; ValueError when the run had another number of processes."
-    if not isinstance(saved, dict) or set(saved) != {"processes"}: return saved
-    if len(states := saved["processes"]) == processes: return states[process]
-    raise ValueError(f"data position: the streams of {len(states)} processes cannot be continued by {processes}")
+    if not isinstance(saved, dict) or set(saved) != {"processes"}:
+        return saved
+    if len(states := saved["processes"]) == processes:
+        return states[process]
+    raise ValueError(
+        f"data position: the streams of {len(states)} processes cannot be continued by {processes}"
+    )

@@ -36,28 +36,55 @@ def product_flops(
         inner = [product_flops(j) for j in jaxprs_in_params(eqn.params)]
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += 2.0 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-        elif eqn.primitive.name == "cond": total += max(inner, default=0.0)
-        else: total += sum(inner) * eqn.params.get("length", 1)
+            total += (
+                2.0
+                * eqn.outvars[0].aval.size
+                * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            )
+        elif eqn.primitive.name == "cond":
+            total += max(inner, default=0.0)
+        else:
+            total += sum(inner) * eqn.params.get("length", 1)
     return total
 
 # %% ../../nbs/train/45_preflight.ipynb #c012
-WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
-          "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # bytes of a number; other types move no data
+WIDTHS = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}  # bytes of a number; other types move no data
+
 
 class Op(NamedTuple):
     "An instruction of a compiled program."
+
     name: str
     shape: str  # of the result, with layout
     kind: str  # opcode
     operands: list[str]  # names; of a constant its value, of a parameter its number
     rest: str  # what stands behind the operands: called computations, metadata, trip count
 
+
 def hbm_bytes(shape: str) -> float:  # of an array or tuple, as HLO text writes it
     "Bytes in the chip's main memory."
     arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape)
-    return sum(WIDTHS.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n)
-               for kind, dims, layout in arrays if "S(1)" not in layout)
+    return sum(
+        WIDTHS.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims, layout in arrays
+        if "S(1)" not in layout
+    )
 
 # %% ../../nbs/train/45_preflight.ipynb #c014
 def _closing(text: str, start: int) -> int:
@@ -65,8 +92,10 @@ def _closing(text: str, start: int) -> int:
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0: return i
+        if depth == 0:
+            return i
     return len(text)
+
 
 def parse_hlo(
     text: str,  # of an optimized program
@@ -74,23 +103,42 @@ def parse_hlo(
     "The instructions of a compiled program."
     found, entry, ops = {}, "", []
     for line in text.splitlines():
-        if line.endswith("{") and " -> " in line and (head := re.match(r"(ENTRY )?%?([\w.\-]+)", line)):
+        if (
+            line.endswith("{")
+            and " -> " in line
+            and (head := re.match(r"(ENTRY )?%?([\w.\-]+)", line))
+        ):
             ops = found.setdefault(head[2], [])
-            if head[1]: entry = head[2]
+            if head[1]:
+                entry = head[2]
         elif named := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
             at = named.end()
             end = _closing(line, at) + 1 if line[at] == "(" else line.index(" ", at)
             if kind := re.match(r" ?([\w\-]+)\(", line[end:]):
                 begin = end + kind.end() - 1
                 close = _closing(line, begin)
-                inside, rest = line[begin + 1:close], line[close + 1:]
-                operands = [inside] if kind[1] in ("constant", "parameter") else re.findall(r"%([\w.\-]+)", inside)
+                inside, rest = line[begin + 1 : close], line[close + 1 :]
+                operands = (
+                    [inside]
+                    if kind[1] in ("constant", "parameter")
+                    else re.findall(r"%([\w.\-]+)", inside)
+                )
                 ops.append(Op(named[1], line[at:end], kind[1], operands, rest))
     return found, entry
 
 # %% ../../nbs/train/45_preflight.ipynb #c015
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # done in place: which operand is written
-FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "opt-barrier")
+FREE = (
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "after-all",
+    "partition-id",
+    "opt-barrier",
+)
+
 
 def held(
     fusion: Op,
@@ -101,10 +149,14 @@ def held(
     for o in found.get(called[1], []) if called else []:
         inner = held(o, found) if o.kind == "fusion" else []
         names = {p.name: o.operands[int(p.operands[0])] for p in inner if p.kind == "parameter"}
-        if inner: names[inner[-1].name] = o.name
+        if inner:
+            names[inner[-1].name] = o.name
         rename = lambda name, o=o, names=names: names.get(name, f"{o.name}/{name}")
-        flat += [p._replace(name=rename(p.name), operands=[rename(name) for name in p.operands])
-                 for p in inner if p.kind != "parameter"] or [o]
+        flat += [
+            p._replace(name=rename(p.name), operands=[rename(name) for name in p.operands])
+            for p in inner
+            if p.kind != "parameter"
+        ] or [o]
     return flat
 
 # %% ../../nbs/train/45_preflight.ipynb #c016
@@ -114,19 +166,31 @@ def fused_bytes(
     "Bytes that a fusion reads and writes: the cuts of a parameter that is only cut, the update of one in place."
     by_name, users = {o.name: o for o in ops}, defaultdict(list)
     for o in ops:
-        for i, name in enumerate(o.operands): users[name].append((o, i))
+        for i, name in enumerate(o.operands):
+            users[name].append((o, i))
+
     def uses(name):
-        for o, i in users[name]: yield from uses(o.name) if o.kind == "bitcast" else ((o, i),)
+        for o, i in users[name]:
+            yield from uses(o.name) if o.kind == "bitcast" else ((o, i),)
+
     def read(parameter):
         kinds, whole = [*uses(parameter.name)], hbm_bytes(parameter.shape)
-        if not kinds or any(i for _, i in kinds): return whole
-        if {o.kind for o, _ in kinds} <= {"dynamic-slice", "gather"}: return sum(hbm_bytes(o.shape) for o, _ in kinds)
+        if not kinds or any(i for _, i in kinds):
+            return whole
+        if {o.kind for o, _ in kinds} <= {"dynamic-slice", "gather"}:
+            return sum(hbm_bytes(o.shape) for o, _ in kinds)
         return 0.0 if all(o.kind in UPDATES for o, _ in kinds) else whole
+
     def written(o):
-        if o.kind == "tuple": return sum(written(by_name[name]) for name in o.operands if name in by_name)
+        if o.kind == "tuple":
+            return sum(written(by_name[name]) for name in o.operands if name in by_name)
         source = by_name.get(o.operands[0]) if o.operands else None
-        if o.kind == "bitcast" and source: return min(hbm_bytes(o.shape), written(source))
-        return hbm_bytes(by_name[o.operands[UPDATES[o.kind]]].shape if o.kind in UPDATES else o.shape)
+        if o.kind == "bitcast" and source:
+            return min(hbm_bytes(o.shape), written(source))
+        return hbm_bytes(
+            by_name[o.operands[UPDATES[o.kind]]].shape if o.kind in UPDATES else o.shape
+        )
+
     return sum(read(o) for o in ops if o.kind == "parameter") + written(ops[-1]) if ops else 0.0
 
 # %% ../../nbs/train/45_preflight.ipynb #c017
@@ -137,11 +201,16 @@ def op_bytes(
 ) -> float:
     "Bytes that one instruction reads and writes."
     size = lambda name: hbm_bytes(shapes.get(name, ""))
-    if op.kind in FREE or op.kind.endswith(("-done", "-update")): return 0.0
-    if op.kind in ("dynamic-slice", "gather"): return 2 * hbm_bytes(op.shape)
-    if op.kind in UPDATES: return 2 * size(op.operands[UPDATES[op.kind]])
-    if op.kind == "copy-start": return hbm_bytes(op.shape)  # a pair of target and source
-    if op.kind == "fusion": return fused_bytes(held(op, found))
+    if op.kind in FREE or op.kind.endswith(("-done", "-update")):
+        return 0.0
+    if op.kind in ("dynamic-slice", "gather"):
+        return 2 * hbm_bytes(op.shape)
+    if op.kind in UPDATES:
+        return 2 * size(op.operands[UPDATES[op.kind]])
+    if op.kind == "copy-start":
+        return hbm_bytes(op.shape)  # a pair of target and source
+    if op.kind == "fusion":
+        return fused_bytes(held(op, found))
     return hbm_bytes(op.shape) + sum(map(size, op.operands))
 
 # %% ../../nbs/train/45_preflight.ipynb #c018
@@ -151,11 +220,16 @@ def trip_count(
 ) -> int:
     "How often a loop runs: as noted by the compiler, or the constant its counter is compared with; else 1."
     noted = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
-    if noted: return int(noted[1])
-    ops = {o.name: o for o in found.get((re.search(r"condition=%?([\w.\-]+)", loop.rest) or ("", ""))[1], [])}
+    if noted:
+        return int(noted[1])
+    ops = {
+        o.name: o
+        for o in found.get((re.search(r"condition=%?([\w.\-]+)", loop.rest) or ("", ""))[1], [])
+    }
     for test in (o for o in ops.values() if o.kind == "compare" and "direction=LT" in o.rest):
         limit = ops.get(test.operands[1])
-        if limit and limit.kind == "constant": return int(limit.operands[0])
+        if limit and limit.kind == "constant":
+            return int(limit.operands[0])
     return 1
 
 # %% ../../nbs/train/45_preflight.ipynb #c019
@@ -165,16 +239,22 @@ def traffic(
 ) -> dict[Any, float]:
     "Bytes to and from main memory, loops unrolled, by kind of instruction."
     (found, entry), total = parse_hlo(text), defaultdict(float)
+
     def walk(computation, times):
         ops = found.get(computation, [])
         shapes = {o.name: o.shape for o in ops}
         for o in ops:
             inner = re.findall(r"(?:to_apply|calls|body)=%?([\w.\-]+)", o.rest)
-            if o.kind == "while": walk(inner[0], times * trip_count(o, found))
-            elif o.kind in ("call", "async-start"): walk(inner[0], times)
+            if o.kind == "while":
+                walk(inner[0], times * trip_count(o, found))
+            elif o.kind in ("call", "async-start"):
+                walk(inner[0], times)
             elif o.kind == "conditional":
-                for name in re.findall(r"%([\w.\-]+)", o.rest.partition("metadata")[0]): walk(name, times)
-            else: total[key(o)] += times * op_bytes(o, shapes, found)
+                for name in re.findall(r"%([\w.\-]+)", o.rest.partition("metadata")[0]):
+                    walk(name, times)
+            else:
+                total[key(o)] += times * op_bytes(o, shapes, found)
+
     walk(entry, 1)
     return dict(total)
 
@@ -184,11 +264,15 @@ def row_objective(
 ) -> tuple[Callable, dict, Any]:
     "Objective of one row as a function of (params, tokens, key); shapes of its parameters; the shape of a key."
     graphdef, params = model_shapes(cfg)
-    def objective(p, ids, key): return nnx.merge(graphdef, p).objective(ids, ids, dropout_key=key)[0]
+
+    def objective(p, ids, key):
+        return nnx.merge(graphdef, p).objective(ids, ids, dropout_key=key)[0]
+
     return objective, params, jax.eval_shape(lambda: jax.random.key(0))
 
 # %% ../../nbs/train/45_preflight.ipynb #c027
 GIB = 2**30
+
 
 @lru_cache(maxsize=256)
 def saved_bytes(
@@ -198,8 +282,13 @@ def saved_bytes(
 ) -> int:
     "Bytes that the forward pass leaves for the backward pass, weights in it included, before the compiler fuses."
     objective, params, key = row_objective(cfg)
-    def pull(p, ids, key): return jax.vjp(lambda p: objective(p, ids, key), p)[1]
-    return tree_bytes(jax.eval_shape(pull, params, jax.ShapeDtypeStruct((rows, seq_len), jnp.int32), key))
+
+    def pull(p, ids, key):
+        return jax.vjp(lambda p: objective(p, ids, key), p)[1]
+
+    return tree_bytes(
+        jax.eval_shape(pull, params, jax.ShapeDtypeStruct((rows, seq_len), jnp.int32), key)
+    )
 
 # %% ../../nbs/train/45_preflight.ipynb #c028
 @lru_cache(maxsize=256)
@@ -219,22 +308,31 @@ def module_of(
     inside: tuple[str, ...] = ("model/layers",),  # modules that count for whoever calls them
 ) -> Callable[[Op], str]:
     "Tells of each instruction the module it comes from, such as model/mhc; 'other' has no frame in the package."
+
     def table(name, pattern):
         part = re.search(rf"^{name}\n((?:\d+ .*\n?)*)", text, re.M)
         return {int(a): b for a, *b in re.findall(pattern, part[1] if part else "", re.M)}
+
     files = table("FileNames", r'^(\d+) "(.*)"$')
     places = table("FileLocations", r"^(\d+) \{file_name_id=(\d+)")
     frames = table("StackFrames", r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?")
+
     @lru_cache(maxsize=None)
     def module(frame):
         location, parent = frames.get(frame, ("", ""))
-        if not location: return "other"
+        if not location:
+            return "other"
         path = files[int(places[int(location)][0])][0]
         name = path.rpartition(f"/{package}/")[2].removesuffix(".py")
-        if f"/{package}/" in path and name not in inside: return name
-        return module(int(parent) - 1) if parent else "other"  # the text counts parents from 1 for none
+        if f"/{package}/" in path and name not in inside:
+            return name
+        return (
+            module(int(parent) - 1) if parent else "other"
+        )  # the text counts parents from 1 for none
+
     found = re.compile(r"stack_frame_id=(\d+)")
     return lambda op: module(int(frame[1])) if (frame := found.search(op.rest)) else "other"
+
 
 def by_module(text: str, package: str = "nash_lab") -> dict[str, float]:  # as in module_of
     "Bytes by the module that they come from, the largest first."
@@ -266,15 +364,28 @@ from ..core.configs import from_json, to_json
 from ..model.transformer import ModelConfig, flops_per_token, model_shapes, parameter_count
 from .optim import tree_bytes
 from .optim import OptimConfig, optimizer
-from .parallel import (
-    COLLECTIVES, RULES, MeshConfig, batch_sharding, bytes_per_device, cache_specs, check_rows, make_mesh, param_specs,
-    place_rows, placed, shard_step, state_shardings)
+from nash_lab.train.parallel import (
+    COLLECTIVES,
+    RULES,
+    MeshConfig,
+    batch_sharding,
+    bytes_per_device,
+    cache_specs,
+    check_rows,
+    make_mesh,
+    param_specs,
+    place_rows,
+    placed,
+    shard_step,
+    state_shardings,
+)
 from .step import batch_shapes, fresh_state, make_train_step, peak_flops
 
 # %% ../../nbs/train/45_preflight.ipynb #c047
 @dataclass(frozen=True)
 class Chip:
     "Peaks of one chip; infinite where nothing is known."
+
     hbm: float  # GiB a program may use, as the compiler counts
     flops: float = math.inf  # bf16 operations a second, dense
     bandwidth: float = math.inf  # bytes a second from and to its memory
@@ -284,27 +395,37 @@ class Chip:
         "The roofline's lower bound."
         return max(flops / self.flops, moved / self.bandwidth)
 
+
 CHIPS = {"v6e": Chip(31.25, 918e12, 1640e9, 448e9), "v5e": Chip(15.75, 197e12, 819e9, 200e9)}
 
 # %% ../../nbs/train/45_preflight.ipynb #c050
 class Target(NamedTuple):
     "A slice of a TPU pod on one host."
+
     chip: str  # a key of CHIPS
     topology: str  # as libtpu names it
     bounds: tuple[int, int, int]  # chips along each axis
     kind: str  # TPU_ACCELERATOR_TYPE
 
+
 TARGETS = {
-    "v6e-1": Target("v6e", "v6e:1x1", (1, 1, 1), "v6e-1"), "v6e-4": Target("v6e", "v6e:2x2", (2, 2, 1), "v6e-4"),
-    "v6e-8": Target("v6e", "v6e:2x4", (2, 4, 1), "v6e-8"), "v5e-1": Target("v5e", "v5e:1x1", (1, 1, 1), "v5litepod-1")}
+    "v6e-1": Target("v6e", "v6e:1x1", (1, 1, 1), "v6e-1"),
+    "v6e-4": Target("v6e", "v6e:2x2", (2, 2, 1), "v6e-4"),
+    "v6e-8": Target("v6e", "v6e:2x4", (2, 4, 1), "v6e-8"),
+    "v5e-1": Target("v5e", "v5e:1x1", (1, 1, 1), "v5litepod-1"),
+}
 
 # %% ../../nbs/train/45_preflight.ipynb #c052
 PROGRAMS = ("train", "prefill", "decode")
 
+
 @dataclass(frozen=True)
 class PreflightConfig:
     "What to compile and for which chips; ValueError when the numbers do not fit together."
-    target: Literal["v6e-1", "v6e-4", "v6e-8", "v5e-1", "local"] = "v6e-1"  # chips; local: the devices of this machine
+
+    target: Literal["v6e-1", "v6e-4", "v6e-8", "v5e-1", "local"] = (
+        "v6e-1"  # chips; local: the devices of this machine
+    )
     programs: tuple[Literal["train", "prefill", "decode"], ...] = PROGRAMS  # what to compile
     seq_len: int = 2048  # tokens of a row while training, and slots of the cache
     batch_size: int = 8  # rows of an update, over all chips
@@ -318,19 +439,35 @@ class PreflightConfig:
     timeout_s: int = 3600  # seconds after which the compiler is stopped
     model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("mhc-120m"))  # the model
     optim: OptimConfig = field(default_factory=OptimConfig)  # optimizer, whose moments need memory
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=-1))  # axes over all chips of the target
+    mesh: MeshConfig = field(
+        default_factory=lambda: MeshConfig(data=-1)
+    )  # axes over all chips of the target
 
     def __post_init__(self):
-        for name in ("seq_len", "batch_size", "accumulate", "prompt_len", "serve_rows", "tries", "timeout_s"):
+        for name in (
+            "seq_len",
+            "batch_size",
+            "accumulate",
+            "prompt_len",
+            "serve_rows",
+            "tries",
+            "timeout_s",
+        ):
             value = getattr(self, name)
-            if value < 1: raise ValueError(f"PreflightConfig.{name}={value}: expected at least 1")
+            if value < 1:
+                raise ValueError(f"PreflightConfig.{name}={value}: expected at least 1")
         for name, limit in (("seq_len", self.model.max_len), ("prompt_len", self.seq_len)):
             value = getattr(self, name)
-            if value > limit: raise ValueError(f"PreflightConfig.{name}={value}: expected at most {limit}")
+            if value > limit:
+                raise ValueError(f"PreflightConfig.{name}={value}: expected at most {limit}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"PreflightConfig.batch_size={self.batch_size} is not divisible by {self.accumulate=}")
+            raise ValueError(
+                f"PreflightConfig.batch_size={self.batch_size} is not divisible by {self.accumulate=}"
+            )
         if unknown := sorted({*self.programs} - {*PROGRAMS}):
-            raise ValueError(f"PreflightConfig.programs: {unknown[0]!r}, expected some of {PROGRAMS}")
+            raise ValueError(
+                f"PreflightConfig.programs: {unknown[0]!r}, expected some of {PROGRAMS}"
+            )
 
 # %% ../../nbs/train/45_preflight.ipynb #c055
 def train_program(
@@ -347,7 +484,11 @@ def train_program(
     key = jax.eval_shape(lambda: jax.random.key(0))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     step = shard_step(make_train_step(graphdef, tx, cfg.accumulate, cfg.accumulate_dtype), places)
-    return step, (placed(state, places), placed(batch, batch_sharding(mesh)), placed(key, everywhere))
+    return step, (
+        placed(state, places),
+        placed(batch, batch_sharding(mesh)),
+        placed(key, everywhere),
+    )
 
 # %% ../../nbs/train/45_preflight.ipynb #c056
 def serve_program(
@@ -357,11 +498,15 @@ def serve_program(
 ) -> tuple[Callable, tuple]:  # jitted function, its arguments
     "New tokens into the cache and logits of the last of them: prefill or decode."
     graphdef, params = model_shapes(cfg.model, lambda lm: place_rows(lm, mesh))
+
     def serve(params, tokens, positions, cache):
         lm = nnx.merge(graphdef, params)
         hidden, cache = lm.step(tokens, positions, cache)
         return lm.logits(hidden[:, -1]), cache
-    cache = jax.eval_shape(lambda p: nnx.merge(graphdef, p).init_cache(cfg.serve_rows, cfg.seq_len), params)
+
+    cache = jax.eval_shape(
+        lambda p: nnx.merge(graphdef, p).init_cache(cfg.serve_rows, cfg.seq_len), params
+    )
     places = cache_specs(cache, RULES, mesh)
     check_rows(cfg.serve_rows, mesh)
     tokens = placed(jax.ShapeDtypeStruct((cfg.serve_rows, length), jnp.int32), batch_sharding(mesh))
@@ -372,6 +517,7 @@ def serve_program(
 @dataclass(frozen=True)
 class Program:
     "What one compiled program needs of each chip; bytes, but for the first four and the last three."
+
     name: str  # train, prefill or decode
     tokens: int  # of one call, over all chips
     useful: float  # operations of the model itself, over all chips, nothing recomputed
@@ -385,10 +531,13 @@ class Program:
     code: float = 0.0
     seconds: float = 0.0  # of compilation
     error: str = ""  # why it was not compiled
-    modules: dict[str, float] = field(default_factory=dict)  # bytes moved, by the module they come from
+    modules: dict[str, float] = field(
+        default_factory=dict
+    )  # bytes moved, by the module they come from
 
     @property
-    def needed(self) -> float: return self.arguments + self.results - self.aliased + self.temporaries + self.code
+    def needed(self) -> float:
+        return self.arguments + self.results - self.aliased + self.temporaries + self.code
 
     def bound(self, chip: Chip) -> float:
         "Seconds that one call takes at least."
@@ -397,13 +546,15 @@ class Program:
 # %% ../../nbs/train/45_preflight.ipynb #c061
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
+
 def wanted_bytes(
     message: str,  # of the compiler
 ) -> float:
     "Bytes in its out-of-memory message; ValueError with the first line of any other message."
     line = next((o for o in message.splitlines() if o.strip()), "no message")
     found = re.search(r"([\d.]+)([KMGT])\)? exceeds|Used ([\d.]+)([KMGT]) of", message)
-    if "RESOURCE_EXHAUSTED" not in message or not found: raise ValueError(f"the compiler failed: {line[:300]}")
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        raise ValueError(f"the compiler failed: {line[:300]}")
     number, unit = (x for x in found.groups() if x)
     return float(number) * UNITS[unit]
 
@@ -420,32 +571,69 @@ def measure(
     fn, args = train_program(cfg, mesh) if name == "train" else serve_program(cfg, mesh, length)
     traced, rows = fn.trace(*args), cfg.batch_size if name == "train" else cfg.serve_rows
     useful = rows * length * flops_per_token(cfg.model, cfg.seq_len) / (1 if name == "train" else 3)
-    said = dict(name=name, tokens=rows * length, useful=useful, flops=product_flops(traced.jaxpr) / mesh.size)
+    said = dict(
+        name=name,
+        tokens=rows * length,
+        useful=useful,
+        flops=product_flops(traced.jaxpr) / mesh.size,
+    )
     start = time.time()
-    try: compiled = traced.lower().compile()
+    try:
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        return Program(**said, arguments=bytes_per_device(args), temporaries=wanted_bytes(str(error)),
-                       seconds=time.time() - start, error="the temporaries alone do not fit")
+        return Program(
+            **said,
+            arguments=bytes_per_device(args),
+            temporaries=wanted_bytes(str(error)),
+            seconds=time.time() - start,
+            error="the temporaries alone do not fit",
+        )
     seconds, memory = time.time() - start, compiled.memory_analysis()
-    files = sorted(Path(dump).glob("*after_optimizations.txt"), key=os.path.getmtime) if dump else []
+    files = (
+        sorted(Path(dump).glob("*after_optimizations.txt"), key=os.path.getmtime) if dump else []
+    )
     text = files[-1].read_text() if files else compiled.as_text()
     module, modules = module_of(text), defaultdict(float)
     moved = traffic(text, lambda op: (module(op), op.kind))
-    for (name, _), n in moved.items(): modules[name] += n
-    linked = sum(n for (_, kind), n in moved.items() if kind.removesuffix("-start") in COLLECTIVES) / 2
-    parts = dict(arguments="argument", results="output", aliased="alias", temporaries="temp", code="generated_code")
+    for (name, _), n in moved.items():
+        modules[name] += n
+    linked = (
+        sum(n for (_, kind), n in moved.items() if kind.removesuffix("-start") in COLLECTIVES) / 2
+    )
+    parts = dict(
+        arguments="argument",
+        results="output",
+        aliased="alias",
+        temporaries="temp",
+        code="generated_code",
+    )
     sizes = {key: float(getattr(memory, f"{part}_size_in_bytes")) for key, part in parts.items()}
-    return Program(**said, **sizes, moved=sum(moved.values()), linked=linked, seconds=seconds, modules=dict(modules))
+    return Program(
+        **said,
+        **sizes,
+        moved=sum(moved.values()),
+        linked=linked,
+        seconds=seconds,
+        modules=dict(modules),
+    )
 
 # %% ../../nbs/train/45_preflight.ipynb #c069
 def worker():
     "The other process: a config on stdin, its programs on the last line of stdout, or what was wrong."
     job = json.load(sys.stdin)
     cfg, target = from_json(PreflightConfig, job["config"]), TARGETS[job["config"]["target"]]
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=target.topology,
-                                           chips_per_host_bounds=target.bounds, num_slices=1).devices
-    try: answer = {"programs": [to_json(measure(cfg, name, devices, job["dump"])) for name in cfg.programs]}
-    except ValueError as error: answer = {"error": str(error)}
+    devices = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=target.topology,
+        chips_per_host_bounds=target.bounds,
+        num_slices=1,
+    ).devices
+    try:
+        answer = {
+            "programs": [to_json(measure(cfg, name, devices, job["dump"])) for name in cfg.programs]
+        }
+    except ValueError as error:
+        answer = {"error": str(error)}
     print("\n" + json.dumps(answer))
 
 # %% ../../nbs/train/45_preflight.ipynb #c070
@@ -454,23 +642,46 @@ def compile_for(
 ) -> list[Program]:
     "Compiles in another process with libtpu; ValueError in one line when it is missing, fails or takes too long."
     if find_spec("libtpu") is None:
-        raise ValueError(f"target {cfg.target!r} needs libtpu, which is not installed (pip install libtpu)")
+        raise ValueError(
+            f"target {cfg.target!r} needs libtpu, which is not installed (pip install libtpu)"
+        )
     target, command = TARGETS[cfg.target], "from nash_lab.train.preflight import worker; worker()"
     with TemporaryDirectory() as dump:
-        own = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith("--xla_cpu")]  # unknown to libtpu
+        own = [
+            f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith("--xla_cpu")
+        ]  # unknown to libtpu
         flags = " ".join([*own, f"--xla_dump_to={dump}", "--xla_dump_hlo_as_text"])
-        env = os.environ | dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost",
-                                TPU_ACCELERATOR_TYPE=target.kind, ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS=flags,
-                                JAX_ENABLE_COMPILATION_CACHE="false")
+        env = os.environ | dict(
+            JAX_PLATFORMS="cpu",
+            TPU_SKIP_MDS_QUERY="1",
+            TPU_WORKER_HOSTNAMES="localhost",
+            TPU_ACCELERATOR_TYPE=target.kind,
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+            XLA_FLAGS=flags,
+            JAX_ENABLE_COMPILATION_CACHE="false",
+        )
         job = json.dumps({"config": to_json(cfg), "dump": dump})
-        try: done = subprocess.run([sys.executable, "-c", command], input=job, env=env, capture_output=True, text=True,
-                                   timeout=cfg.timeout_s)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", command],
+                input=job,
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=cfg.timeout_s,
+            )
         except subprocess.TimeoutExpired:
-            raise ValueError(f"target {cfg.target!r}: the compiler took more than {cfg.timeout_s=} seconds") from None
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no answer"]
-    if done.returncode: raise ValueError(f"target {cfg.target!r}: the compiler's process failed: {lines[-1][:300]}")
+            raise ValueError(
+                f"target {cfg.target!r}: the compiler took more than {cfg.timeout_s=} seconds"
+            ) from None
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [
+        "no answer"
+    ]
+    if done.returncode:
+        raise ValueError(f"target {cfg.target!r}: the compiler's process failed: {lines[-1][:300]}")
     answer = json.loads(lines[-1])
-    if "error" in answer: raise ValueError(answer["error"])
+    if "error" in answer:
+        raise ValueError(answer["error"])
     return [from_json(Program, program) for program in answer["programs"]]
 
 # %% ../../nbs/train/45_preflight.ipynb #c072
@@ -480,43 +691,56 @@ def local_chip() -> Chip:
     stats = device.memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for kind, name in (("TPU v6", "v6e"), ("TPU v5 lite", "v5e")):
-        if kind in device.device_kind: return replace(CHIPS[name], hbm=memory / GIB)
+        if kind in device.device_kind:
+            return replace(CHIPS[name], hbm=memory / GIB)
     return Chip(memory / GIB, peak_flops(device.device_kind) or math.inf)
+
 
 def chip_of(target: str) -> Chip:  # a key of TARGETS, or local
     "Peaks of one chip of a target."
     return CHIPS[TARGETS[target].chip] if target in TARGETS else local_chip()
 
+
 def chips_of(cfg: PreflightConfig) -> int:  # its target, and on this machine its mesh
     "Devices of a target; one of this machine's when the mesh is of one."
-    if cfg.target in TARGETS: return math.prod(TARGETS[cfg.target].bounds)
+    if cfg.target in TARGETS:
+        return math.prod(TARGETS[cfg.target].bounds)
     return 1 if cfg.mesh == MeshConfig(zero=cfg.mesh.zero) else len(jax.devices())
 
 # %% ../../nbs/train/45_preflight.ipynb #c074
 @dataclass(frozen=True)
 class PreflightReport:
     "What a preflight found."
+
     config: PreflightConfig
     chip: Chip
     programs: tuple[Program, ...]
 
     @property
-    def needed(self) -> float: return max(p.needed for p in self.programs) / GIB  # of the largest program
+    def needed(self) -> float:
+        return max(p.needed for p in self.programs) / GIB  # of the largest program
 
     @property
-    def fits(self) -> bool: return self.needed <= self.chip.hbm and not any(p.error for p in self.programs)
+    def fits(self) -> bool:
+        return self.needed <= self.chip.hbm and not any(p.error for p in self.programs)
 
     def row(self, p: Program) -> dict:
         "Numbers of one program in the units that are printed; the speed is that of all chips together."
         bound = p.bound(self.chip)
         devices = math.prod(self.config.mesh.sizes(chips_of(self.config)))
-        return {"args GiB": p.arguments / GIB, "temp GiB": p.temporaries / GIB,
-                "new GiB": (p.results - p.aliased) / GIB,
-                "needed GiB": p.needed / GIB, "TFLOP": p.flops / 1e12, "GB moved": p.moved / 1e9,
-                "FLOP/B": p.flops / p.moved if p.moved else 0.0, "bound ms": 1e3 * bound,
-                "tokens/s": p.tokens / bound if bound else 0.0,
-                "MFU %": 100 * p.useful / (bound * devices * self.chip.flops) if bound else 0.0,
-                "compile s": p.seconds}
+        return {
+            "args GiB": p.arguments / GIB,
+            "temp GiB": p.temporaries / GIB,
+            "new GiB": (p.results - p.aliased) / GIB,
+            "needed GiB": p.needed / GIB,
+            "TFLOP": p.flops / 1e12,
+            "GB moved": p.moved / 1e9,
+            "FLOP/B": p.flops / p.moved if p.moved else 0.0,
+            "bound ms": 1e3 * bound,
+            "tokens/s": p.tokens / bound if bound else 0.0,
+            "MFU %": 100 * p.useful / (bound * devices * self.chip.flops) if bound else 0.0,
+            "compile s": p.seconds,
+        }
 
 # %% ../../nbs/train/45_preflight.ipynb #c075
 def preflight(
@@ -524,12 +748,16 @@ def preflight(
 ) -> PreflightReport:
     "Compiles every program of `cfg` and counts; ValueError in one line when that cannot be done."
     cfg.mesh.sizes(chips_of(cfg))  # refuses a mesh that does not make the chips of the target
-    if cfg.target != "local": return PreflightReport(cfg, chip_of(cfg.target), tuple(compile_for(cfg)))
-    return PreflightReport(cfg, chip_of("local"), tuple(measure(cfg, name, jax.devices()) for name in cfg.programs))
+    if cfg.target != "local":
+        return PreflightReport(cfg, chip_of(cfg.target), tuple(compile_for(cfg)))
+    return PreflightReport(
+        cfg, chip_of("local"), tuple(measure(cfg, name, jax.devices()) for name in cfg.programs)
+    )
 
 # %% ../../nbs/train/45_preflight.ipynb #c081
 class Estimate(NamedTuple):
     "GiB on each chip and seconds of a train step, without compiling."
+
     weights: float
     moments: float  # and an average, whatever the optimizer keeps
     gradients: float  # with the buffer that sums micro-batches
@@ -537,7 +765,8 @@ class Estimate(NamedTuple):
     seconds: float  # only good for putting settings in order
 
     @property
-    def total(self) -> float: return sum(self[:4])
+    def total(self) -> float:
+        return sum(self[:4])
 
 # %% ../../nbs/train/45_preflight.ipynb #c082
 @lru_cache(maxsize=256)
@@ -556,20 +785,40 @@ def estimate(
     "A guess at memory and time of its train step; traces, never compiles."
     m, chip = cfg.mesh, chip_of(cfg.target)
     data, fsdp, tp, ep = m.sizes(chips_of(cfg))
-    weights, moments = (n / (fsdp * tp) for n in kept_bytes(replace(cfg.model, remat="none"), cfg.optim))
-    if m.zero: moments /= data
+    weights, moments = (
+        n / (fsdp * tp) for n in kept_bytes(replace(cfg.model, remat="none"), cfg.optim)
+    )
+    if m.zero:
+        moments /= data
     buffer = {"float32": 1.0, "bfloat16": 0.5}[cfg.accumulate_dtype] if cfg.accumulate > 1 else 0.0
     rows = cfg.batch_size / (cfg.accumulate * data * fsdp * ep)
+
     def a_row(remat):  # the difference of two sizes leaves out the weights
         one, two = (saved_bytes(replace(cfg.model, remat=remat), n, cfg.seq_len) for n in (1, 2))
         return two - one
+
     again = 0.0 if cfg.model.remat == "none" else a_row("none") / cfg.model.layers
     saved = rows * (a_row(cfg.model.remat) + again / tp)
     flops = row_flops(cfg.model, cfg.seq_len) * rows * cfg.accumulate / tp
-    times = {"none": 4, "dots": 5, "block": 6}[cfg.model.remat]  # written, read, the same backward, and once more
-    moved = cfg.accumulate * (times * rows * a_row("none") / tp + 4 * weights) + 2 * moments + 4 * weights
-    linked = (weights * fsdp * (3 * cfg.accumulate * (fsdp > 1) + 2 * (data > 1))
-              + 8 * (tp > 1) * cfg.accumulate * rows * cfg.model.layers * cfg.seq_len * cfg.model.width * 2)
+    times = {"none": 4, "dots": 5, "block": 6}[
+        cfg.model.remat
+    ]  # written, read, the same backward, and once more
+    moved = (
+        cfg.accumulate * (times * rows * a_row("none") / tp + 4 * weights)
+        + 2 * moments
+        + 4 * weights
+    )
+    linked = (
+        weights * fsdp * (3 * cfg.accumulate * (fsdp > 1) + 2 * (data > 1))
+        + 8
+        * (tp > 1)
+        * cfg.accumulate
+        * rows
+        * cfg.model.layers
+        * cfg.seq_len
+        * cfg.model.width
+        * 2
+    )
     sizes = (weights / GIB, moments / GIB, weights * (1 + buffer) / GIB, saved / GIB)
     return Estimate(*sizes, chip.seconds(flops, moved) + linked / chip.link)
 
@@ -578,7 +827,11 @@ def optimizers(
     optim: OptimConfig,  # what was asked for
 ) -> list[OptimConfig]:
     "It, and others whose state is smaller, the largest first."
-    return list(dict.fromkeys([optim, replace(optim, moment_dtype="bfloat16"), replace(optim, name="adafactor")]))
+    return list(
+        dict.fromkeys(
+            [optim, replace(optim, moment_dtype="bfloat16"), replace(optim, name="adafactor")]
+        )
+    )
 
 # %% ../../nbs/train/45_preflight.ipynb #c088
 def settings(
@@ -589,11 +842,15 @@ def settings(
     found, chips = [], chips_of(cfg)
     divisors = lambda n: [i for i in range(1, n + 1) if n % i == 0]
     shapes = [(chips // (f * t), f, t) for f in divisors(chips) for t in divisors(chips // f)]
-    for data, fsdp, tp in shapes if cfg.mesh.ep == 1 else [(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tp)]:
-        if cfg.model.kv_heads % tp: continue
+    for data, fsdp, tp in (
+        shapes if cfg.mesh.ep == 1 else [(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tp)]
+    ):
+        if cfg.model.kv_heads % tp:
+            continue
         mesh = replace(cfg.mesh, data=data, fsdp=fsdp, tp=tp)
         for pieces in divisors(cfg.batch_size):
-            if cfg.batch_size // pieces % (data * fsdp * cfg.mesh.ep): continue
+            if cfg.batch_size // pieces % (data * fsdp * cfg.mesh.ep):
+                continue
             for remat in ("none", "dots", "block"):
                 model = replace(cfg.model, remat=remat)
                 found.append(replace(cfg, mesh=mesh, accumulate=pieces, optim=optim, model=model))
@@ -608,11 +865,14 @@ def search(
     for optim in optimizers(cfg.optim):
         for setting in settings(cfg, optim):
             guess = estimate(setting)
-            if guess.total > 1.1 * limit: continue
-            if len(tried) == cfg.tries: return None, tried
+            if guess.total > 1.1 * limit:
+                continue
+            if len(tried) == cfg.tries:
+                return None, tried
             found = preflight(replace(setting, programs=("train",), search=False))
             tried.append((setting, guess, found.needed))
-            if found.fits: return found, tried
+            if found.fits:
+                return found, tried
     return None, tried
 
 # %% ../../nbs/train/45_preflight.ipynb #c093
@@ -622,8 +882,10 @@ def setting_text(
     "What a search may change, as flags of the command line."
     sizes = {name: getattr(cfg.mesh, name) for name in ("data", "fsdp", "tp", "ep")}
     mesh = "".join(f" --mesh.{name} {size}" for name, size in sizes.items() if size != 1)
-    return (f"--accumulate {cfg.accumulate} --model.remat {cfg.model.remat} --optim.name {cfg.optim.name} "
-            f"--optim.moment-dtype {cfg.optim.moment_dtype}{mesh}")
+    return (
+        f"--accumulate {cfg.accumulate} --model.remat {cfg.model.remat} --optim.name {cfg.optim.name} "
+        f"--optim.moment-dtype {cfg.optim.moment_dtype}{mesh}"
+    )
 
 # %% ../../nbs/train/45_preflight.ipynb #c094
 def advice(
@@ -634,8 +896,13 @@ def advice(
     for optim in optimizers(cfg.optim):
         good = [(c, e) for c in settings(cfg, optim) if (e := estimate(c)).total < 0.9 * limit]
         lines += [f"{setting_text(c)}: about {e.total:.1f} GiB" for c, e in good[:2]]
-    least = min((estimate(c).total for optim in optimizers(cfg.optim) for c in settings(cfg, optim)), default=math.inf)
-    return lines[:3] or [f"nothing: the smallest setting needs about {least:.1f} GiB of {limit:.1f}"]
+    least = min(
+        (estimate(c).total for optim in optimizers(cfg.optim) for c in settings(cfg, optim)),
+        default=math.inf,
+    )
+    return lines[:3] or [
+        f"nothing: the smallest setting needs about {least:.1f} GiB of {limit:.1f}"
+    ]
 
 # %% ../../nbs/train/45_preflight.ipynb #c095
 def report_text(
@@ -644,8 +911,10 @@ def report_text(
     "A preflight in words and numbers, with what to change when it does not fit."
     cfg, chips = found.config, chips_of(found.config)
     rows = {p.name: found.row(p) for p in found.programs}
-    head = (f"{parameter_count(cfg.model):,} parameters on {cfg.target}: {chips} x {found.chip.hbm:.2f} GiB, "
-            f"{cfg.batch_size} rows of {cfg.seq_len} tokens, documents {cfg.documents}")
+    head = (
+        f"{parameter_count(cfg.model):,} parameters on {cfg.target}: {chips} x {found.chip.hbm:.2f} GiB, "
+        f"{cfg.batch_size} rows of {cfg.seq_len} tokens, documents {cfg.documents}"
+    )
     lines = [head, setting_text(cfg), ""]
     for name in next(iter(rows.values())):
         lines.append(f"{name:>12}" + "".join(f"{number(row[name]):>12}" for row in rows.values()))
@@ -653,11 +922,20 @@ def report_text(
     lines += [f"{p.name}: {p.error}" for p in found.programs if p.error]
     for p in found.programs:
         most = sorted(p.modules.items(), key=lambda item: -item[1])[:5]
-        if most: lines.append(f"{p.name} moves " + ", ".join(f"{n / 1e9:.1f} GB in {name}" for name, n in most))
+        if most:
+            lines.append(
+                f"{p.name} moves " + ", ".join(f"{n / 1e9:.1f} GB in {name}" for name, n in most)
+            )
     share = 100 * found.needed / found.chip.hbm
-    if found.fits: return "\n".join([*lines, f"fits: {found.needed:.2f} of {found.chip.hbm:.2f} GiB, {share:.0f} %"])
-    lines.append(f"does not fit: {found.needed:.2f} of {found.chip.hbm:.2f} GiB, {share:.0f} %; what to change:")
+    if found.fits:
+        return "\n".join(
+            [*lines, f"fits: {found.needed:.2f} of {found.chip.hbm:.2f} GiB, {share:.0f} %"]
+        )
+    lines.append(
+        f"does not fit: {found.needed:.2f} of {found.chip.hbm:.2f} GiB, {share:.0f} %; what to change:"
+    )
     return "\n".join([*lines, *(f"  {line}" for line in advice(cfg))])
+
 
 def number(x: float) -> str:
     "Three or four digits; a dash where nothing is known."
@@ -672,7 +950,12 @@ def report(
         found = preflight(cfg)
         return int(not found.fits), report_text(found)
     best, tried = search(cfg)
-    lines = [f"tried {setting_text(c)}: {e.total:.1f} GiB by estimate, {needed:.1f} compiled" for c, e, needed in tried]
+    lines = [
+        f"tried {setting_text(c)}: {e.total:.1f} GiB by estimate, {needed:.1f} compiled"
+        for c, e, needed in tried
+    ]
     if best is None:
-        return 1, "\n".join([*lines, "does not fit; what to change:", *(f"  {line}" for line in advice(cfg))])
+        return 1, "\n".join(
+            [*lines, "does not fit; what to change:", *(f"  {line}" for line in advice(cfg))]
+        )
     return 0, "\n".join([*lines, "", report_text(best)])

@@ -33,8 +33,15 @@ from ..core.configs import to_json
 from ..model.transformer import LM, flops_per_token, model_shapes
 from ..run.checkpoint import Checkpoints
 from ..core.files import write_json
-from .settings import (
-    TrainConfig, claim, copy_tokenizer, own_tokenizer, record_changes, saved_config, tokenizer_facts)
+from nash_lab.train.settings import (
+    TrainConfig,
+    claim,
+    copy_tokenizer,
+    own_tokenizer,
+    record_changes,
+    saved_config,
+    tokenizer_facts,
+)
 from .settings import joined_position, open_data
 from ..run.guard import Guard, Ledger, NonFinite, Seen, Stopped, goodput, last_good, run_lock
 from .optim import ema_params
@@ -56,13 +63,22 @@ from nash_lab.train.parallel import (
 from ..core.processes import any_process, gather_json, is_main_process, barrier
 from ..run.rundir import MetricsLog, Trackers, insist, plain, read_metrics
 from nash_lab.train.step import (
-    TrainState, batch_fields, batch_shapes, evaluate_loss, fresh_state, make_eval_step, make_train_step, peak_flops,
-    routing_stats)
+    TrainState,
+    batch_fields,
+    batch_shapes,
+    evaluate_loss,
+    fresh_state,
+    make_eval_step,
+    make_train_step,
+    peak_flops,
+    routing_stats,
+)
 
 # %% ../../nbs/train/44_pretrain.ipynb #c012
 @dataclass
 class Job:
     "A run in progress."
+
     cfg: TrainConfig
     graphdef: nnx.GraphDef  # of the LM
     state: TrainState  # donated to the next step
@@ -113,8 +129,11 @@ def start(
     if not checkpoints.own():
         at, due = Seen(0, 0, batches.bookmark()), {"step": 0, "tokens": 0, "time_s": 0.0}
         state = init_sharded(initial, places)
-        job = Job(cfg, graphdef, state, batches, val, checkpoints, key, mesh, at.position, at, due=due)
-    else: job = _restored(cfg, graphdef, placed(shapes, places), batches, val, checkpoints, mesh, key)
+        job = Job(
+            cfg, graphdef, state, batches, val, checkpoints, key, mesh, at.position, at, due=due
+        )
+    else:
+        job = _restored(cfg, graphdef, placed(shapes, places), batches, val, checkpoints, mesh, key)
     job.ledger.seconds["lost work"] += lost_seconds(Path(cfg.run), job.step, job.time_s)
     return job
 
@@ -122,20 +141,46 @@ def start(
 def _restored(cfg, graphdef, shapes, batches, val, checkpoints, mesh, key):
     "The job of the newest checkpoint."
     known = {} if cfg.allow_changes else checkpoints.facts
-    got = checkpoints.restore(repair=True, facts=known, template={
-        "model": shapes.params, "optimizer": shapes.opt_state, "rng": {"key": jax.random.key_data(key)},
-        "data": None, "counters": None})
+    got = checkpoints.restore(
+        repair=True,
+        facts=known,
+        template={
+            "model": shapes.params,
+            "optimizer": shapes.opt_state,
+            "rng": {"key": jax.random.key_data(key)},
+            "data": None,
+            "counters": None,
+        },
+    )
     made, skipped, time_s = (got["counters"][name] for name in ("step", "skipped", "time_s"))
     notes = []
-    try: batches.set_state(own_position(got["data"], jax.process_index(), jax.process_count()))
+    try:
+        batches.set_state(own_position(got["data"], jax.process_index(), jax.process_count()))
     except ValueError as error:
-        if not cfg.allow_changes: raise
+        if not cfg.allow_changes:
+            raise
         notes = [f"{error}: the new data is read from its beginning"]
     counts = replicate((np.int32(made), np.int32(skipped)), mesh)
     state = TrainState(got["model"], got["optimizer"], *counts)
     key, at = jax.random.wrap_key_data(got["rng"]["key"]), Seen(made, skipped, batches.bookmark())
-    job = Job(cfg, graphdef, state, batches, val, checkpoints, key, mesh, at.position, at, made, time_s, logged=made,
-              skipped=skipped, due=got["counters"].get("due"), notes=notes)
+    job = Job(
+        cfg,
+        graphdef,
+        state,
+        batches,
+        val,
+        checkpoints,
+        key,
+        mesh,
+        at.position,
+        at,
+        made,
+        time_s,
+        logged=made,
+        skipped=skipped,
+        due=got["counters"].get("due"),
+        notes=notes,
+    )
     job.ledger.seconds |= got["counters"].get("seconds", {})
     return job
 
@@ -156,17 +201,32 @@ def save(
     "Begins to save the five items of `job` and writes goodput.json; NonFinite when the state is not finite."
     run, at = Path(job.cfg.run), at or Seen(job.step, int(job.state.skipped), job.position)
     if not all_finite((job.state.params, job.state.opt_state)):
-        raise NonFinite(f"{run}: the parameters of step {job.step} are not finite; not saved, "
-                        f"the newest checkpoint is of step {job.checkpoints.latest()}")
+        raise NonFinite(
+            f"{run}: the parameters of step {job.step} are not finite; not saved, "
+            f"the newest checkpoint is of step {job.checkpoints.latest()}"
+        )
     job.ledger.enter(job.ledger.phase)  # up to now
     due = plain(job.due) if at.step == job.step else None
-    counters = {"step": at.step, "skipped": at.skipped, "time_s": job.time_s, "due": due,
-                "seconds": dict(job.ledger.seconds)}
-    items = {"model": job.state.params, "optimizer": job.state.opt_state, "rng": {"key": jax.random.key_data(job.key)},
-             "data": joined_position(gather_json(at.position())), "counters": counters}
+    counters = {
+        "step": at.step,
+        "skipped": at.skipped,
+        "time_s": job.time_s,
+        "due": due,
+        "seconds": dict(job.ledger.seconds),
+    }
+    items = {
+        "model": job.state.params,
+        "optimizer": job.state.opt_state,
+        "rng": {"key": jax.random.key_data(job.key)},
+        "data": joined_position(gather_json(at.position())),
+        "counters": counters,
+    }
     record = job.record if job.record.get("step") == at.step else {}
-    job.checkpoints.save(at.step, items, {k: record[k] for k in ("val_loss", "val_bpb") if k in record})
-    if is_main_process(): write_json(run / "goodput.json", goodput(job.ledger.seconds, at.step, at.skipped))
+    job.checkpoints.save(
+        at.step, items, {k: record[k] for k in ("val_loss", "val_bpb") if k in record}
+    )
+    if is_main_process():
+        write_json(run / "goodput.json", goodput(job.ledger.seconds, at.step, at.skipped))
 
 # %% ../../nbs/train/44_pretrain.ipynb #c021
 def save_now(
@@ -175,18 +235,23 @@ def save_now(
 ):
     "Returns once the step is whole on the disk; does nothing if it is already."
     job.checkpoints.wait()
-    if (at.step if at else job.step) in job.checkpoints.steps(): return
+    if (at.step if at else job.step) in job.checkpoints.steps():
+        return
     save(job, at)
     job.checkpoints.wait()
 
 # %% ../../nbs/train/44_pretrain.ipynb #c023
 PAUSES = [1.0, 3.0]  # seconds before the second and the third attempt
 
+
 def surely(
     action: Callable,  # without arguments, may be repeated
 ):
     "Does `action`, again after each OSError of the first two attempts."
-    def say(error, pause): print(f"{error}; trying again in {pause:g} s", file=sys.stderr)
+
+    def say(error, pause):
+        print(f"{error}; trying again in {pause:g} s", file=sys.stderr)
+
     return insist(action, PAUSES, say)
 
 # %% ../../nbs/train/44_pretrain.ipynb #c025
@@ -197,30 +262,55 @@ def train_record(
 ) -> dict:
     "Waits for the device, advances the clock and describes the step."
     metrics, counters = jax.device_get((metrics, [seen.skipped for seen in job.since]))
-    now, cfg, since = time.monotonic(), job.cfg, [seen._replace(skipped=int(n)) for seen, n in zip(job.since, counters)]
-    (job.good, job.bad), job.skipped = last_good(job.good, job.skipped, since), int(metrics["skipped"])
+    now, cfg, since = (
+        time.monotonic(),
+        job.cfg,
+        [seen._replace(skipped=int(n)) for seen, n in zip(job.since, counters)],
+    )
+    (job.good, job.bad), job.skipped = (
+        last_good(job.good, job.skipped, since),
+        int(metrics["skipped"]),
+    )
     job.since = []
     seconds, job.time_s, job.mark = now - job.mark, job.time_s + now - job.mark, now
     tokens = cfg.loader.batch_size * cfg.loader.seq_len
     speed = (job.step - job.logged) * tokens / max(seconds, 1e-9)
     job.logged = job.step
     peak = peak_flops(jax.devices()[0].device_kind)
-    more = {name: metrics[name] for name in ("aux", "mtp") if metrics[name]}  # 0: this model has none
-    return {"step": job.step, "loss": metrics["loss"], **more, "lr": rate(job.step - 1 - int(metrics["skipped"])),
-            "grad_norm": metrics["grad_norm"], "skipped": int(metrics["skipped"]), "tokens": job.step * tokens,
-            "tokens_per_s": speed, "time_s": job.time_s,
-            "mfu": flops_per_token(cfg.model, cfg.loader.seq_len) * speed / (peak * job.mesh.size) if peak else None}
+    more = {
+        name: metrics[name] for name in ("aux", "mtp") if metrics[name]
+    }  # 0: this model has none
+    return {
+        "step": job.step,
+        "loss": metrics["loss"],
+        **more,
+        "lr": rate(job.step - 1 - int(metrics["skipped"])),
+        "grad_norm": metrics["grad_norm"],
+        "skipped": int(metrics["skipped"]),
+        "tokens": job.step * tokens,
+        "tokens_per_s": speed,
+        "time_s": job.time_s,
+        "mfu": flops_per_token(cfg.model, cfg.loader.seq_len) * speed / (peak * job.mesh.size)
+        if peak
+        else None,
+    }
 
 # %% ../../nbs/train/44_pretrain.ipynb #c027
 class DataEnded(ValueError):
     "The data gave no further batch; the run is saved before this is raised."
 
+
 def _next_batch(job: Job) -> dict:
     "The next batch, on its way to the devices; DataEnded when there is none."
     batch = next(job.batches, None)
-    if batch is None: raise DataEnded(f"{job.cfg.run}: the data ended at step {job.step} of {job.cfg.steps}, saved; "
-                                      "give more epochs, more data or fewer steps with --allow-changes")
-    return put_batch({name: batch[name] for name in batch_fields(job.cfg.loader.documents)}, job.mesh)
+    if batch is None:
+        raise DataEnded(
+            f"{job.cfg.run}: the data ended at step {job.step} of {job.cfg.steps}, saved; "
+            "give more epochs, more data or fewer steps with --allow-changes"
+        )
+    return put_batch(
+        {name: batch[name] for name in batch_fields(job.cfg.loader.documents)}, job.mesh
+    )
 
 # %% ../../nbs/train/44_pretrain.ipynb #c028
 def compile_step(
@@ -229,20 +319,34 @@ def compile_step(
     "The train step compiled for the shapes of `job`."
     cfg, data = job.cfg, job.cfg.loader
     places, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, job.state))
-    batch = placed(batch_shapes(data.batch_size, data.seq_len, data.documents), batch_sharding(job.mesh))
-    step = _train_step(job.graphdef, cfg.optim, cfg.steps, (cfg.accumulate, cfg.accumulate_dtype), tuple(places), tree)
+    batch = placed(
+        batch_shapes(data.batch_size, data.seq_len, data.documents), batch_sharding(job.mesh)
+    )
+    step = _train_step(
+        job.graphdef,
+        cfg.optim,
+        cfg.steps,
+        (cfg.accumulate, cfg.accumulate_dtype),
+        tuple(places),
+        tree,
+    )
     return step.lower(job.state, batch, job.key).compile()
 
 # %% ../../nbs/train/44_pretrain.ipynb #c029
 @lru_cache(maxsize=8)
-def _train_step(graphdef, optim, steps, accumulate, places, tree):  # jitted once per program: a resume compiles nothing
+def _train_step(
+    graphdef, optim, steps, accumulate, places, tree
+):  # jitted once per program: a resume compiles nothing
     step = make_train_step(graphdef, optimizer(optim, steps), *accumulate)
     return shard_step(step, jax.tree.unflatten(tree, places))
 
+
 @lru_cache(maxsize=8)
 def _probe_step(graphdef, mesh):
-    return jax.jit(lambda params, tokens: routing_stats(nnx.merge(graphdef, params), tokens),
-                   out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(
+        lambda params, tokens: routing_stats(nnx.merge(graphdef, params), tokens),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
 
 # %% ../../nbs/train/44_pretrain.ipynb #c031
 def kept_weights(
@@ -259,15 +363,21 @@ def validator(
     "A function that validates the job's current parameters; each part is compiled once."
     cfg, val, one = job.cfg, job.val, make_eval_step(job.graphdef)
     eval_step = lambda params, batch: one(params, put_batch(batch, job.mesh, whole=True))
-    if val is None: return dict
+    if val is None:
+        return dict
     rows = cfg.loader.batch_size // cfg.accumulate  # what fits into memory
     limit = cfg.eval_batches * cfg.accumulate or None
     probe = next(eval_batches(val, cfg.loader.seq_len, 4, 1))["tokens"][:, :128]
+
     def validate():
         weights = kept_weights(job.state.params, job.state.opt_state)
         record = evaluate_loss(eval_step, weights, val, cfg.loader.seq_len, rows, limit)
-        if cfg.model.residual == "plain": return record
-        return record | {"routing": jax.device_get(_probe_step(job.graphdef, job.mesh)(weights, probe))}
+        if cfg.model.residual == "plain":
+            return record
+        return record | {
+            "routing": jax.device_get(_probe_step(job.graphdef, job.mesh)(weights, probe))
+        }
+
     return validate
 
 # %% ../../nbs/train/44_pretrain.ipynb #c034
@@ -277,8 +387,10 @@ def settle(
     validate: Callable,  # from `validator`
 ):
     "Validates and reports the line that is due."
-    with job.ledger.during("validation"): record = job.due | validate()
-    if counters := job.batches.counters(): record["data"] = counters  # of streams: rows, left out, epochs
+    with job.ledger.during("validation"):
+        record = job.due | validate()
+    if counters := job.batches.counters():
+        record["data"] = counters  # of streams: rows, left out, epochs
     job.due = None
     report(record)
 
@@ -288,10 +400,14 @@ def end_if_bad(
 ):
     "Raises NonFinite after max_bad_steps without a finite loss or gradient; the last good step is saved before."
     cfg = job.cfg
-    if not cfg.max_bad_steps or job.bad < cfg.max_bad_steps: return
-    if job.good.step > max(job.checkpoints.steps(), default=-1): surely(lambda: save_now(job, job.good))
-    raise NonFinite(f"{cfg.run}: {job.bad} steps in a row without a finite loss and gradient; stopped at step "
-                    f"{job.good.step}, the last good one, saved; a lower learning rate needs --allow-changes")
+    if not cfg.max_bad_steps or job.bad < cfg.max_bad_steps:
+        return
+    if job.good.step > max(job.checkpoints.steps(), default=-1):
+        surely(lambda: save_now(job, job.good))
+    raise NonFinite(
+        f"{cfg.run}: {job.bad} steps in a row without a finite loss and gradient; stopped at step "
+        f"{job.good.step}, the last good one, saved; a lower learning rate needs --allow-changes"
+    )
 
 # %% ../../nbs/train/44_pretrain.ipynb #c036
 def made_up_for(
@@ -299,10 +415,12 @@ def made_up_for(
     action: Callable,  # begins a save, or asks after the one in the background
 ):
     "Does `action`; when it fails, the present step is saved instead, and nothing goes on before it is on the disk."
-    try: action()
+    try:
+        action()
     except OSError as error:
         print(f"{error}; saving step {job.step} instead", file=sys.stderr)
-        with job.ledger.during("checkpoint"): surely(lambda: save_now(job))
+        with job.ledger.during("checkpoint"):
+            surely(lambda: save_now(job))
 
 # %% ../../nbs/train/44_pretrain.ipynb #c037
 def run_steps(
@@ -312,31 +430,49 @@ def run_steps(
 ):
     "Trains `job` to its last step, or until `signals` has one."
     cfg, ledger, rate = job.cfg, job.ledger, schedule(job.cfg.optim, job.cfg.steps)
-    with ledger.during("compile"): step, validate = compile_step(job), validator(job)
-    if job.due: settle(job, report, validate)
+    with ledger.during("compile"):
+        step, validate = compile_step(job), validator(job)
+    if job.due:
+        settle(job, report, validate)
     ledger.enter("step")
     job.mark, stop = time.monotonic(), any_process(bool(signals))
-    with tqdm(total=cfg.steps, initial=job.step, desc=Path(cfg.run).name, unit="step",
-              disable=None if is_main_process() else True) as bar:
+    with tqdm(
+        total=cfg.steps,
+        initial=job.step,
+        desc=Path(cfg.run).name,
+        unit="step",
+        disable=None if is_main_process() else True,
+    ) as bar:
         while job.step < cfg.steps and not stop:
-            with ledger.during("data"): batch = _next_batch(job)
+            with ledger.during("data"):
+                batch = _next_batch(job)
             job.state, metrics = step(job.state, batch, job.key)
             job.step, job.position = job.step + 1, job.batches.bookmark()
             job.since.append(Seen(job.step, metrics["skipped"], job.position))
             bar.update()
             made_up_for(job, job.checkpoints.poll)  # never waits
-            check, keep = (job.step % n == 0 or job.step == cfg.steps for n in (cfg.eval_every, cfg.checkpoint_every))
+            check, keep = (
+                job.step % n == 0 or job.step == cfg.steps
+                for n in (cfg.eval_every, cfg.checkpoint_every)
+            )
             pause = check or keep or job.step % cfg.log_every == 0
             stop = any_process(bool(signals)) if pause or jax.process_count() == 1 else False
-            if not pause: continue
+            if not pause:
+                continue
             record = train_record(job, metrics, rate)
-            bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s", refresh=False)
-            if check: job.due = record
-            else: report(record)
-            if check and not stop: settle(job, report, validate)
+            bar.set_postfix_str(
+                f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s", refresh=False
+            )
+            if check:
+                job.due = record
+            else:
+                report(record)
+            if check and not stop:
+                settle(job, report, validate)
             end_if_bad(job)
             if keep and not stop:
-                with ledger.during("checkpoint"): made_up_for(job, lambda: save(job))
+                with ledger.during("checkpoint"):
+                    made_up_for(job, lambda: save(job))
             job.mark = time.monotonic()
 
 # %% ../../nbs/train/44_pretrain.ipynb #c038
@@ -347,21 +483,31 @@ def run_guarded(
 ):
     "`run_steps`, then the last save; raises Stopped when a signal or a hook's KeyboardInterrupt ended it early."
     ended = None
-    if jax.process_count() == 1: guard.rescue = lambda: save_now(job)  # a save is for all processes, or for none
-    try: run_steps(job, report, guard.signals)
-    except KeyboardInterrupt: pass  # raised only where the state is whole
-    except DataEnded as error: ended = error
+    if jax.process_count() == 1:
+        guard.rescue = lambda: save_now(job)  # a save is for all processes, or for none
+    try:
+        run_steps(job, report, guard.signals)
+    except KeyboardInterrupt:
+        pass  # raised only where the state is whole
+    except DataEnded as error:
+        ended = error
     guard.ledger.enter("checkpoint")
-    if job.since: job.time_s += time.monotonic() - job.mark  # steps without a line
-    with guard.leaving: surely(lambda: save_now(job))
-    if ended: raise ended
+    if job.since:
+        job.time_s += time.monotonic() - job.mark  # steps without a line
+    with guard.leaving:
+        surely(lambda: save_now(job))
+    if ended:
+        raise ended
     if job.step < job.cfg.steps or job.due:
-        raise Stopped(f"{job.cfg.run}: stopped at step {job.step}, saved; the same command continues")
+        raise Stopped(
+            f"{job.cfg.run}: stopped at step {job.step}, saved; the same command continues"
+        )
 
 # %% ../../nbs/train/44_pretrain.ipynb #c040
 @dataclass(frozen=True)
 class Result:
     "What a finished run reached; None where it was not measured."
+
     run: Path
     step: int
     loss: float | None  # of the last step's batch, nats per token
@@ -379,29 +525,44 @@ def result(
     rows = read_metrics(Path(run) / "metrics.jsonl")
     last, checked = rows[-1], [row for row in rows if "val_loss" in row]
     final, first = (checked[-1], checked[0]) if checked else ({}, {})
-    return Result(Path(run), last["step"], last.get("loss"), final.get("val_loss"), final.get("val_bpb"),
-                  first.get("val_bpb") if first.get("step") == 0 else None,
-                  last["time_s"], last["tokens"] / max(last["time_s"], 1e-9))
+    return Result(
+        Path(run),
+        last["step"],
+        last.get("loss"),
+        final.get("val_loss"),
+        final.get("val_bpb"),
+        first.get("val_bpb") if first.get("step") == 0 else None,
+        last["time_s"],
+        last["tokens"] / max(last["time_s"], 1e-9),
+    )
 
 # %% ../../nbs/train/44_pretrain.ipynb #c042
 def pretrain(
     cfg: TrainConfig,  # the whole run; cfg.run names its directory
     *,
-    hooks: Iterable[Callable] = (),  # each called with (record, state) after a line; KeyboardInterrupt in one stops
+    hooks: Iterable[
+        Callable
+    ] = (),  # each called with (record, state) after a line; KeyboardInterrupt in one stops
 ) -> Result:
     "Trains `cfg` in its run directory, or continues there; ValueError or OSError before step 1 for bad input."
     run = Path(cfg.run)
     if is_main_process() and (run / "lock").exists():
-        with run_lock(run): pass  # a second process is told so at once, before it reads the data
+        with run_lock(run):
+            pass  # a second process is told so at once, before it reads the data
     with Guard(run, watchdog_s=cfg.watchdog_s) as guard:
-        try: return _pretrain(cfg, run, tuple(hooks), guard)
-        except Stopped: raise
-        except KeyboardInterrupt: raise Stopped(f"{run}: stopped before its first step; start it again") from None
+        try:
+            return _pretrain(cfg, run, tuple(hooks), guard)
+        except Stopped:
+            raise
+        except KeyboardInterrupt:
+            raise Stopped(f"{run}: stopped before its first step; start it again") from None
 
 # %% ../../nbs/train/44_pretrain.ipynb #c043
 def say_unsharded(job: Job):  # from `start`, on a mesh
     "One line on stderr for each weight that every device holds whole although a rule would divide it."
-    for path, why in unsharded(job.state.params, RULES, job.mesh).items(): print(f"{path}: {why}", file=sys.stderr)
+    for path, why in unsharded(job.state.params, RULES, job.mesh).items():
+        print(f"{path}: {why}", file=sys.stderr)
+
 
 def open_logs(
     job: Job,  # from `start`
@@ -411,30 +572,45 @@ def open_logs(
     log = MetricsLog(run / "metrics.jsonl", job.step - bool(job.due))
     return log, Trackers(job.cfg.trackers, run, to_json(job.cfg))
 
+
 def _pretrain(cfg, run, hooks, guard):
     "`pretrain` inside its guard."
     mesh = make_mesh(cfg.mesh)
     batches, val = open_data(cfg, mesh)
-    lock, facts = run_lock(run) if is_main_process() else nullcontext(), tokenizer_facts(cfg.tokenizer)
+    lock, facts = (
+        run_lock(run) if is_main_process() else nullcontext(),
+        tokenizer_facts(cfg.tokenizer),
+    )
     with lock, closing(Checkpoints(run / "checkpoints", keep=cfg.keep, facts=facts)) as points:
-        changes = gather_json(claim(cfg, run) if is_main_process() else [])[0]  # the others wait here for the lead
-        if points.latest() == cfg.steps and not changes and result(run).step == cfg.steps: return result(run)
+        changes = gather_json(claim(cfg, run) if is_main_process() else [])[
+            0
+        ]  # the others wait here for the lead
+        if points.latest() == cfg.steps and not changes and result(run).step == cfg.steps:
+            return result(run)
         job = start(cfg, batches, val, points, mesh)
-        if is_main_process() and mesh.size > 1: say_unsharded(job)
-        if is_main_process() and (changes or job.notes): record_changes(cfg, run, job.step, changes + job.notes)
+        if is_main_process() and mesh.size > 1:
+            say_unsharded(job)
+        if is_main_process() and (changes or job.notes):
+            record_changes(cfg, run, job.step, changes + job.notes)
         guard.ledger.add(job.ledger.seconds)
         job.ledger = guard.ledger
         outputs = open_logs(job, run) if is_main_process() else ()
+
         def report(record):
             job.record = plain(record)
             with job.ledger.during("log"):
-                for output in outputs: output.write(job.record)
+                for output in outputs:
+                    output.write(job.record)
             with job.ledger.during("hooks"):
-                for hook in hooks: hook(job.record, job.state)
+                for hook in hooks:
+                    hook(job.record, job.state)
+
         with ExitStack() as stack:
-            for output in outputs: stack.callback(output.close)
+            for output in outputs:
+                stack.callback(output.close)
             run_guarded(job, report, guard)
-        if is_main_process(): write_json(run / "goodput.json", goodput(job.ledger.seconds, job.step, job.skipped))
+        if is_main_process():
+            write_json(run / "goodput.json", goodput(job.ledger.seconds, job.step, job.skipped))
         barrier("the run is written")
     return result(run)
 
@@ -448,16 +624,22 @@ def load_run(
     cfg, facts = saved_config(Path(run)), tokenizer_facts(tokenizer or own_tokenizer(run))
     graphdef, shapes = model_shapes(cfg.model)
     template = {"model": shapes}
-    if cfg.optim.ema: template["optimizer"] = jax.eval_shape(optimizer(cfg.optim, cfg.steps).init, template["model"])
+    if cfg.optim.ema:
+        template["optimizer"] = jax.eval_shape(
+            optimizer(cfg.optim, cfg.steps).init, template["model"]
+        )
     points = Checkpoints(Path(run) / "checkpoints")
-    with closing(points): state = points.restore(step, template=template, facts=facts)
+    with closing(points):
+        state = points.restore(step, template=template, facts=facts)
     return nnx.merge(graphdef, kept_weights(state["model"], state.get("optimizer"))), cfg
 
 # %% ../../nbs/train/44_pretrain.ipynb #c046
 def fresh_run(run: str | Path) -> Path:  # directory to make
     "Its path; ValueError when there is a run already."
-    if (Path(run) / "config.json").exists(): raise ValueError(f"{run}: there is a run already, give another name")
+    if (Path(run) / "config.json").exists():
+        raise ValueError(f"{run}: there is a run already, give another name")
     return Path(run)
+
 
 def write_run(
     lm: LM,  # weights
@@ -470,10 +652,15 @@ def write_run(
 ) -> Path:
     "A run that `load_run` opens; ValueError when there is one already, OSError when it cannot be written."
     run, facts = fresh_run(run), tokenizer_facts(tokenizer)
-    with run_lock(run), closing(Checkpoints(run / "checkpoints", asynchronous=False, facts=facts)) as points:
+    with (
+        run_lock(run),
+        closing(Checkpoints(run / "checkpoints", asynchronous=False, facts=facts)) as points,
+    ):
         points.save(step, {"model": nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
-        if tokenizer: copy_tokenizer(Path(tokenizer), run)
-        for name, note in (notes or {}).items(): write_json(run / name, note)
+        if tokenizer:
+            copy_tokenizer(Path(tokenizer), run)
+        for name, note in (notes or {}).items():
+            write_json(run / name, note)
         cfg = replace(cfg, run=str(run), model=lm.cfg, optim=replace(cfg.optim, ema=0.0))
         write_json(run / "config.json", to_json(cfg))  # last: without it there is no run
     return run

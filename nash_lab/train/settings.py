@@ -30,54 +30,104 @@ from ..core.configs import config_changes
 @dataclass(frozen=True)
 class TrainConfig:
     "A pretraining run; raises ValueError when the parts do not fit together."
+
     run: str = "runs/pretrain"  # run directory; the same directory again resumes
     train_bin: str = "data/train.bin"  # packed training tokens
     val_bin: str = "data/validation.bin"  # packed validation tokens; "" for none
-    tokenizer: str = "data/tokenizer.model"  # its hash must be that of the packed files; "" skips the check
+    tokenizer: str = (
+        "data/tokenizer.model"  # its hash must be that of the packed files; "" skips the check
+    )
     steps: int = 1000  # updates
-    data: tuple[str, ...] = ()  # stream these instead: hub names "name:subset", files, folders, globs
+    data: tuple[
+        str, ...
+    ] = ()  # stream these instead: hub names "name:subset", files, folders, globs
     column: str = "text"  # of the rows of `data` that holds the text
-    val_documents: int = 256  # streams: documents held out and packed into val_bin if there is no such file
-    accumulate: int = 1  # micro-batches per update, divides loader.batch_size; more of them need less memory
+    val_documents: int = (
+        256  # streams: documents held out and packed into val_bin if there is no such file
+    )
+    accumulate: int = (
+        1  # micro-batches per update, divides loader.batch_size; more of them need less memory
+    )
     accumulate_dtype: Literal["float32", "bfloat16"] = "float32"  # of the sum of their gradients
     eval_every: int = 200  # steps between validations; step 0 and the last are always validated
     eval_batches: int = 16  # validation batches; 0 for the whole file
     checkpoint_every: int = 200  # steps between checkpoints; the last step is always saved
     keep: int = 3  # newest checkpoints kept, beside the one with the lowest val_loss
-    log_every: int = 10  # steps between lines of metrics.jsonl; the only time the host waits for the device
+    log_every: int = (
+        10  # steps between lines of metrics.jsonl; the only time the host waits for the device
+    )
     seed: int = 0  # of the initial weights and of dropout; the order of the data has loader.seed
-    max_bad_steps: int = 100  # so many steps in a row without a finite loss or gradient end the run; 0 for never
-    watchdog_s: float = 1800.0  # a step, validation or save that takes longer is a hang and ends the run; 0 is off
-    allow_changes: bool = False  # resume although the config differs; what changed is recorded in changes.jsonl
-    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()  # where metrics go beside metrics.jsonl
+    max_bad_steps: int = (
+        100  # so many steps in a row without a finite loss or gradient end the run; 0 for never
+    )
+    watchdog_s: float = (
+        1800.0  # a step, validation or save that takes longer is a hang and ends the run; 0 is off
+    )
+    allow_changes: bool = (
+        False  # resume although the config differs; what changed is recorded in changes.jsonl
+    )
+    trackers: tuple[
+        Literal["wandb", "tensorboard"], ...
+    ] = ()  # where metrics go beside metrics.jsonl
     model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("demo"))  # the model
     optim: OptimConfig = field(default_factory=OptimConfig)  # optimizer and schedule
     loader: LoaderConfig = field(default_factory=LoaderConfig)  # batches
-    stream: StreamConfig = field(default_factory=lambda: StreamConfig(holdout=0.005))  # sources; `loader` says the rows
-    mesh: MeshConfig = field(default_factory=MeshConfig)  # devices along each axis; the default is one device
-    processes: ProcessConfig = field(default_factory=ProcessConfig)  # who else takes part; the command line joins them
+    stream: StreamConfig = field(
+        default_factory=lambda: StreamConfig(holdout=0.005)
+    )  # sources; `loader` says the rows
+    mesh: MeshConfig = field(
+        default_factory=MeshConfig
+    )  # devices along each axis; the default is one device
+    processes: ProcessConfig = field(
+        default_factory=ProcessConfig
+    )  # who else takes part; the command line joins them
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "eval_every", "checkpoint_every", "keep", "log_every", "val_documents"):
+        for name in (
+            "steps",
+            "accumulate",
+            "eval_every",
+            "checkpoint_every",
+            "keep",
+            "log_every",
+            "val_documents",
+        ):
             value = getattr(self, name)
-            if value < 1: raise ValueError(f"TrainConfig.{name}={value}: expected at least 1")
+            if value < 1:
+                raise ValueError(f"TrainConfig.{name}={value}: expected at least 1")
         for name in ("eval_batches", "max_bad_steps", "watchdog_s"):
             value = getattr(self, name)
-            if value < 0: raise ValueError(f"TrainConfig.{name}={value}: expected 0 or more")
+            if value < 0:
+                raise ValueError(f"TrainConfig.{name}={value}: expected 0 or more")
         if self.loader.batch_size % self.accumulate:
-            raise ValueError(f"loader.batch_size={self.loader.batch_size} is not divisible by {self.accumulate=}")
+            raise ValueError(
+                f"loader.batch_size={self.loader.batch_size} is not divisible by {self.accumulate=}"
+            )
         if self.loader.seq_len > self.model.max_len:
-            raise ValueError(f"loader.seq_len={self.loader.seq_len} is above model.max_len={self.model.max_len}")
+            raise ValueError(
+                f"loader.seq_len={self.loader.seq_len} is above model.max_len={self.model.max_len}"
+            )
         for name in self.trackers:
-            if name not in TRACKERS: raise ValueError(f"TrainConfig.trackers: {name!r}, expected one of {[*TRACKERS]}")
+            if name not in TRACKERS:
+                raise ValueError(f"TrainConfig.trackers: {name!r}, expected one of {[*TRACKERS]}")
         schedule(self.optim, self.steps)  # refuses a warm-up longer than the run
 
 # %% ../../nbs/train/43_settings.ipynb #c011
-FREE = ("run", "trackers", "log_every", "checkpoint_every", "keep", "watchdog_s", "allow_changes", "mesh",
-        "processes")  # may always differ
+FREE = (
+    "run",
+    "trackers",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "watchdog_s",
+    "allow_changes",
+    "mesh",
+    "processes",
+)  # may always differ
 
 # %% ../../nbs/train/43_settings.ipynb #c012
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # names of a run's own copy
+
 
 def copy_tokenizer(
     path: str | Path,  # a .model or .json file, or a folder with a tokenizer.json
@@ -86,7 +136,9 @@ def copy_tokenizer(
     "Gives the run a copy of its tokenizer, in place of any other, so that it can be opened anywhere."
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     write_atomic(run / (name := f"tokenizer{file.suffix}"), file.read_bytes())
-    for other in {*TOKENIZERS} - {name}: (run / other).unlink(missing_ok=True)
+    for other in {*TOKENIZERS} - {name}:
+        (run / other).unlink(missing_ok=True)
+
 
 def own_tokenizer(
     run: str | Path,  # run directory
@@ -99,7 +151,8 @@ def run_words(
     run: str | Path,  # run directory
 ) -> Tokenizer:
     "The tokenizer that a run keeps; ValueError when it keeps none."
-    if (path := own_tokenizer(run)) is None: raise ValueError(f"{run}: the run has no tokenizer of its own")
+    if (path := own_tokenizer(run)) is None:
+        raise ValueError(f"{run}: the run has no tokenizer of its own")
     return load_tokenizer(path)
 
 
@@ -118,17 +171,22 @@ def claim(
     path = run / "config.json"
     if not path.exists():
         if left := [name for name in ("metrics.jsonl", "checkpoints") if (run / name).exists()]:
-            raise ValueError(f"{run / left[0]}: exists without config.json, so this is not a run to resume")
+            raise ValueError(
+                f"{run / left[0]}: exists without config.json, so this is not a run to resume"
+            )
         write_json(run / "environment.json", environment())
-        if cfg.tokenizer: copy_tokenizer(cfg.tokenizer, run)
+        if cfg.tokenizer:
+            copy_tokenizer(cfg.tokenizer, run)
         write_json(path, to_json(cfg))
         return []
     new, old = to_json(cfg), to_json(saved_config(run))
     changes = config_changes(*({k: v for k, v in c.items() if k not in FREE} for c in (old, new)))
     if changes and not cfg.allow_changes:
         more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
-        raise ValueError(f"{path}: the run was started with another config: {'; '.join(changes[:8])}{more}; "
-                         "--allow-changes resumes all the same")
+        raise ValueError(
+            f"{path}: the run was started with another config: {'; '.join(changes[:8])}{more}; "
+            "--allow-changes resumes all the same"
+        )
     return changes
 
 # %% ../../nbs/train/43_settings.ipynb #c015
@@ -141,7 +199,8 @@ def record_changes(
     "Makes `cfg` the config of `run` and adds a line to changes.jsonl."
     with open(run / "changes.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "changes": changes}) + "\n")
-    if cfg.tokenizer: copy_tokenizer(cfg.tokenizer, run)
+    if cfg.tokenizer:
+        copy_tokenizer(cfg.tokenizer, run)
     write_json(run / "config.json", to_json(cfg))
 
 # %% ../../nbs/train/43_settings.ipynb #c016
@@ -150,9 +209,12 @@ def saved_config(
 ) -> TrainConfig:
     "The config of a run directory; FileNotFoundError or ValueError names the file."
     path = run / "config.json"
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such file, so this is no run directory")
-    try: return from_json(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error: raise ValueError(f"{path}: {error}") from None
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file, so this is no run directory")
+    try:
+        return from_json(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 # %% ../../nbs/train/43_settings.ipynb #c029
 from dataclasses import replace
@@ -165,14 +227,28 @@ from jax.sharding import Mesh
 from ..data.corpus import CorpusReport, PackedMeta, PackedTokens, pack
 from ..data.loader import Loader, batches_per_epoch, loader
 from ..data.sources import parse_source
-from ..data.stream import StreamConfig, StreamLoader, merge_states, stream_documents, stream_loader
+from nash_lab.data.stream import (
+    StreamConfig,
+    StreamLoader,
+    merge_states,
+    stream_documents,
+    stream_loader,
+)
 from ..core.text import Tokenizer
 from ..data.tokenizer import load_tokenizer
 from .parallel import check_rows, data_shard, pack_position
 from ..core.processes import is_main_process, barrier
 
 # %% ../../nbs/train/43_settings.ipynb #c032
-SHARED = ("seq_len", "batch_size", "seed", "documents", "epochs", "prefetch")  # fields of loader that hold for streams
+SHARED = (
+    "seq_len",
+    "batch_size",
+    "seed",
+    "documents",
+    "epochs",
+    "prefetch",
+)  # fields of loader that hold for streams
+
 
 def stream_of(
     cfg: TrainConfig,
@@ -184,13 +260,14 @@ def stream_of(
 
 # %% ../../nbs/train/43_settings.ipynb #c036
 def hold_out(
-    stream: StreamConfig,                  # with sources, and holdout above 0
+    stream: StreamConfig,  # with sources, and holdout above 0
     tokenizer: Tokenizer,
-    path: str | Path,                      # the .bin to write
-    count: int = 256,                      # documents
+    path: str | Path,  # the .bin to write
+    count: int = 256,  # documents
 ) -> PackedMeta:
     "Pack the first held-out documents of a stream; ValueError when nothing is held out or nothing is found."
-    if not stream.holdout: raise ValueError(f"{path}: no such file, and stream.holdout=0 leaves nothing to make it of")
+    if not stream.holdout:
+        raise ValueError(f"{path}: no such file, and stream.holdout=0 leaves nothing to make it of")
     report = CorpusReport()
     docs = islice(stream_documents(replace(stream, split="validation"), report), count)
     return pack(docs, tokenizer, path, split="validation", report=report)
@@ -198,25 +275,29 @@ def hold_out(
 # %% ../../nbs/train/43_settings.ipynb #c039
 def open_packed(
     cfg: TrainConfig,
-    digest: str | None,             # hash of the tokenizer; None skips the check
+    digest: str | None,  # hash of the tokenizer; None skips the check
     shard: tuple[int, int] = (0, 1),  # this process's, of how many
 ) -> Loader:
     "Batches of packed files; ValueError or OSError when a file is bad or does not fit the others."
     train = PackedTokens.open(cfg.train_bin, tokenizer_hash=digest, vocab_size=cfg.model.vocab_size)
     have, need = cfg.loader.epochs * batches_per_epoch(train, cfg.loader), cfg.steps
     if cfg.loader.epochs and have < need:
-        raise ValueError(f"{cfg.train_bin}: loader.epochs={cfg.loader.epochs} give {have} batches, steps={need}")
+        raise ValueError(
+            f"{cfg.train_bin}: loader.epochs={cfg.loader.epochs} give {have} batches, steps={need}"
+        )
     return loader(train, cfg.loader, shard=shard[0], shards=shard[1])
 
 # %% ../../nbs/train/43_settings.ipynb #c040
 def open_stream(
-    cfg: TrainConfig,                # with data or stream.sources
+    cfg: TrainConfig,  # with data or stream.sources
     tokenizer: Tokenizer,
     shard: tuple[int, int] = (0, 1),  # this process's, of how many
 ) -> StreamLoader:
     "Batches of streams; ValueError or OSError when a source cannot be read or the vocabulary does not fit."
     if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise ValueError(f"{cfg.tokenizer}: {tokenizer.vocab_size} pieces, model.vocab_size={cfg.model.vocab_size}")
+        raise ValueError(
+            f"{cfg.tokenizer}: {tokenizer.vocab_size} pieces, model.vocab_size={cfg.model.vocab_size}"
+        )
     stream = stream_of(cfg)
     if cfg.val_bin and not Path(cfg.val_bin).exists() and is_main_process():
         hold_out(stream, tokenizer, cfg.val_bin, cfg.val_documents)
@@ -226,12 +307,13 @@ def open_stream(
 # %% ../../nbs/train/43_settings.ipynb #c041
 def open_data(
     cfg: TrainConfig,  # names the files or the sources
-    mesh: Mesh,        # decides which rows this process reads
+    mesh: Mesh,  # decides which rows this process reads
 ) -> tuple[Any, PackedTokens | None]:  # training batches, validation tokens
     "Training batches and validation tokens; ValueError or OSError when something is bad or does not fit."
     check_rows(cfg.loader.batch_size // cfg.accumulate, mesh)
     streams = bool(cfg.data or cfg.stream.sources)
-    if streams and not cfg.tokenizer: raise ValueError("TrainConfig.tokenizer='': a stream has to be encoded")
+    if streams and not cfg.tokenizer:
+        raise ValueError("TrainConfig.tokenizer='': a stream has to be encoded")
     pieces = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     digest, shard = pieces.hash if pieces else None, data_shard(mesh)
     batches = open_stream(cfg, pieces, shard) if streams else open_packed(cfg, digest, shard)

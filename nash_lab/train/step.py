@@ -25,12 +25,20 @@ from ..maths.birkhoff import composite, distance_to_identity, distance_to_unifor
 from ..model.transformer import LM
 
 # %% ../../nbs/train/42_step.ipynb #c007
-FIELDS = {"tokens": np.int32, "targets": np.int32, "mask": np.bool_, "positions": np.int32, "segments": np.int32}
+FIELDS = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "mask": np.bool_,
+    "positions": np.int32,
+    "segments": np.int32,
+}
 PLAIN = tuple(FIELDS)[:3]  # a batch without document boundaries: causal, positions from 0
+
 
 def batch_fields(documents: str) -> tuple[str, ...]:  # cross or mask, as in LoaderConfig
     "What of a loader's batch goes into the step."
     return tuple(FIELDS) if documents == "mask" else PLAIN
+
 
 def batch_shapes(
     rows: int,  # of an update
@@ -38,7 +46,10 @@ def batch_shapes(
     documents: str,  # as for `batch_fields`
 ) -> dict[str, jax.ShapeDtypeStruct]:
     "What a step is compiled for."
-    return {name: jax.ShapeDtypeStruct((rows, seq_len), FIELDS[name]) for name in batch_fields(documents)}
+    return {
+        name: jax.ShapeDtypeStruct((rows, seq_len), FIELDS[name])
+        for name in batch_fields(documents)
+    }
 
 # %% ../../nbs/train/42_step.ipynb #c008
 def batch_gradient(
@@ -50,21 +61,32 @@ def batch_gradient(
     accumulate_dtype: str = "float32",  # of their sum; bfloat16 needs half the memory and rounds every addition
 ) -> tuple[dict[str, Float[Array, ""]], dict]:  # loss, aux and mtp; gradient
     "Mean nats per counted target with what else is descended, and the gradient of the sum."
+
     def objective(params, micro, key):
         lm, data = nnx.merge(graphdef, params), dict(micro)
         total, terms = lm.objective(*[data.pop(k) for k in PLAIN], dropout_key=key, **data)
         return total, terms | {"aux": terms["aux"] * terms["count"]}
+
     def one(index, micro):
-        (_, terms), grads = jax.value_and_grad(objective, has_aux=True)(params, micro, jax.random.fold_in(key, index))
+        (_, terms), grads = jax.value_and_grad(objective, has_aux=True)(
+            params, micro, jax.random.fold_in(key, index)
+        )
         return terms, grads
+
     def add(sums, item):
         plus = lambda a, b: (a.astype(b.dtype) + b).astype(a.dtype)
         return jax.tree.map(plus, sums, one(*item)), None
-    if accumulate == 1: sums, grads = one(0, batch)
+
+    if accumulate == 1:
+        sums, grads = one(0, batch)
     else:
-        micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
-        zero = (dict.fromkeys(("nats", "count", "aux", "mtp"), jnp.float32(0)),
-                jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), params))
+        micros = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch
+        )
+        zero = (
+            dict.fromkeys(("nats", "count", "aux", "mtp"), jnp.float32(0)),
+            jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), params),
+        )
         (sums, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))
     count = jnp.maximum(sums["count"], 1)  # a batch of padding alone has gradient 0
     terms = {"loss": sums["nats"], "aux": sums["aux"], "mtp": sums["mtp"]}
@@ -73,6 +95,7 @@ def batch_gradient(
 # %% ../../nbs/train/42_step.ipynb #c017
 class TrainState(NamedTuple):
     "What a step maps to its successor."
+
     params: dict  # nested dict of float32 arrays
     opt_state: Any  # of the optax transformation
     step: Int[Array, ""]  # steps made
@@ -101,11 +124,15 @@ def make_train_step(
     accumulate_dtype: str = "float32",  # of the sum of their gradients
 ) -> Callable:  # (state, batch, key) -> (state, metrics), jitted, state donated
     "The train step; a non-finite loss or gradient leaves parameters and moments as they are."
+
     def step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
-        terms, grads = batch_gradient(graphdef, state.params, batch, key, accumulate, accumulate_dtype)
+        terms, grads = batch_gradient(
+            graphdef, state.params, batch, key, accumulate, accumulate_dtype
+        )
         state, norm = apply_gradient(tx, state, sum(terms.values()), grads)
         return state, terms | {"grad_norm": norm, "skipped": state.skipped}
+
     return jax.jit(step, donate_argnums=0)
 
 # %% ../../nbs/train/42_step.ipynb #c021
@@ -123,7 +150,9 @@ def make_eval_step(
     graphdef: nnx.GraphDef,  # of the LM
 ) -> Callable:  # (params, batch) -> (nats, count), jitted
     "Sum of nats and number of counted targets of a batch, without dropout."
-    return jax.jit(lambda params, batch: nnx.merge(graphdef, params).loss(*(batch[k] for k in PLAIN)))
+    return jax.jit(
+        lambda params, batch: nnx.merge(graphdef, params).loss(*(batch[k] for k in PLAIN))
+    )
 
 # %% ../../nbs/train/42_step.ipynb #c027
 def evaluate_loss(
@@ -138,7 +167,10 @@ def evaluate_loss(
     batches = ({k: b[k] for k in PLAIN} for b in eval_batches(packed, seq_len, batch_size, limit))
     sums = jax.device_get([eval_step(params, batch) for batch in batches])
     nats, count = np.sum(np.array(sums, np.float64), axis=0)
-    return {"val_loss": nats / count, "val_bpb": nats / count / math.log(2) / packed.bytes_per_token}
+    return {
+        "val_loss": nats / count,
+        "val_bpb": nats / count / math.log(2) / packed.bytes_per_token,
+    }
 
 # %% ../../nbs/train/42_step.ipynb #c033
 def routing_stats(
@@ -149,14 +181,29 @@ def routing_stats(
     pre, _, res = (x.reshape(-1, *x.shape[2:]) for x in lm.routing(tokens))  # [l 2 ...] -> [2l ...]
     share = pre / pre.sum(-1, keepdims=True)
     stats = gains(composite(res))._asdict() | {
-        "identity": distance_to_identity(res), "uniform": distance_to_uniform(res),
-        "pre_entropy": jax.scipy.special.entr(share).sum(-1)}
-    return {name: value.mean((1, 2)) for name, value in stats.items()} | {"usage": share.mean((1, 2))}
+        "identity": distance_to_identity(res),
+        "uniform": distance_to_uniform(res),
+        "pre_entropy": jax.scipy.special.entr(share).sum(-1),
+    }
+    return {name: value.mean((1, 2)) for name, value in stats.items()} | {
+        "usage": share.mean((1, 2))
+    }
 
 # %% ../../nbs/train/42_step.ipynb #c036
 PEAK_FLOPS = {  # part of device_kind -> bf16 FLOP/s of one chip, no sparsity; the first match counts
-    "TPU v6": 918e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v4": 275e12, "TPU v3": 123e12,
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12, "V100": 125e12}
+    "TPU v6": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+    "TPU v3": 123e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "T4": 65e12,
+    "V100": 125e12,
+}
+
 
 def peak_flops(
     kind: str,  # jax.Device.device_kind
