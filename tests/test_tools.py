@@ -39,3 +39,18 @@ def test_reads_follow_the_imports():
     pages = {named(p): p for p in notebooks()}
     used = reads()[pages['model/mhc']]
     assert pages['maths/birkhoff'] in used and all(number(p) < number(pages['model/mhc']) for p in used)
+
+
+def test_guards_are_removed_by_name():
+    from mutate import without
+
+    text = 'def f(x):\n    if x < 0:  # guard: sign\n        raise ValueError(x)\n    check(\n        x,\n    )  # guard: range\n    return x\n'
+    assert 'if False:' in without(text, 'sign') and 'raise ValueError' in without(text, 'sign')
+    assert 'check' not in without(text, 'range') and 'return x' in without(text, 'range')
+    assert without(text, 'sign', 'if x > 9:').splitlines()[1] == '    if x > 9:'
+
+
+def test_every_guard_is_marked_once():
+    from mutate import GUARDS, ROOT, places
+
+    assert GUARDS.keys() == places(ROOT / 'nash_lab').keys()

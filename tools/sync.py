@@ -64,6 +64,7 @@ def wrap_all(root=ROOT):
 def sync(root=ROOT):
     "Format, export and clean `root` in this process."
     os.chdir(root)
+    os.environ.pop('IN_TEST', None)  # with it nbdev exports nothing
     subprocess.run([sys.executable, '-m', 'ruff', 'format', '--quiet', 'nbs'], check=True)
     write_reads()
     from nbdev.clean import nbdev_clean
