@@ -54,3 +54,18 @@ def test_every_guard_is_marked_once():
     from mutate import GUARDS, ROOT, places
 
     assert GUARDS.keys() == places(ROOT / 'nash_lab').keys()
+
+
+def test_renumbering_closes_up_to_the_first_gap():
+    from pathlib import Path
+    from renumber import mend, moves
+
+    floor = [Path(f'model/{n}.ipynb') for n in ('16_first', '17_second', '20_third')]
+    page = Path('model/new.ipynb')
+    assert moves(page, 16, [*floor, page]) == {
+        page: Path('model/16_new.ipynb'),
+        floor[0]: Path('model/17_first.ipynb'),
+        floor[1]: Path('model/18_second.ipynb'),
+    }
+    renamed = {'16_first': '17_first', '17_second': '18_second'}
+    assert mend('[mHC](../model/16_first.ipynb), 17_second, 16_first_part', renamed) == '[mHC](../model/17_first.ipynb), 18_second, 16_first_part'

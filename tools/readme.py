@@ -1,9 +1,15 @@
-"Write README.md from nbs/index.ipynb: same words, links into the repository, pictures as files beside the site's. `--check` only compares."
+"""Write README.md from nbs/index.ipynb, and the tables that a guide takes from a page. `--check` only compares.
 
-import argparse, base64, re, sys
+README.md has the words of the index, links into the repository, and pictures as files beside the site's. A guide says
+`<!-- table: nbs/FLOOR/PAGE.ipynb | HEADING -->`, and the first table below that heading is put between this and `<!-- end -->`."""
+
+import argparse
+import base64
+import re
+import sys
 import nbformat
 from nbdev.config import get_config
-from pages import NBS, ROOT, addresses, relink
+from pages import GUIDES, NBS, ROOT, addresses, read, relink, source, text_outputs
 
 INDEX, PICTURES = NBS / 'index.ipynb', 'docs/_static'
 HEAD = '<!-- made from nbs/index.ipynb by `make readme`; edit that notebook -->\n\n'
@@ -67,18 +73,47 @@ def render(nb) -> tuple[str, dict]:
     return HEAD + '\n\n'.join(p for p in parts if p) + '\n', pictures
 
 
+TAKEN = re.compile(r'(<!-- table: (\S+) \| (.+?) -->\n).*?(<!-- end -->)', re.S)
+
+
+def table_of(page: str, heading: str) -> str:
+    "The first table below a heading of a page, in its text or among its outputs."
+    below = False
+    for cell in read(ROOT / page)['cells']:
+        text = source(cell)
+        if cell['cell_type'] == 'markdown':
+            found = re.search(rf'^#+ {re.escape(heading)}$', text, re.M)
+            if found:
+                below = True
+                text = text[found.end() :]
+        else:
+            text = text_outputs(cell)
+        if below:
+            found = re.search(r'^\|.*\|$(?:\n\|.*\|$)+', text, re.M)
+            if found:
+                return found[0]
+    sys.exit(f'{page} has no table below the heading {heading!r}')
+
+
+def filled(text: str) -> str:
+    "A guide with its tables as the pages have them now."
+    return TAKEN.sub(lambda m: f'{m[1]}{table_of(m[2], m[3])}\n{m[4]}', text)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument(
-        '--check', action='store_true', help='write nothing; fail when README.md is not what the index gives'
+        '--check', action='store_true', help='write nothing; fail when something is not what its page gives'
     )
     check = p.parse_args().check
     text, pictures = render(nbformat.read(INDEX, as_version=4))
     files = {'README.md': text.encode(), **pictures}
+    for guide in GUIDES.glob('*.md'):
+        files[str(guide.relative_to(ROOT))] = filled(guide.read_text(encoding='utf-8')).encode()
     stale = {str(o.relative_to(ROOT)) for o in (ROOT / PICTURES).glob('readme_*.png')} - pictures.keys()
     differ = [k for k, v in files.items() if not (ROOT / k).exists() or (ROOT / k).read_bytes() != v] + sorted(stale)
     if check:
-        sys.exit(f'not what nbs/index.ipynb gives (run `make readme`): {", ".join(differ)}' if differ else 0)
+        sys.exit(f'not what the pages give (run `make readme`): {", ".join(differ)}' if differ else 0)
     for k, v in files.items():
         (ROOT / k).write_bytes(v)
     for k in stale:
