@@ -12,7 +12,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.processors import FilterDefaults
 from api import entry
-from pages import GUIDES, ROOT, addresses, named, notebooks, relink
+from pages import FLOORS, GUIDES, ROOT, addresses, linked_reads, named, notebooks, relink
 
 CFG = get_config(path=ROOT)
 BASE = f'{CFG.doc_host}{CFG.doc_baseurl}'.rstrip('/') + '/'
@@ -24,16 +24,7 @@ TAGS = {
     'code-fold: true': 'hide-input',
     'code-fold: show': 'hide-input',
 }
-CAPTIONS = dict(
-    maths='Maths',
-    model='Model',
-    data='Data',
-    train='Train',
-    evals='Evals',
-    adapt='Adapt',
-    discover='Discover',
-    lab='Lab',
-)
+CAPTIONS = {floor: floor.capitalize() for floor in FLOORS} | {'guides': 'Guides'}
 GUIDE_ORDER = ('READING', 'TRAINING', 'DATA', 'TPU_SETUP', 'FAULTS', 'SECURITY', 'LOG')
 
 
@@ -151,7 +142,7 @@ def processed(path: Path, lookup):
             if not c.source.strip() and not c.get('outputs'):
                 continue
         if c.cell_type == 'markdown':
-            c.source = lookup.linkify(c.source)
+            c.source = lookup.linkify(linked_reads(c.source, path))
         cells.append(c)
     nb.cells, nb.metadata = cells, {'kernelspec': dict(name='python3', display_name='python3', language='python')}
     return nb
