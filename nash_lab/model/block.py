@@ -528,9 +528,9 @@ def _nats_forward(hidden, head, targets, weights, chunk):
 
         hit = jnp.arange(z.shape[-1])[None, None] == y[..., None]
         d_z = (w[..., None] * (jnp.exp(z - logsum) - hit.astype(z.dtype))).astype(h.dtype)
-        d_h = jnp.einsum("btv,vd->btd", d_z, head.astype(h.dtype))
         # "dv" and not "vd": XLA transposes its smaller factor, which is h
         d_head += jnp.einsum("btd,btv->dv", h, d_z, preferred_element_type=jnp.float32)
+        d_h = jnp.einsum("btv,vd->btd", d_z, head.astype(h.dtype))
         return (total + jnp.sum(w * nats), d_head), (d_h, nats)
 
     start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
