@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .attention import KVCache
 from .block import Block, chunked_nats, run_stack, stacked, token_nats
 from .block import ModelConfig
-from .layers import RMSNorm, dropout, normal_init, set_casts
+from .layers import RMSNorm, dropout, normal_init
 from ..core.keys import named_key
 from .mhc import Routing, StreamEnds, to_gate, to_public
 from .mtp import MTPHead, ahead_targets, head_at, look_ahead
@@ -76,8 +76,6 @@ class LM(nnx.Module):
         self.mtp = (
             stacked(lambda rngs: MTPHead(cfg, rngs=rngs), cfg.depths, rngs) if cfg.depths else None
         )
-        if cfg.casts:
-            set_casts(self, list(cfg.casts))
 
     def hidden(
         self, tokens: Int[Array, "b t"], **where
