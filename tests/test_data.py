@@ -197,7 +197,7 @@ def test_wide_ids_for_a_large_vocabulary(tmp_path):
     meta = json.loads((tmp_path/'wide.bin.json').read_text())
     for tokens in (6, 12):                                                        # with 12 the bytes, their hash and the ids fit
         (tmp_path/'wide.bin.json').write_text(json.dumps(meta | dict(dtype='uint16', tokens=tokens)))
-        assert "dtype='uint16', expected 'uint32'" in message(lambda: PackedTokens.open(tmp_path/'wide.bin'))
+        assert "dtype='uint16': expected 'uint32'" in message(lambda: PackedTokens.open(tmp_path/'wide.bin'))
 
 @pytest.mark.parametrize('share', [0, .5, .99, 1.01])
 def test_a_file_of_another_length_is_refused(stdlib, tmp_path, share):
@@ -218,9 +218,9 @@ def test_a_damaged_description_is_refused(stdlib, tmp_path, text, expected):
     assert 't.bin.json' in error and expected in error
 
 @pytest.mark.parametrize('change, expected', [
-    (dict(tokens=0), 'PackedMeta.tokens=0 must be positive'), (dict(documents=0), 'PackedMeta.documents=0 must be positive'),
-    (dict(version=2), 'PackedMeta.version=2 must be 1'), (dict(dtype='uint32'), "dtype='uint32', expected 'uint16'"),
-    (dict(vocab_size=70_000), "dtype='uint16', expected 'uint32'")], ids=lambda o: '' if isinstance(o, str) else next(iter(o)))
+    (dict(tokens=0), 'PackedMeta.tokens=0'), (dict(documents=0), 'PackedMeta.documents=0'),
+    (dict(version=2), 'PackedMeta.version=2'), (dict(dtype='uint32'), "dtype='uint32': expected 'uint16'"),
+    (dict(vocab_size=70_000), "dtype='uint16': expected 'uint32'")], ids=lambda o: '' if isinstance(o, str) else next(iter(o)))
 @pytest.mark.parametrize('empty', [False, True])
 def test_a_description_that_no_packed_file_can_have_is_refused(stdlib, tmp_path, change, expected, empty):
     "Whether or not the .bin is empty too: then the counts would agree"
@@ -251,7 +251,7 @@ def test_a_description_without_eos_id_means_two(stdlib, tmp_path):
     packed = PackedTokens.open(tmp_path/'t.bin')
     assert packed.meta.eos_id == EOS and (packed.tokens == EOS).sum() == packed.meta.documents
     (tmp_path/'t.bin.json').write_text(json.dumps(meta | dict(eos_id=1024)))
-    assert 'PackedMeta.eos_id=1024 must be in [0, 1024)' in message(lambda: PackedTokens.open(tmp_path/'t.bin'))
+    assert 'PackedMeta.eos_id=1024' in message(lambda: PackedTokens.open(tmp_path/'t.bin'))
 
 def test_every_flipped_bit_is_found(stdlib, tmp_path):
     data, rng = bytearray((stdlib.folder/'validation.bin').read_bytes()), random.Random(0)
@@ -274,7 +274,7 @@ KILLED = '''if 1:
             if when == 'reading' and i == 250: die()
             yield corpus.Document(f'document {i} ' * 1000, 'made')
     if when == 'before rename': os.replace = die
-    if when == 'after rename': corpus.write_atomic = die
+    if when == 'after rename': corpus.write_json = die
     corpus.pack(docs(), load_tokenizer(folder + '/tok.model'), folder + '/k.bin')'''
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no SIGKILL on this system')
