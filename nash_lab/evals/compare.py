@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ..core.text import Tokenizer
-from .scores import bootstrap, measure
+from .scores import bootstrap, mean_interval
 from .lm_eval import Responder, front_of, lm_eval_model
 from .sandbox import Limits
 from ..core.files import parse_json
@@ -179,7 +179,8 @@ def run_task(
     if beyond := len(loaded.task.eval_docs) - len(items):
         left_out["beyond the limit"] = beyond
     metrics = {
-        m: to_json(measure([i["scores"][m] for i in items], cfg.seed)) for m in items[0]["scores"]
+        m: to_json(mean_interval([i["scores"][m] for i in items], cfg.seed))
+        for m in items[0]["scores"]
     }
     higher = loaded.task.higher_is_better()
     lower = sorted(m for m in metrics if higher.get(m.split(",")[0]) is False)
