@@ -128,7 +128,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from .lora import save_merged
-from .sdft import Example, First, SDFTConfig, distil, encoder, read_examples
+from .sdft import Example, PromptStart, SDFTConfig, distil, encoder, read_examples
 from ..data.corpus import Document, PackedTokens, pack
 from ..core.text import Tokenizer
 from nash_lab.evals.scores import (
@@ -256,7 +256,7 @@ class Suite:
     seq_len: int = 128  # tokens a row of a text
     batch_size: int = 16  # rows, or prompts, at once
     max_new_tokens: int = 32  # of an answer, which is drawn greedily
-    before: First = "eos"  # token in front of each prompt
+    before: PromptStart = "eos"  # token in front of each prompt
     z: float = 1.96  # width of the intervals: 95 %
 
     def __post_init__(self):
