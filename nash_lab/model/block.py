@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ATTENTIONS', 'REMATS', 'ModelConfig', 'check_shape', 'check_parts', 'preset_fields', 'make_sublayers',
-           'with_aux', 'add_aux', 'Block', 'stacked', 'run_stack', 'chunked_nats', 'token_nats']
+           'with_aux', 'add_aux', 'Block', 'stacked', 'run_stack', 'chunked_nats', 'cut_time', 'join_time',
+           'map_chunks', 'token_nats', 'nats_of']
 
 # %% ../../nbs/model/18_block.ipynb #c005
 from dataclasses import dataclass, field, fields, replace
@@ -463,6 +464,34 @@ def chunked_nats(
     return _nats(hidden, head, targets, weights, min(chunk, targets.shape[1]))
 
 # %% ../../nbs/model/18_block.ipynb #c049
+def cut_time(arrays, chunk: int):
+    "A pytree of [b t ...], zero-padded and cut along time: [t / chunk, b, chunk, ...]."
+
+    def cut(a):
+        a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % chunk)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, arrays)
+
+
+def join_time(chunks, t: int):
+    "The inverse of `cut_time`: the first `t` steps of every array, [b t ...]."
+
+    def join(a):
+        a = jnp.moveaxis(a, 0, 1)
+        return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :t]
+
+    return jax.tree.map(join, chunks)
+
+
+def map_chunks(f: Callable, arrays, chunk: int):
+    "Apply `f` to a pytree of [b t ...], `chunk` time steps at once; its results [b chunk ...] are joined to [b t ...]."
+    t = jax.tree.leaves(arrays)[0].shape[1]
+    step = jax.checkpoint(lambda _, part: (None, f(part)))  # backward recomputes chunk by chunk
+    _, results = jax.lax.scan(step, None, cut_time(arrays, min(chunk, t)))
+    return join_time(results, t)
+
+# %% ../../nbs/model/18_block.ipynb #c050
 def token_nats(
     hidden: Float[Array, "b t d"],  # final hidden states
     head: Float[Array, "v d"],  # unembedding
@@ -470,18 +499,11 @@ def token_nats(
     chunk: int,  # time steps whose logits exist at once
 ) -> Float[Array, "b t"]:
     "Negative log-likelihood of each target in nats, float32; logits are recomputed in the backward pass."
-    chunk = min(chunk, targets.shape[1])
-    one = jax.checkpoint(lambda _, ht: (None, _chunk_nats(ht[0], head, ht[1])[0]))
-    _, nats = jax.lax.scan(one, None, (_chunks(hidden, chunk), _chunks(targets, chunk)))
-    return jnp.moveaxis(nats, 0, 1).reshape(targets.shape[0], -1)[:, : targets.shape[1]]
-
-# %% ../../nbs/model/18_block.ipynb #c050
-def _chunks(a, chunk):  # [b, t, ...] -> [t / chunk, b, chunk, ...], zero-padded
-    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % chunk)) + ((0, 0),) * (a.ndim - 2))
-    return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
+    return map_chunks(lambda ht: nats_of(ht[0], head, ht[1])[0], (hidden, targets), chunk)
 
 
-def _chunk_nats(h, head, y):  # float32 logits from matmuls in h's type
+def nats_of(h, head, y):
+    "Nats of each target, logits and their log-sum-exp; float32 logits from matmuls in the type of `h`."
     z = jnp.einsum("btd,vd->btv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
     total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
     return (total - jnp.take_along_axis(z, y[..., None], -1))[..., 0], z, total
@@ -489,37 +511,35 @@ def _chunk_nats(h, head, y):  # float32 logits from matmuls in h's type
 # %% ../../nbs/model/18_block.ipynb #c051
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _nats(hidden, head, targets, weights, chunk):
-    step = lambda total, hyw: (total + jnp.sum(hyw[2] * _chunk_nats(hyw[0], head, hyw[1])[0]), None)
-    return jax.lax.scan(
-        step, jnp.float32(0), tuple(_chunks(a, chunk) for a in (hidden, targets, weights))
-    )[0]
+    def step(total, part):
+        h, y, w = part
+        nats, _, _ = nats_of(h, head, y)
+        return total + jnp.sum(w * nats), None
 
-# %% ../../nbs/model/18_block.ipynb #c052
+    total, _ = jax.lax.scan(step, jnp.float32(0), cut_time((hidden, targets, weights), chunk))
+    return total
+
+
 def _nats_forward(hidden, head, targets, weights, chunk):
-    def step(carry, hyw):
-        (total, d_head), (h, y, w) = carry, hyw
-        nats, z, logsum = _chunk_nats(h, head, y)
+    def step(carry, part):
+        total, d_head = carry
+        h, y, w = part
+        nats, z, logsum = nats_of(h, head, y)
+
         hit = jnp.arange(z.shape[-1])[None, None] == y[..., None]
         d_z = (w[..., None] * (jnp.exp(z - logsum) - hit.astype(z.dtype))).astype(h.dtype)
-        d_head += jnp.einsum(
-            "btd,btv->dv", h, d_z, preferred_element_type=jnp.float32
-        )  # turns the small factor
-        return (total + jnp.sum(w * nats), d_head), (
-            jnp.einsum("btv,vd->btd", d_z, head.astype(h.dtype)),
-            nats,
-        )
+        d_h = jnp.einsum("btv,vd->btd", d_z, head.astype(h.dtype))
+        # "dv" and not "vd": XLA transposes its smaller factor, which is h
+        d_head += jnp.einsum("btd,btv->dv", h, d_z, preferred_element_type=jnp.float32)
+        return (total + jnp.sum(w * nats), d_head), (d_h, nats)
 
     start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
-    carry, per_token = jax.lax.scan(
-        step, start, tuple(_chunks(a, chunk) for a in (hidden, targets, weights))
-    )
-    whole = [
-        jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, : targets.shape[1]]
-        for a in per_token
-    ]
-    return carry[0], (carry[1].T.astype(head.dtype), *whole)
+    chunks = cut_time((hidden, targets, weights), chunk)
+    (total, d_head), per_token = jax.lax.scan(step, start, chunks)
+    d_hidden, nats = join_time(per_token, targets.shape[1])
+    return total, (d_head.T.astype(head.dtype), d_hidden, nats)
 
-# %% ../../nbs/model/18_block.ipynb #c053
+
 def _nats_backward(chunk, saved, ct):
     d_head, d_hidden, nats = saved
     return d_hidden * ct.astype(d_hidden.dtype), d_head * ct.astype(d_head.dtype), None, nats * ct
