@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from nash_lab.adapt.continual import (REJECTED, CodeProbe, Rejected, SkillGate, Suite, decide, evaluate_suite,
-                                 gated_update, load_suite, paired_change)
+                                 gated_update, load_suite, paired_change, read_as)
 from nash_lab.adapt.lora import LoRAConfig
 from nash_lab.adapt.continual import ReplayBuffer
 from nash_lab.adapt.sdft import (Example, Prompts, SDFTConfig, SDFTResult, distil, divergence, forward_kl,
@@ -101,7 +101,7 @@ def test_replay_in_batches():
     encode = lambda some: [Prompts([ord(e.prompt[0])], []) for e in some]
     todo, share = plan_batches(encode, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), rng)
     assert share == 0 and all(p.student == [ord('X')] for batch in todo for p in batch)
-    buffer.add(old)
+    buffer.remember(old)
     todo, share = plan_batches(encode, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), rng)
     assert share == 2 and all(sum(p.student == [ord('Y')] for p in batch) == 2 and len(batch) == 10 for batch in todo)
 
@@ -110,14 +110,14 @@ def test_buffer(tmp_path):
     some = [Example(f'p{i}', 'a') for i in range(60)]
     for policy in ('recency', 'reservoir'):
         one = ReplayBuffer(capacity=8, policy=policy, half_life=2, seed=3)
-        one.add(some[:40]); one.save(tmp_path / 'replay.json')
-        two = ReplayBuffer.load(tmp_path / 'replay.json')
-        for b in (one, two): b.add(some[40:])
+        one.remember(some[:40]); one.write_to(tmp_path / 'replay.json')
+        two = read_as(ReplayBuffer, tmp_path / 'replay.json')
+        for b in (one, two): b.remember(some[40:])
         assert one == two and len(one) == 8 and one.seen == 60
     assert [k.arrival for k in ReplayBuffer(capacity=2, policy='recency').kept] == []
     counts = np.zeros(30)
     for seed in range(300):
-        b = ReplayBuffer(capacity=6, seed=seed); b.add(some[:30])
+        b = ReplayBuffer(capacity=6, seed=seed); b.remember(some[:30])
         for k in b.kept: counts[k.arrival] += 1
     assert counts.sum() == 1800 and counts.min() > 30 and counts.max() < 95      # mean 60, deviation 7
 

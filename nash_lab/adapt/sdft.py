@@ -420,7 +420,7 @@ def encode_examples(
 def plan_batches(
     encode: Callable[[Sequence[Example]], list[Prompts]],
     examples: Sequence[Example],
-    buffer: Any,  # of old examples: sample(n, rng) and a length; None: there is none
+    buffer: Any,  # of old examples: recall(n, rng) and a length; None: there is none
     cfg: SDFTConfig,
     rng: np.random.Generator,  # of the order and the old examples
 ) -> tuple[list[list[Prompts]], int]:
@@ -435,7 +435,7 @@ def plan_batches(
         batch = [prompts[i] for i in waiting[:new]]
         waiting = waiting[new:]
         if replayed:
-            batch += encode(buffer.sample(replayed, rng))
+            batch += encode(buffer.recall(replayed, rng))
         batches.append(batch)
     return batches, replayed
 

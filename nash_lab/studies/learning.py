@@ -459,7 +459,7 @@ def sequence(
     settings, words, learned = sdft_config(cfg, rate, seed), Symbols(), []
     buffer, lm, free = ReplayBuffer(seed=seed), base, base
     for symbol in OPERATORS:
-        buffer.add(demonstrations(symbol, cfg.examples // len(OPERATORS), seed + 1))
+        buffer.remember(demonstrations(symbol, cfg.examples // len(OPERATORS), seed + 1))
     out = {"seed": seed, "gated": [shares(base, cfg)], "free": [shares(base, cfg)], "accepted": []}
     for symbol in MEANINGS:
         examples = demonstrations(symbol, cfg.examples, seed)
