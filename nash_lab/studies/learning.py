@@ -33,7 +33,7 @@ from nash_lab.adapt.sdft import (
     SDFTConfig,
     answer_states,
     distil,
-    joined,
+    join_answers,
     reverse_kl,
     teacher_prompt,
 )
@@ -146,7 +146,7 @@ def supervised(
     "A batch for the train step in which the answer and its EOS are counted."
     words, end = Symbols(), [Symbols.eos_id]
     answers = [words.encode(a) + end for _, a in pairs]
-    rows, last = joined([end + words.encode(p) for p, _ in pairs], answers, width + 1)
+    rows, last = join_answers([end + words.encode(p) for p, _ in pairs], answers, width + 1)
     at = np.arange(width)[None] - last[:, None]
     return {
         "tokens": rows[:, :-1],
@@ -291,7 +291,7 @@ def kl_to_base(
     "Nats a token between two models, on answers of the first."
     words, out = Symbols(), drawn_by(lm, prompts, 1.0, key)[1]
     ids = [[words.eos_id, *words.encode(p)] for p in prompts]
-    tokens, last = joined(ids, unpad(out.tokens, out.lengths), lm.cfg.max_len)
+    tokens, last = join_answers(ids, unpad(out.tokens, out.lengths), lm.cfg.max_len)
     return float(_kl(lm, base, tokens, last, np.arange(ROOM)[None] < out.lengths[:, None]))
 
 # %% ../../nbs/studies/91_learning.ipynb #c033
@@ -459,7 +459,7 @@ def sequence(
     settings, words, learned = sdft_config(cfg, rate, seed), Symbols(), []
     buffer, lm, free = ReplayBuffer(seed=seed), base, base
     for symbol in OPERATORS:
-        buffer.add(demonstrations(symbol, cfg.examples // len(OPERATORS), seed + 1))
+        buffer.remember(demonstrations(symbol, cfg.examples // len(OPERATORS), seed + 1))
     out = {"seed": seed, "gated": [shares(base, cfg)], "free": [shares(base, cfg)], "accepted": []}
     for symbol in MEANINGS:
         examples = demonstrations(symbol, cfg.examples, seed)
