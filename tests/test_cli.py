@@ -106,7 +106,7 @@ def test_help_documents_every_field(verb, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     for path in leaves(to_json(VERBS[verb].resolved().job())):
-        assert f"--{path.replace('_', '-')}" in out or path.endswith(('model.casts', 'optim.groups', 'stream.sources')), path   # lists of objects come from a file
+        assert f"--{path.replace('_', '-')}" in out or path.endswith(('optim.groups', 'stream.sources')), path   # lists of objects come from a file
 
 def test_preset_file_and_flags_are_checked_together(tmp_path, capsys):
     "Neither the preset nor the file need fit the defaults; a flag wins over both"
@@ -150,15 +150,17 @@ def test_bad_use(tmp_path, capsys):
 
 def test_a_file_is_overlaid_unchecked_and_checked_as_a_whole(tmp_path, capsys):
     "A list of objects comes from the file; a flag mends what preset or file alone would be refused for"
-    rule = {'pattern': 'blocks/ffn/*', 'forward': 'bfloat16'}
-    (tmp_path/'a.json').write_text(json.dumps({'model': {'casts': [rule], 'heads': 3}, 'steps': 77}))
+    rule = {'pattern': 'blocks/ffn/*', 'learning_rate_scale': 0.5}
+    (tmp_path/'a.json').write_text(json.dumps({'optim': {'groups': [rule]}, 'model': {'heads': 3}, 'steps': 77}))
     assert main(['pretrain', '--dry-run', f'--config={tmp_path}/a.json', '--model.kv-heads', '3', '--model.no-tie-embeddings']) == 0
     job = json.loads(capsys.readouterr().out)
     assert (job['model']['heads'], job['model']['kv_heads'], job['steps'], job['model']['tie_embeddings']) == (3, 3, 77, False)
-    assert job['model']['casts'][0]['forward'] == 'bfloat16'
+    assert job['optim']['groups'][0]['learning_rate_scale'] == 0.5
     fails(capsys, ['pretrain', '--dry-run', '--config', f'{tmp_path}/a.json'], 2, 'heads=3')
-    (tmp_path/'a.json').write_text('{"model": {"casts": [{"pattern": "*", "forward": "int3"}]}}')
-    fails(capsys, ['pretrain', '--config', f'{tmp_path}/a.json'], 2, 'CastRule.forward', 'int3')
+    (tmp_path/'a.json').write_text('{"optim": {"groups": [{"pattern": "*", "learning_rate_scale": -1.0}]}}')
+    fails(capsys, ['pretrain', '--config', f'{tmp_path}/a.json'], 2, 'GroupRule.learning_rate_scale', '-1.0')
+    (tmp_path/'a.json').write_text('{"model": {"casts": []}}')   # of a config.json of version 0.1
+    assert main(['pretrain', '--dry-run', '--config', f'{tmp_path}/a.json']) == 0
     assert TrainConfig() == overlay(TrainConfig(), to_json(TrainConfig()))
 
 def test_nothing_imports_a_study():

@@ -12,6 +12,7 @@ import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -214,13 +215,10 @@ def bench_decode(cfg: BenchConfig) -> list[dict]:
     "Greedy tokens by a full forward pass for every token, and by the compiled cached loop."
     lm = LM(cfg.model)
     prompts = [[5 + i] * 8 for i in range(cfg.prompts)]
-
-    def decode_cached():
-        return generate(lm, prompts, max_new_tokens=cfg.new_tokens, temperature=0.0)
-
+    how = dict(max_new_tokens=cfg.new_tokens, temperature=0.0)
     contestants = {
         "full forward per token": forward_turn(lm, prompts, cfg.new_tokens),
-        "cached loop": decode_cached,
+        "cached loop": partial(generate, lm, prompts, **how),
     }
     seconds = take_turns(contestants, cfg.rounds)
     return timing_rows("decode", seconds, cfg.new_tokens * cfg.prompts)
@@ -243,16 +241,13 @@ def bench_speculative(cfg: BenchConfig) -> list[dict]:
     model = load(cfg.run)
     prompts = [model.token_ids(CODE[i % len(CODE)]) for i in range(cfg.prompts)]
     sampling = SampleConfig(max_new_tokens=cfg.new_tokens, temperature=0)
-
-    def decode_cached():
-        return rollout(model.lm, prompts, sampling)
-
-    def decode_drafted():
-        return speculate(model.lm, prompts, sampling)
-
-    _, stats = decode_drafted()
+    _, stats = speculate(model.lm, prompts, sampling)
     ours = f"drafts {stats.acceptance:.0%}, {stats.tokens_per_call:.2f} a call"
-    seconds = take_turns({"cached loop": decode_cached, ours: decode_drafted}, cfg.rounds)
+    contestants = {
+        "cached loop": partial(rollout, model.lm, prompts, sampling),
+        ours: partial(speculate, model.lm, prompts, sampling),
+    }
+    seconds = take_turns(contestants, cfg.rounds)
     return timing_rows("speculative", seconds, cfg.new_tokens * cfg.prompts)
 
 # %% ../../nbs/lab/83_bench.ipynb #c022

@@ -7,7 +7,7 @@ __all__ = ['VERBS', 'TokenizerJob', 'PackJob', 'run_pretrain', 'run_preflight', 
            'ReportJob', 'EvalJob', 'eval_packed', 'eval_tasks', 'ImportJob', 'ExportHFJob',
            'ApplyJob', 'MergeJob', 'ExportJob', 'run_sdft', 'run_discover', 'run_consolidate',
            'Verb', 'Usage', 'find_verb', 'take_switch', 'take_value', 'overlay', 'complaint',
-           'read_job', 'run_line', 'main']
+           'read_job', 'main']
 
 # %% ../../nbs/lab/86_cli.ipynb #c003
 import contextlib
@@ -154,7 +154,8 @@ class ReportJob:
 # %% ../../nbs/lab/86_cli.ipynb #c014
 @dataclass(frozen=True)
 class EvalJob:
-    """Bits per byte of a run on packed tokens, with probes; or benchmarks with --tasks; or two reports with --compare."""
+    """Bits per byte of a run on packed tokens, with probes; or benchmarks with --tasks; or two
+    reports with --compare."""
 
     run: str = "runs/demo"  # run directory; for benchmarks also a folder that transformers wrote
     data: str = ""  # packed tokens; the run's own validation file when empty
@@ -446,7 +447,7 @@ def take_switch(args: list[str], flag: str) -> bool:
 
 
 def take_value(args: list[str], flag: str) -> str | None:
-    "Remove `flag` and its value from `args`, in place, and return the value. Usage when it is missing."
+    "Remove `flag` and its value from `args`, in place, and return the value, or raise Usage."
     for at, arg in enumerate(args):
         if arg.startswith(f"{flag}="):
             return args.pop(at).partition("=")[2]
@@ -459,7 +460,8 @@ def take_value(args: list[str], flag: str) -> str | None:
 
 # %% ../../nbs/lab/86_cli.ipynb #c028
 def overlay(job: Any, values: Any) -> Any:
-    "A copy of `job` with the values of a JSON object, not yet checked. ValueError for an unknown key or a wrong type."
+    """A copy of `job` with the values of a JSON object, not yet checked.
+    ValueError for an unknown key or a wrong type."""
     cls = type(job)
     if not isinstance(values, dict):
         raise ValueError(f"{cls.__name__}: {type(values).__name__}, expected a JSON object")
@@ -484,7 +486,7 @@ def overlay(job: Any, values: Any) -> Any:
 
 # %% ../../nbs/lab/86_cli.ipynb #c031
 def complaint(box: str) -> str:
-    "The message in a box that tyro printed, framed with lines or, on a plain terminal, with dashes."
+    "The message in a box that tyro printed, framed with lines or, where there are none, dashes."
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]  # the first one is a title
 
     def is_rule(line):
@@ -533,21 +535,6 @@ def read_job(verb: str, args: list[str]) -> Any:
         raise Usage(complaint(box.getvalue())) from None
 
 # %% ../../nbs/lab/86_cli.ipynb #c036
-def run_line(args: list[str]) -> None:
-    "Run one command line, or raise."
-    verb, rest = find_verb(args)
-    if rest and not rest[0].startswith("-"):
-        rest.insert(0, "--run")  # a bare word is the run
-    dry = take_switch(rest, "--dry-run")
-    job = read_job(verb, rest)
-    print(json.dumps(to_json(job), indent=1 if dry else None))
-    if dry:
-        return
-    text = VERBS[verb].resolved().run(job)
-    if isinstance(text, str):
-        print(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     "Entry point of `nash_lab`: the exit code of one command line, sys.argv when None."
     args = list(sys.argv[1:] if argv is None else argv)
@@ -558,7 +545,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     debug = take_switch(args, "--debug")
     try:
-        run_line(args)
+        name, rest = find_verb(args)
+        if rest and not rest[0].startswith("-"):
+            rest.insert(0, "--run")  # a bare word is the run
+        dry = take_switch(rest, "--dry-run")
+        job = read_job(name, rest)
+        print(json.dumps(to_json(job), indent=1 if dry else None))
+        if not dry:
+            text = VERBS[name].resolved().run(job)
+            if isinstance(text, str):
+                print(text)
         return 0
     except KeyboardInterrupt as stop:
         code = getattr(stop, "exit_code", 130)

@@ -96,17 +96,17 @@ def train_seeds(
 
 # %% ../../nbs/studies/90_ablation.ipynb #c015
 def paired(scores: list[float], baseline: list[float]) -> dict[str, float]:
-    "Mean and standard deviation of the scores and of their differences; a lone seed has spread nan."
+    "Mean and deviation of the scores and of their differences; a lone seed has deviation nan."
 
-    def spread(values):
+    def deviation(values):
         return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
     delta = np.subtract(scores, baseline)
     return {
         "bpb": float(np.mean(scores)),
-        "bpb_std": spread(scores),
+        "bpb_std": deviation(scores),
         "delta": float(delta.mean()),
-        "delta_std": spread(delta),
+        "delta_std": deviation(delta),
     }
 
 # %% ../../nbs/studies/90_ablation.ipynb #c019
