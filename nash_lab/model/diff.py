@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Values', 'Outputs', 'LONG', 'Lambda', 'LAMBDAS', 'triangle', 'attention_map',
-           'uneven_attention', 'subtract', 'diff_attention_v1', 'lambda_init', 'diff_lambda',
-           'floored_attention', 'DiffConfig', 'split_pairs', 'DIFF1', 'diff_attention_v2', 'DIFF2']
+           'uneven_attention', 'subtract', 'diff_attention_v1', 'diff_lambda', 'floored_attention',
+           'DiffConfig', 'split_pairs', 'DIFF1', 'diff_attention_v2', 'DIFF2']
 
 # %% ../../nbs/model/12_diff.ipynb #c003
 from dataclasses import dataclass
@@ -121,14 +121,11 @@ def diff_attention_v1(
     return subtract(y1, y2, lam)
 
 # %% ../../nbs/model/12_diff.ipynb #c024
-def lambda_init(depth: Int[Array, ""] | int) -> Float[Array, ""]:
-    "The schedule 0.8 - 0.6 exp(-0.3 depth), depth from 0 (2410.05258, section 2.1)."
-    return 0.8 - 0.6 * jnp.exp(-0.3 * jnp.asarray(depth, float))
-
-
-def diff_lambda(q1, k1, q2, k2, start: Float[Array, ""]) -> Float[Array, ""]:
-    "Lambda of a layer from its four vectors (2410.05258, Eq. 2); may leave [0, 1]."
-    return jnp.exp(jnp.sum(q1 * k1)) - jnp.exp(jnp.sum(q2 * k2)) + start
+def diff_lambda(q1, k1, q2, k2, depth: Int[Array, ""] | int) -> tuple[Array, Array]:
+    "Lambda of a layer and its initial value, depth from 0 (2410.05258, Eq. 2 and 2.1)."
+    start = 0.8 - 0.6 * jnp.exp(-0.3 * jnp.asarray(depth, float))
+    lam = jnp.exp(jnp.sum(q1 * k1)) - jnp.exp(jnp.sum(q2 * k2)) + start
+    return lam, start
 
 # %% ../../nbs/model/12_diff.ipynb #c029
 def floored_attention(q1, k1, q2, k2, v: Values, lam, *, mask: Mask | None = None) -> Outputs:
@@ -173,7 +170,7 @@ LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")  # as in the pape
 
 
 class DIFF1(nnx.Module):
-    "Differential attention V1 (2410.05258), paired heads and wide values. ValueError as `check_heads`."
+    "Differential attention V1 (2410.05258): paired heads, wide values. ValueError as `check_heads`."
 
     def __init__(
         self,
@@ -207,7 +204,7 @@ class DIFF1(nnx.Module):
     def __call__(
         self, x: Hidden, *, positions: Positions, segments: Segments = None, cache=None, depth=None
     ) -> tuple[Hidden, KVCache | None]:
-        "Attend among `x`, or through the cache; `depth` from 0, for lambda_init; None is 0."
+        "Attend among `x`, or through the cache; `depth` from 0, for lambda; None is 0."
         rotary = rope_frequencies(self.head_dim, self.rope)
         q = rope(self.q(x), positions, rotary, interleaved=True)
         k = rope(self.k(x), positions, rotary, interleaved=True)
@@ -216,8 +213,8 @@ class DIFF1(nnx.Module):
         if one_row:
             mask = None  # causal: long rows may use a kernel
 
-        start = lambda_init(0 if depth is None else depth)
-        lam = diff_lambda(*(getattr(self, name)[...] for name in LAMBDAS), start)
+        vectors = [getattr(self, name)[...] for name in LAMBDAS]
+        lam, start = diff_lambda(*vectors, 0 if depth is None else depth)
         q1, q2 = split_pairs(q)
         k1, k2 = split_pairs(k)
         if self.cfg.stabilised:
