@@ -5,9 +5,10 @@ from flax import nnx
 
 from nash_lab.model.attention import GQA
 from nash_lab.model.diff import DIFF1, DIFF2, DiffConfig, diff_attention_v1, diff_attention_v2
-from nash_lab.model.layers import RopeConfig
+from nash_lab.model.layers import FFNS, RMSNorm, RopeConfig, activate, rope_frequencies
 from nash_lab.model.maha import MAHA, MAHAConfig
 from nash_lab.model.mla import MLA, MLAConfig
+from nash_lab.model.moe import MoE, MoEConfig
 
 
 def build(cls, **change):
@@ -26,6 +27,18 @@ def both_documents_and_cache(cls):
 
 
 REFUSED = {
+    # layers
+    'base': (lambda: RopeConfig(theta=1.0), ['RopeConfig.theta=1.0', 'more than 1']),
+    'factor alone': (lambda: RopeConfig(factor=4.0), ['RopeConfig.factor=4.0', 'scaling']),
+    'scaling': (lambda: RopeConfig(scaling='ntk'), ["RopeConfig.scaling='ntk'", 'none', 'yarn', 'llama3']),
+    'ramp of yarn': (lambda: RopeConfig(beta_fast=1.0), ['RopeConfig.beta_fast=1.0', 'more than 1.0']),
+    'ramp of llama3': (lambda: RopeConfig(high_freq_factor=1.0), ['RopeConfig.high_freq_factor=1.0']),
+    'trained length': (lambda: RopeConfig(original_len=6), ['RopeConfig.original_len=6', 'at least 7']),
+    'odd rotary head': (lambda: rope_frequencies(7, RopeConfig()), ['head_dim=7', 'even']),
+    'odd part that turns': (lambda: rope_frequencies(8, RopeConfig(rotary_fraction=0.4)), ['rotary_fraction=0.4', '3']),
+    'norm': (lambda: RMSNorm(8, mode='centered'), ["mode='centered'", 'uncentred', 'centred']),
+    'activation': (lambda: activate(jnp.zeros(()), 'tanh'), ["activation='tanh'", 'gelu', 'signed_sqrt']),
+    'activation of a layer': (lambda: FFNS['gelu'].func(8, 8, activation='tanh', std=0.1, out_std=0.1, rngs=nnx.Rngs(0)), ["activation='tanh'"]),
     # attention
     'heads without groups': (lambda: build(GQA, kv_heads=3), ['heads=4', 'kv_heads=3']),
     'no key heads': (lambda: build(DIFF2, kv_heads=0), ['heads=4', 'kv_heads=0']),
@@ -59,6 +72,13 @@ REFUSED = {
     'blocks beyond the row': (lambda: MAHAConfig(scales=8).check_scales(width=16, heads=4, kv_heads=2, head_dim=4, max_len=64), ['MAHAConfig.scales=8', 'max_len=64', '128']),
     'scales without groups': (lambda: build(MAHA, kv_heads=3), ['heads=4', 'kv_heads=3']),
     'channels': (lambda: build(MAHA, cfg=MAHAConfig(downsample='conv')), ["MAHAConfig.downsample='conv'", 'kv_heads=2', 'head_dim=4', 'width=16']),
+    # experts
+    'choices': (lambda: MoEConfig(top_k=9), ['MoEConfig.top_k=9', '8']),
+    'no expert': (lambda: MoEConfig(experts=0), ['MoEConfig.experts=0', 'at least 1']),
+    'balance': (lambda: MoEConfig(balance='loss'), ["MoEConfig.balance='loss'", 'bias', 'switch', 'none']),
+    'score': (lambda: MoEConfig(score='relu'), ["MoEConfig.score='relu'", 'sigmoid', 'softmax']),
+    'gates': (lambda: MoEConfig(scale=0.0), ['MoEConfig.scale=0.0', 'more than 0']),
+    'nothing to share': (lambda: MoE(16, 2, std=0.1, out_std=0.1, rngs=nnx.Rngs(0)), ['MoEConfig.top_k=2', 'shared=1', 'ffn_width=2']),
     # all of them
     'documents and a cache': (lambda: both_documents_and_cache(GQA), ['segments and cache']),
     'documents and a pair cache': (lambda: both_documents_and_cache(DIFF1), ['segments and cache']),
