@@ -93,7 +93,7 @@ def batch_indices(rows: int, cfg: LoaderConfig) -> grain.MapDataset:
     return order.repeat(cfg.epochs or None).batch(cfg.batch_size)
 
 # %% ../../nbs/data/28_loader.ipynb #c019
-def refuse_other(stream: dict[str, Any], state: dict[str, Any]) -> None:
+def refuse_other(stream: dict, state: dict) -> None:
     "ValueError when a position belongs to another stream than the one described."
     for key, value in stream.items():
         found = state.get("stream", {}).get(key)
@@ -146,18 +146,18 @@ class Loader:
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._iterator)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         "The position as plain JSON: the batch that comes next, its epoch, and its stream."
         batch = self._iterator.get_state()["next_index"]
         epoch = batch * self.batch_size // self.rows
         return dict(batch=batch, epoch=epoch, stream=dict(self.stream))
 
-    def bookmark(self) -> Callable[[], dict[str, Any]]:
+    def bookmark(self) -> Callable[[], dict]:
         "The position of now, to be written out later."
         state = self.get_state()
         return lambda: state
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict) -> None:
         "Resume at a position of `get_state`; ValueError when it is of another stream."
         refuse_other(self.stream, state)
         batch = state.get("batch")

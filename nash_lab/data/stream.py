@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'FREE_SETTINGS', 'Mixture', 'StreamConfig', 'Documents', 'stream_documents', 'Lane', 'share', 'LaneRows',
-           'stream_identity', 'StreamLoader', 'stream_loader', 'merge_states']
+           'StreamLoader', 'stream_loader', 'merge_states']
 
 # %% ../../nbs/data/29_stream.ipynb #c003
 import hashlib
@@ -12,14 +12,14 @@ import json
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import grain
 import numpy as np
 from absl import flags
 
-from ..core.configs import check_choices, check_range, check_that
+from ..core.configs import check_choices, check_range, check_that, to_json
 from ..core.text import Tokenizer, utf8
 from .corpus import BadRecord, CorpusReport, Document, split_of
 from .filters import Filter, Log
@@ -57,16 +57,16 @@ class Mixture:
         "Note that source i gave this much, in bytes of text."
         self.given[i] += amount
 
-    def end(self, i: int) -> None:
+    def retire(self, i: int) -> None:
         "Source i has ended: the others share what it had, and the counting starts again."
         self.open[i] = False
         self.given = [0] * len(self.given)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         "The position as plain JSON."
         return dict(given=list(self.given), open=list(self.open))
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict) -> None:
         "Resume at a position of `get_state`."
         self.given = list(state["given"])
         self.open = list(state["open"])
@@ -145,9 +145,9 @@ class Documents:
             if text:
                 self.mixture.count(i, len(utf8(text)))
                 return i, text
-            self.mixture.end(i)
+            self.mixture.retire(i)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         "The position as plain JSON; the log of the filter is kept apart."
         return dict(
             sources=[source.get_state() for source in self.sources],
@@ -157,7 +157,7 @@ class Documents:
             logged=self.filter.memory.count,
         )
 
-    def set_state(self, state: dict[str, Any], log: str) -> None:
+    def set_state(self, state: dict, log: str) -> None:
         "Resume, in a new object, at a position of `get_state` with the log of `Log.to_text`."
         for source, at in zip(self.sources, state["sources"]):
             source.set_state(at)
@@ -168,7 +168,7 @@ class Documents:
             log, state["logged"]
         )  # guard: data: memory of copies in a position
 
-    def read_so_far(self) -> dict[str, list]:
+    def read_so_far(self) -> dict:
         "Counts and epoch of each source."
         epochs = [source.epoch for source in self.sources]
         return dict(counts=[dict(counts) for counts in self.counts], epochs=epochs)
@@ -264,7 +264,7 @@ class Lane:
         cfg: StreamConfig,
         tokenizer: Tokenizer,
         lane: int,  # of cfg.lanes
-        state: dict[str, Any] | None = None,  # "at", "used" and "log": where to resume
+        state: dict | None = None,  # "at", "used" and "log": where to resume
     ):
         self.cfg = cfg
         self.tokenizer = tokenizer
@@ -323,7 +323,7 @@ class Lane:
         at = np.arange(self.rows)[:, None] * t + np.arange(t + 1)
         return row[at], at < take
 
-    def get_state(self) -> tuple[dict[str, Any], bytes]:
+    def get_state(self) -> tuple[dict, bytes]:
         "Where the next row begins, and the entries of the log since this was last asked."
         at = self.groups[0][0] if self.groups else self.documents.get_state()
         new = (at["logged"] - self.logged) * self.documents.filter.memory.entry
@@ -389,13 +389,14 @@ class LaneRows(grain.IterDataset):
         workers = self.cfg.workers
         ahead = self.cfg.prefetch * len(self.lanes)
         if not workers:
-            return iter(
-                grain.experimental.ThreadPrefetchIterDataset(self, prefetch_buffer_size=ahead)
-            )
+            threaded = grain.experimental.ThreadPrefetchIterDataset
+            return iter(threaded(self, prefetch_buffer_size=ahead))
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's processes ask for their defaults
         per_worker = max(1, ahead // workers)
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=per_worker)
+        options = grain.MultiprocessingOptions(
+            num_workers=workers, per_worker_buffer_size=per_worker
+        )
         return iter(self.mp_prefetch(options))
 
 
@@ -406,34 +407,21 @@ class _LaneIterator(grain.DatasetIterator):
         for lane, state in zip(rows.lanes, rows.states):
             self._lanes.append(Lane(rows.cfg, rows.tokenizer, lane, state))
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> dict:
         lane = self._lanes[0]
         self._lanes.rotate(-1)
         ids, real = lane.next_rows()
         state, entries = lane.get_state()
         return dict(ids=ids, real=real, state=json.dumps(state), entries=entries)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         return {}  # every element carries its own
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict) -> None:
         pass
 
 # %% ../../nbs/data/29_stream.ipynb #c037
 FREE_SETTINGS = ("epochs", "workers", "prefetch", "on_error", "max_bad_share")  # between two runs
-
-
-def stream_identity(cfg: StreamConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    "What a position depends on: settings that change the tokens, tokenizer, sizes of local files."
-    found = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
-    for name in ("sources", *FREE_SETTINGS):
-        del found[name]
-    found["tokenizer"] = tokenizer.hash
-    found["eos_id"] = tokenizer.eos_id
-    for i, source in enumerate(cfg.sources):
-        found[f"sources[{i}]"] = {f.name: getattr(source, f.name) for f in fields(source)}
-        found[f"sources[{i}] files"] = fingerprint(source)
-    return found
 
 
 class StreamLoader:
@@ -449,8 +437,17 @@ class StreamLoader:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.lanes, self.part = share(cfg, shard, shards)
-        self.stream = stream_identity(cfg, tokenizer)
         self.close = None
+
+        self.stream = to_json(cfg)  # what a position depends on: all that changes the tokens
+        for name in ("sources", *FREE_SETTINGS):
+            del self.stream[name]
+        self.stream["tokenizer"] = tokenizer.hash
+        self.stream["eos_id"] = tokenizer.eos_id
+        for i, source in enumerate(cfg.sources):
+            self.stream[f"sources[{i}]"] = to_json(source)
+            self.stream[f"sources[{i}] files"] = fingerprint(source)
+
         first = {}
         for lane in self.lanes:
             docs = Documents(cfg, lane)  # opens the sources: a wrong name is an error here and now
@@ -480,7 +477,7 @@ class StreamLoader:
         real = np.concatenate([rows["real"] for rows in made])[self.part]
         return as_batch(ids, real, self.cfg.documents, self.tokenizer.eos_id)
 
-    def counters(self) -> dict[str, dict[str, int]]:
+    def counters(self) -> dict[str, dict]:
         "For each source: rows, documents, bytes, what was left out by cause, epoch; of all lanes."
         names = [f"{s.name}:{s.subset}" if s.subset else s.name for s in self.cfg.sources]
         found = {}
@@ -493,7 +490,7 @@ class StreamLoader:
             found[label]["epoch"] = min(at["read"]["epochs"][i] for at in self._at)
         return found
 
-    def bookmark(self) -> Callable[[], dict[str, Any]]:
+    def bookmark(self) -> Callable[[], dict]:
         "The position of now, to be written out later; asking costs nothing, so ask at every step."
         batch = self.batch
         epoch = min(counts["epoch"] for counts in self.counters().values())
@@ -505,11 +502,11 @@ class StreamLoader:
 
         return write_out
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         "The position as plain JSON: of each lane, with the log of its filter, and its stream."
         return self.bookmark()()
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict) -> None:
         "Resume at a position of `get_state` or `merge_states`; ValueError for another stream."
         refuse_other(self.stream, state)  # guard: data: other stream
         states = []
@@ -544,7 +541,7 @@ def stream_loader(
     return StreamLoader(cfg, tokenizer, shard, shards)
 
 
-def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+def merge_states(states: list[dict]) -> dict:
     "One position, for any number of processes, of those of all at one step; ValueError otherwise."
     steps = sorted({state["batch"] for state in states})
     if len(steps) != 1:

@@ -156,7 +156,7 @@ def train_tokenizer(
     write_atomic(path, model.getvalue())
     return SentencePieceTokenizer(model.getvalue(), path)
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c034
+# %% ../../nbs/data/24_tokenizer.ipynb #c035
 SPECIAL_NAMES = {  # how published vocabularies call them; the first that is there counts
     "eos": (
         "<|endoftext|>",
@@ -196,7 +196,7 @@ def special_ids(path: Path | None, vocabulary: dict[str, int]) -> dict[str, int 
         found["pad"] = found["eos"]  # padding is masked wherever it is used
     return found
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c037
+# %% ../../nbs/data/24_tokenizer.ipynb #c038
 class HFTokenizer:
     "A `tokenizer.json`: text to ids and back, with the surface of `Tokenizer`."
 
@@ -256,7 +256,7 @@ class HFTokenizer:
     def __repr__(self) -> str:
         return f"HFTokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c039
+# %% ../../nbs/data/24_tokenizer.ipynb #c040
 def load_tokenizer(path: str | Path) -> Tokenizer:
     "Read a .model, a tokenizer.json or the folder that holds one; errors name the file."
     path = Path(path)
@@ -270,7 +270,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(path.read_bytes(), path)
     return HFTokenizer(path.read_bytes(), path)
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c040
+# %% ../../nbs/data/24_tokenizer.ipynb #c041
 # aliases until the floors are joined
 SentencePieceTokenizer.load = HFTokenizer.load = staticmethod(load_tokenizer)
 SentencePieceTokenizer.piece = HFTokenizer.piece = lambda self, i: self.pieces[i]
