@@ -16,8 +16,8 @@ from nash_lab.data.tokenizer import load_tokenizer
 from nash_lab.evals.compare import EvalConfig, compare, describe_comparison, describe_report, evaluate_tasks
 from nash_lab.evals.lm_eval import Answers, Responder, front_of, lm_eval_model, score_pairs, score_texts, windows
 from nash_lab.evals.code_tasks import (
-    BENCHMARKS, Attempts, choose_attempts, load_task, pass_at_k, quiet, read_data, read_rows, shown_tests)
-from nash_lab.core.files import write_json
+    BENCHMARKS, Attempts, choose_attempts, load_task, pass_at_k, quiet, read_data, shown_tests)
+from nash_lab.core.files import read_rows, write_json
 
 TEXT = [
     "Question: Natalia sold clips to 48 of her friends in April. How many clips did she sell? Answer: 48 + 24 = 72 #### 72\n",
@@ -66,8 +66,8 @@ REQUESTS = [("Question: how many clips?\nAnswer:", " 72"), ("The quick brown ", 
 @pytest.mark.parity
 def test_rows_that_unpack_to_more_than_the_limit(tmp_path, monkeypatch):
     "Packed to next to nothing or not packed: refused before all of it is in memory"
-    from nash_lab.evals import scores as harness
-    monkeypatch.setattr(harness, "LARGEST", 10_000)
+    from nash_lab.core import files
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 10_000)
     for name, write in (("rows.jsonl.gz", gzip.compress), ("rows.jsonl", bytes)):
         (tmp_path / name).write_bytes(write(b'{"a": 1}\n' * 1000))
         assert len(read_rows(tmp_path / name)) == 1000
@@ -303,13 +303,13 @@ def test_the_hub_without_a_network():
 def test_measures_and_hashes():
     "Shares get Wilson's interval, other scores the bootstrap; a hash changes with one bit of one weight"
     from flax import nnx
-    from nash_lab.evals.scores import measure, weights_hash, wilson
+    from nash_lab.evals.scores import mean_interval, weights_hash, wilson
     from nash_lab.model.transformer import LM, ModelConfig
-    assert (m := measure([1.0, 0.0, 1.0])).interval == "wilson" and (m.low, m.high) == wilson(2, 3)
+    assert (m := mean_interval([1.0, 0.0, 1.0])).interval == "wilson" and (m.low, m.high) == wilson(2, 3)
     x = np.random.default_rng(0).normal(2.0, 1.0, 400)
-    assert (m := measure(x)).interval == "bootstrap" and m.high - m.low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.15)
+    assert (m := mean_interval(x)).interval == "bootstrap" and m.high - m.low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.15)
     for bad in ([], [1.0, math.nan]):
-        with pytest.raises(ValueError, match="expected at least 1, all finite"): measure(bad)
+        with pytest.raises(ValueError, match="expected at least 1, all finite"): mean_interval(bad)
     lm = LM(ModelConfig.tiny())
     before = weights_hash(lm)
     assert before == weights_hash(nnx.clone(lm))
