@@ -214,12 +214,14 @@ class Filter:
     def __init__(
         self,
         *,
-        clean: bool = True,  # False: texts stay as they are, only length and duplicates count
+        # False: texts stay as they are, only length and duplicates count
+        clean: bool = True,
         min_chars: int = 1,  # shorter texts are left out
         max_chars: int = 0,  # longer ones are cut; 0 = no limit
         dedup: Literal["none", "exact", "minhash"] = "exact",
         similarity: float = 0.8,  # minhash: from here on two texts count as one
-        window: int = 1_000_000,  # remembered texts, 0.3 kB of memory each, minhash 1.5 kB
+        # remembered texts, 0.3 kB of memory each, minhash 1.5 kB
+        window: int = 1_000_000,
     ):
         self.clean = clean
         self.min_chars = min_chars

@@ -30,7 +30,8 @@ class LoaderConfig:
     seed: int = 0  # of the order of the rows, below 2**32
     shuffle: bool = True  # a new order each epoch; False: the order of the file
     epochs: int = 0  # passes over the file; 0 = without end
-    documents: Literal["cross", "mask"] = "cross"  # mask: attention and loss stop at their borders
+    # mask: attention and loss stop at their borders
+    documents: Literal["cross", "mask"] = "cross"
     prefetch: int = 2  # batches made ahead in threads; 0 = none
 
     def __post_init__(self):

@@ -30,15 +30,21 @@ from .corpus import BadRecord, check_stamps, json_value, matching_files, stamps
 class SourceConfig:
     "One column of one data set; ValueError for values that cannot be meant."
 
-    name: str  # hub name ("user/data"), or a file, folder or glob of .parquet .arrow .jsonl .txt
-    subset: str = ""  # the hub's configuration of it, as "sample-10BT"; "" = its default
+    # hub name ("user/data"), or a file, folder or glob of .parquet .arrow .jsonl .txt
+    name: str
+    # the hub's configuration of it, as "sample-10BT"; "" = its default
+    subset: str = ""
     split: str = "train"  # of a hub data set; local files are all of one split
-    revision: str = ""  # commit of a hub data set; "" = the newest, which may change between runs
+    # commit of a hub data set; "" = the newest, which may change between runs
+    revision: str = ""
     column: str = "text"  # the one that holds the text
     weight: float = 1.0  # share in a mixture, relative to the weights of the others
-    streaming: bool = True  # False: into the library's cache on disk first, then rows by number
-    shuffle_buffer: int = 0  # streaming: rows of a shuffled block; otherwise > 0 shuffles all of it
-    sample_by: Literal["document", "paragraph", "line"] = "document"  # what a row of a .txt file is
+    # False: into the library's cache on disk first, then rows by number
+    streaming: bool = True
+    # streaming: rows of a shuffled block; otherwise > 0 shuffles all of it
+    shuffle_buffer: int = 0
+    # what a row of a .txt file is
+    sample_by: Literal["document", "paragraph", "line"] = "document"
 
     def __post_init__(self):
         check_that(self, "name", bool(self.name), "a hub name or local files")

@@ -39,22 +39,18 @@ class Mixture:
         self.given = [0] * len(self.weights)
         self.open = [True] * len(self.weights)
 
-    def fractions(self) -> list[float]:
-        "w: the weights of the sources that still give, scaled to add up to 1."
-        live = [w * still for w, still in zip(self.weights, self.open)]
-        total = sum(live)
-        return [w / total for w in live]
-
     def next_source(self) -> int | None:
         "The open source with the largest deficit, of equals the heaviest; None when all have ended."
         if not any(self.open):
             return None
-        w = self.fractions()
+        live = [w * still for w, still in zip(self.weights, self.open)]
+        total = sum(live)
         N = sum(self.given)
         best = None
         most = ()
         for i, still in enumerate(self.open):
-            owed = (w[i] * N - self.given[i], w[i])
+            w = live[i] / total
+            owed = (w * N - self.given[i], w)
             if still and owed > most:
                 best = i
                 most = owed
@@ -87,20 +83,26 @@ class StreamConfig:
     seq_len: int = 1024  # t: positions of a row
     batch_size: int = 16  # b: rows of one step, over all processes together
     seed: int = 0  # of the order within the sources
-    documents: Literal["cross", "mask"] = "mask"  # mask: attention and loss stop at their borders
+    # mask: attention and loss stop at their borders
+    documents: Literal["cross", "mask"] = "mask"
     epochs: int = 0  # passes over each source; 0 = without end
-    lanes: int = 1  # L: streams side by side, each makes batch_size / lanes rows of every batch
+    # L: streams side by side, each makes batch_size / lanes rows of every batch
+    lanes: int = 1
     clean: bool = True  # composed marks, plain newlines, no text that is no text
     min_chars: int = 1  # shorter documents are left out
     max_chars: int = 1_000_000  # longer documents are cut; 0 = never
     dedup: Literal["none", "exact", "minhash"] = "exact"  # copies, or near copies too
     similarity: float = 0.8  # minhash: from here on two documents count as one
-    window: int = 1_000_000  # documents remembered to find copies; part of every checkpoint
+    # documents remembered to find copies; part of every checkpoint
+    window: int = 1_000_000
     holdout: float = 0.0  # share of documents, by SHA-256, that is validation
     split: Literal["train", "validation"] = "train"  # which of the two this stream is
-    on_error: Literal["error", "skip"] = "error"  # a row that is no text: stop, or count it
-    max_bad_share: float = 0.01  # skip: more such rows than this share stop the stream after all
-    workers: int = 0  # processes that make the lanes, a divisor of their number; 0 = a thread
+    # a row that is no text: stop, or count it
+    on_error: Literal["error", "skip"] = "error"
+    # skip: more such rows than this share stop the stream after all
+    max_bad_share: float = 0.01
+    # processes that make the lanes, a divisor of their number; 0 = a thread
+    workers: int = 0
     prefetch: int = 2  # batches made ahead; 0 = none
 
     def __post_init__(self):
@@ -171,9 +173,8 @@ class Documents:
         self.mixture.set_state(state["mixture"])
         self.counts = [Counter(counts) for counts in state["counts"]]
         self.kept = list(state["kept"])
-        self.filter.memory.refill(
-            log, state["logged"]
-        )  # guard: data: memory of copies in a position
+        memory = self.filter.memory
+        memory.refill(log, state["logged"])  # guard: data: memory of copies in a position
 
     def read_so_far(self) -> dict:
         "Counts and epoch of each source."
@@ -289,25 +290,6 @@ class Lane:
             self.used = state["used"]
             self.logged = state["at"]["logged"]
 
-    def _encode_group(self) -> int:
-        "Read and encode one more group; how many tokens it has, 0 at the end of the sources."
-        at = self.documents.get_state()
-        limit = min(GROUP, 2 * self.rows * self.cfg.seq_len)
-        texts = []
-        size = 0
-        for _, text in self.documents:
-            texts.append(text)
-            size += len(text)
-            if size >= limit:
-                break
-        if not texts:
-            return 0
-        tokens = []
-        for ids in self.tokenizer.encode_batch(texts):
-            tokens += [*ids, self.tokenizer.eos_id]
-        self.groups.append((at, np.asarray(tokens, np.int32)))
-        return len(tokens)
-
     def next_rows(self) -> tuple[np.ndarray, np.ndarray]:
         "Ids [b u] of the next rows and which are real, u = t + 1; after the end padding."
         t = self.cfg.seq_len
@@ -315,11 +297,22 @@ class Lane:
         waiting = -self.used
         for _, tokens in self.groups:
             waiting += len(tokens)
-        while waiting < need:
-            added = self._encode_group()
-            if not added:
+        while waiting < need:  # read and encode one more group
+            at = self.documents.get_state()
+            texts = []
+            size = 0
+            for _, text in self.documents:
+                texts.append(text)
+                size += len(text)
+                if size >= min(GROUP, 2 * self.rows * t):
+                    break
+            if not texts:
                 break
-            waiting += added
+            tokens = []
+            for ids in self.tokenizer.encode_batch(texts):
+                tokens += [*ids, self.tokenizer.eos_id]
+            self.groups.append((at, np.asarray(tokens, np.int32)))
+            waiting += len(tokens)
 
         take = min(waiting, need)
         if take < 2:
