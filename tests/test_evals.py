@@ -360,3 +360,26 @@ def test_paired_tests():
     assert sign_flip(d) == pytest.approx(exact, abs=0.02)
     p = [0.04, 0.01, 0.5, 0.03]
     assert all(a >= b for a, b in zip(holm(p), p)) and holm(p)[1] == pytest.approx(0.04)
+
+
+def test_reports_that_cannot_be_compared(tmp_path):
+    "Different settings, prompts or numbers of problems, other formats, nothing in common, settings out of range"
+    def report_of(n, task="t", **changes):
+        items = [{"id": i, "problem": str(i), "prompt": str(i), "scores": {"m": 0.0}} for i in range(n)]
+        part = {"metrics": {"m": {}}, "lower_is_better": [], "version": "1", "settings": {}, "items": items} | changes
+        return {"format": "nash_lab eval 1", "model": {}, "tasks": {task: part}}
+    (tmp_path / "old.json").write_text("{}")
+    (tmp_path / "cut.json").write_text('{"format": ')
+    good = report_of(9)
+    for call, said in (
+        (lambda: compare(good, report_of(60)), "t: 9 and 60 problems"),
+        (lambda: compare(good, report_of(9, settings={"shots": 8})), "t: settings differ"),
+        (lambda: compare(good, report_of(9, version="2")), "t: version differ"),
+        (lambda: compare(good, report_of(9, task="u")), "no task in common: t and u"),
+        (lambda: compare(tmp_path / "old.json", good), "old.json: format None, expected 'nash_lab eval 1'"),
+        (lambda: compare(tmp_path / "cut.json", good), "cut.json: "),
+        (lambda: compare(tmp_path / "none.json", good), "none.json: no such file"),
+        (lambda: EvalConfig(tasks=()), r"EvalConfig.tasks=\(\)"), (lambda: EvalConfig(tasks=("gsm8k,gsm8k",)), "EvalConfig.tasks=.*each task once"),
+        (lambda: EvalConfig(limit=(5, 5)), r"EvalConfig.limit=\(5, 5\)"), (lambda: EvalConfig(batch_size=0), "EvalConfig.batch_size=0"),
+        (lambda: EvalConfig(shots=-1), "EvalConfig.shots=-1"), (lambda: EvalConfig(max_new_tokens=-1), "EvalConfig.max_new_tokens=-1")):
+        with pytest.raises((ValueError, FileNotFoundError), match=said): call()
