@@ -1,11 +1,16 @@
 "What the configurations and functions of maths and model refuse: the message names the field or argument and its value."
+import jax
 import jax.numpy as jnp
 import pytest
 
 from nash_lab.core.configs import from_json
 from nash_lab.model.block import MAHAConfig, MLAConfig, ModelConfig, MoEConfig
+from nash_lab.maths.nash import nash_weights
+from nash_lab.model.generate import SampleConfig, rollout
 from nash_lab.model.mhc import MHCConfig, routing
+from nash_lab.model.transformer import LM, gates, with_gates
 
+TOKENS = jnp.zeros((1, 2), jnp.int32)
 X, PHI = jnp.zeros((2, 5, 4, 32)), jnp.zeros((128, 24))
 REFUSED = {
     "no stream": (lambda: MHCConfig(streams=0), ["MHCConfig.streams", "0"]),
@@ -33,6 +38,21 @@ REFUSED = {
     "unknown preset": (lambda: ModelConfig.preset("mhc-7b"), ["preset", "mhc-7b", "tiny"]),
     "unknown key": (lambda: from_json(ModelConfig, {"widht": 3}), ["ModelConfig", "widht"]),
     "retired casts": (lambda: from_json(ModelConfig, {"casts": [{"pattern": "*"}]}), ["ModelConfig", "casts"]),
+    "nothing left to draw": (lambda: SampleConfig(forbidden=tuple(range(256))).sampling(256), ["SampleConfig.forbidden", "256"]),
+    "forbidden outside the vocabulary": (lambda: SampleConfig(forbidden=(300,)).sampling(256), ["SampleConfig.forbidden", "300"]),
+    "negative temperature": (lambda: SampleConfig(temperature=-1.0), ["SampleConfig.temperature", "-1.0"]),
+    "no nucleus": (lambda: SampleConfig(top_p=0.0), ["SampleConfig.top_p", "0.0"]),
+    "negative top_k": (lambda: SampleConfig(top_k=-1), ["SampleConfig.top_k", "-1"]),
+    "min_p above 1": (lambda: SampleConfig(min_p=2.0), ["SampleConfig.min_p", "2.0"]),
+    "no new token": (lambda: SampleConfig(max_new_tokens=0), ["SampleConfig.max_new_tokens", "0"]),
+    "no copies": (lambda: rollout(LM(ModelConfig.tiny()), [[1]], SampleConfig(), jax.random.key(0), 0), ["copies=0"]),
+    "maps of a plain model": (lambda: LM(ModelConfig.tiny().plain()).routing(TOKENS), ["residual='plain'"]),
+    "gates of a model without": (lambda: gates(LM(ModelConfig.tiny())), ["mhc.gates"]),
+    "a gate above 1": (lambda: with_gates(LM(ModelConfig.tiny(mhc=MHCConfig(gates=True))), 1.5), ["1.5"]),
+    "a row without a further token": (
+        lambda: LM(ModelConfig.tiny(mtp="parallel", mtp_depth=2)).objective(TOKENS, TOKENS), ["mtp_depth=2", "2 tokens"]),
+    "steps of a game": (lambda: nash_weights(X, -1), ["steps=-1"]),
+    "temperature of a game": (lambda: nash_weights(X, 3, 0.0), ["temperature=0.0"]),
     "other streams": (lambda: routing(X[:, :, :3], PHI, jnp.ones(3), jnp.zeros(24), MHCConfig()), ["3 streams", "4"]),
 }
 

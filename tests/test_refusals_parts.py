@@ -6,6 +6,7 @@ from flax import nnx
 from nash_lab.model.attention import GQA
 from nash_lab.model.diff import DIFF1, DIFF2, DiffConfig, diff_attention_v1, diff_attention_v2
 from nash_lab.model.layers import RopeConfig
+from nash_lab.model.maha import MAHA, MAHAConfig
 from nash_lab.model.mla import MLA, MLAConfig
 
 
@@ -48,9 +49,20 @@ REFUSED = {
     'no compression': (lambda: build(MLA, width=4, cfg=MLAConfig(kv_rank=8, rope_dim=4)), ['MLAConfig.kv_rank=8', 'width=4']),
     'no compression of queries': (lambda: build(MLA, width=128, cfg=MLAConfig(q_rank=65)), ['MLAConfig.q_rank=65']),
     'no pair turns': (lambda: build(MLA, rope=RopeConfig(rotary_fraction=0.1)), ['must be even and positive']),
+    # attention at several scales
+    'no scale': (lambda: MAHAConfig(scales=0), ['MAHAConfig.scales=0', 'at least 1']),
+    'no stride': (lambda: MAHAConfig(stride=1), ['MAHAConfig.stride=1', 'at least 2']),
+    'downsampler': (lambda: MAHAConfig(downsample='max'), ["MAHAConfig.downsample='max'", 'pool', 'conv']),
+    'taps that leave gaps': (lambda: MAHAConfig(downsample='conv', stride=4), ['MAHAConfig.kernel=3', 'stride=4']),
+    'aggregate': (lambda: MAHAConfig(aggregate='mean'), ["MAHAConfig.aggregate='mean'", 'convex', 'simplex', 'nash']),
+    'temperature': (lambda: MAHAConfig(temperature=0.0), ['MAHAConfig.temperature=0.0', 'more than 0']),
+    'blocks beyond the row': (lambda: MAHAConfig(scales=8).check_scales(width=16, heads=4, kv_heads=2, head_dim=4, max_len=64), ['MAHAConfig.scales=8', 'max_len=64', '128']),
+    'scales without groups': (lambda: build(MAHA, kv_heads=3), ['heads=4', 'kv_heads=3']),
+    'channels': (lambda: build(MAHA, cfg=MAHAConfig(downsample='conv')), ["MAHAConfig.downsample='conv'", 'kv_heads=2', 'head_dim=4', 'width=16']),
     # all of them
     'documents and a cache': (lambda: both_documents_and_cache(GQA), ['segments and cache']),
     'documents and a pair cache': (lambda: both_documents_and_cache(DIFF1), ['segments and cache']),
+    'documents and a cache of scales': (lambda: both_documents_and_cache(MAHA), ['segments and cache']),
     'documents and a latent cache': (lambda: both_documents_and_cache(MLA), ['segments and cache']),
 }
 

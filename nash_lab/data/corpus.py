@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Integer
@@ -122,7 +122,7 @@ def corpus_files(cfg: CorpusConfig) -> list[tuple[str, Path]]:
 
 # %% ../../nbs/data/25_corpus.ipynb #c014
 def split_records(
-    file: BinaryIO,
+    path: Path,
     separator: bytes,  # what stands between two parts; empty: the file is one part
     limit: int = 1 << 62,  # bytes of a part
     size: int = 1 << 20,  # bytes read at a time
@@ -131,18 +131,19 @@ def split_records(
     line = 1
     passed = 0  # lines of the present part that were not kept
     rest = b""
-    for block in iter(lambda: file.read(size), b""):
-        rest += block
-        parts = rest.split(separator) if separator else [rest]
-        rest = parts.pop()
-        for part in parts:
-            yield line, part
-            line += passed + part.count(b"\n") + separator.count(b"\n")
-            passed = 0
-        if len(rest) > limit + len(separator) + size:  # guard: data: memory of a record
-            tail = len(rest) - len(separator)  # the end may be half a separator
-            passed += rest.count(b"\n", limit + 1, tail)
-            rest = rest[: limit + 1] + rest[tail:]
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(size), b""):
+            rest += block
+            parts = rest.split(separator) if separator else [rest]
+            rest = parts.pop()
+            for part in parts:
+                yield line, part
+                line += passed + part.count(b"\n") + separator.count(b"\n")
+                passed = 0
+            if len(rest) > limit + len(separator) + size:  # guard: data: memory of a record
+                tail = len(rest) - len(separator)  # the end may be half a separator
+                passed += rest.count(b"\n", limit + 1, tail)
+                rest = rest[: limit + 1] + rest[tail:]
     if rest or separator != b"\n":
         yield line, rest  # a last newline ends a line and begins none
 
@@ -256,30 +257,6 @@ class CorpusReport:
             )
 
 # %% ../../nbs/data/25_corpus.ipynb #c028
-def _readable(cfg: CorpusConfig, report: CorpusReport) -> Iterator[tuple[str, str, str]]:
-    "Text, file and place of every record that can be read; ValueError names one that cannot."
-    separator = b"\n" if cfg.source == "jsonl" else utf8(cfg.separator)
-    for name, path in corpus_files(cfg):
-        before = stamps([path])
-        with open(path, "rb") as file:
-            for line, raw in split_records(file, separator, cfg.max_record_bytes):
-                report.records += 1
-                if report.records % 1000 == 0:
-                    report.check_share(cfg.max_bad_share)
-                try:
-                    text = record_text(cfg, raw)
-                except BadRecord as error:
-                    message = f"{name}:{line + error.line}: {error}"
-                    if cfg.on_error == "error":
-                        raise ValueError(message) from None
-                    report.skip(error.cause, message)
-                    report.bad += 1
-                    continue
-                yield text, name, f"{name}:{line}"
-        check_stamps(before)
-    report.check_share(cfg.max_bad_share)
-
-
 def documents(
     cfg: CorpusConfig,
     split: Literal["train", "validation"] = "train",
@@ -290,23 +267,41 @@ def documents(
         raise ValueError(f"{split=} must be 'train' or 'validation'")
     if report is None:
         report = CorpusReport()
+    separator = b"\n" if cfg.source == "jsonl" else utf8(cfg.separator)
     seen = set()
-    for text, name, place in _readable(cfg, report):
-        data = utf8(text)
-        digest = hashlib.sha256(data).digest()
-        if not text.strip():
-            report.skip("blank", f"{place}: blank")
-        elif split_of(digest, cfg.holdout) != split:
-            continue
-        elif digest in seen:
-            report.skip("duplicate", f"{place}: duplicate")
-        elif cfg.max_bytes and report.bytes + len(data) > cfg.max_bytes:
-            return
-        else:
-            seen.add(digest)
-            report.documents += 1
-            report.bytes += len(data)
-            yield Document(text, name)
+    for name, path in corpus_files(cfg):
+        before = stamps([path])
+        for line, raw in split_records(path, separator, cfg.max_record_bytes):
+            report.records += 1
+            if report.records % 1000 == 0:
+                report.check_share(cfg.max_bad_share)
+            try:
+                text = record_text(cfg, raw)
+            except BadRecord as error:
+                message = f"{name}:{line + error.line}: {error}"
+                if cfg.on_error == "error":
+                    raise ValueError(message) from None
+                report.skip(error.cause, message)
+                report.bad += 1
+                continue
+
+            data = utf8(text)
+            digest = hashlib.sha256(data).digest()
+            if not text.strip():
+                report.skip("blank", f"{name}:{line}: blank")
+            elif split_of(digest, cfg.holdout) != split:
+                continue
+            elif digest in seen:
+                report.skip("duplicate", f"{name}:{line}: duplicate")
+            elif cfg.max_bytes and report.bytes + len(data) > cfg.max_bytes:
+                return
+            else:
+                seen.add(digest)
+                report.documents += 1
+                report.bytes += len(data)
+                yield Document(text, name)
+        check_stamps(before)
+    report.check_share(cfg.max_bad_share)
 
 # %% ../../nbs/data/25_corpus.ipynb #c034
 @dataclass(frozen=True)
@@ -472,6 +467,7 @@ class PackedTokens:
         if vocab_size not in (None, meta.vocab_size):
             found = meta.vocab_size
             raise ValueError(f"{path}: packed with vocab_size {found}, expected {vocab_size}")
+        vocab_size = meta.vocab_size
 
         dtype = np.dtype(meta.dtype).newbyteorder("<")
         size = path.stat().st_size
@@ -479,23 +475,18 @@ class PackedTokens:
         if size != expected:  # guard: data: length of packed tokens
             what = f"{meta.tokens} ids of {meta.dtype}"
             raise ValueError(f"{path}: {size} bytes, expected {expected} ({what})")
-        packed = cls(np.memmap(path, dtype, mode="r"), meta, path, stamps([path])[str(path)])
-        _check_ids(packed)
-        return packed
+        tokens = np.memmap(path, dtype, mode="r")
+        stamp = stamps([path])[str(path)]
 
-
-def _check_ids(packed: PackedTokens, block: int = 1 << 22) -> None:
-    "Read the file once; ValueError for an id outside the vocabulary or for other content."
-    content = hashlib.sha256()
-    meta = packed.meta
-    for start in range(0, len(packed), block):
-        ids = np.asarray(packed.tokens[start : start + block])
-        content.update(ids.data)
-        if ids.max() >= meta.vocab_size:  # guard: data: ids beyond the vocabulary
-            at = int(np.argmax(ids >= meta.vocab_size))
-            found = f"id {ids[at]} at token {start + at}"
-            raise ValueError(f"{packed.path}: {found}, expected ids below {meta.vocab_size}")
-    found = content.hexdigest()
-    if found != meta.sha256:
-        hashes = f"SHA-256 {found[:12]}, expected {meta.sha256[:12]}"
-        raise ValueError(f"{packed.path}: {hashes}: not the file that was packed")
+        content = hashlib.sha256()
+        for start in range(0, len(tokens), 1 << 22):
+            ids = np.asarray(tokens[start : start + (1 << 22)])
+            content.update(ids.data)
+            if ids.max() >= vocab_size:  # guard: data: ids beyond the vocabulary
+                at = int(np.argmax(ids >= vocab_size))
+                found = f"id {ids[at]} at token {start + at}"
+                raise ValueError(f"{path}: {found}, expected ids below {vocab_size}")
+        if content.hexdigest() != meta.sha256:
+            hashes = f"SHA-256 {content.hexdigest()[:12]}, expected {meta.sha256[:12]}"
+            raise ValueError(f"{path}: {hashes}: not the file that was packed")
+        return cls(tokens, meta, path, stamp)
