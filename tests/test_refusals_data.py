@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from nash_lab.data.corpus import CorpusConfig, Document, PackedTokens, documents, pack
 from nash_lab.data.loader import LoaderConfig, eval_batches, loader
+from nash_lab.data.filters import Memory
+from nash_lab.data.sources import Source, SourceConfig, local_files, parse_source
+from nash_lab.data.stream import Mixture, StreamConfig, merge_states, share, stream_loader
 from nash_lab.data.tokenizer import HFTokenizer, SentencePieceTokenizer, TokenizerConfig, load_tokenizer, special_ids, train_tokenizer
 
 SETTINGS = [
@@ -14,6 +17,12 @@ SETTINGS = [
     (CorpusConfig, dict(holdout=1.)), (CorpusConfig, dict(holdout=-.1)), (CorpusConfig, dict(max_bytes=-1)), (CorpusConfig, dict(on_error='go on')),
     (LoaderConfig, dict(seq_len=0)), (LoaderConfig, dict(batch_size=0)), (LoaderConfig, dict(seed=-1)), (LoaderConfig, dict(seed=2**32)),
     (LoaderConfig, dict(epochs=-1)), (LoaderConfig, dict(prefetch=-1)), (LoaderConfig, dict(documents='cut')),
+    (SourceConfig, dict(name='')), (SourceConfig, dict(name='a', weight=0)), (SourceConfig, dict(name='a', shuffle_buffer=-1)),
+    (SourceConfig, dict(name='a', sample_by='word')),
+    *((StreamConfig, {name: 0}) for name in ('seq_len', 'batch_size', 'lanes', 'window')),
+    *((StreamConfig, {name: -1}) for name in ('epochs', 'min_chars', 'max_chars', 'workers', 'prefetch', 'seed')),
+    *((StreamConfig, {name: 1.5}) for name in ('holdout', 'max_bad_share', 'similarity')),
+    *((StreamConfig, {name: 'fuzzy'}) for name in ('documents', 'dedup', 'split', 'on_error')), (StreamConfig, dict(lanes=4, batch_size=6)),
     (CorpusConfig, dict(max_bad_share=1.1)), (CorpusConfig, dict(max_record_bytes=0)),
 ]
 
@@ -106,3 +115,44 @@ def test_a_position_beyond_the_end_or_of_nothing_is_refused(packed):
         with pytest.raises(ValueError, match=f'batch {batch!r}'): run.set_state(state | dict(batch=batch))
     with pytest.raises(ValueError, match='sha256 None'): run.set_state({})
     with pytest.raises(ValueError, match='expected at least 2'): next(eval_batches(replace(packed, tokens=packed.tokens[:1]), 8, 4))
+
+# ---- sources and streams
+
+@pytest.fixture
+def rows(tmp_path):
+    (tmp_path/'rows').mkdir()
+    (tmp_path/'rows/a.jsonl').write_text('\n'.join(json.dumps({'text': f'row {i} of a list in plain words'}) for i in range(40)))
+    return SourceConfig(str(tmp_path/'rows'))
+
+def test_local_files_of_no_kind_or_two_are_refused(tmp_path):
+    (tmp_path/'none').mkdir()
+    with pytest.raises(FileNotFoundError, match='none: no .parquet'): local_files(str(tmp_path/'none'))
+    (tmp_path/'a.md').write_text('x')
+    with pytest.raises(ValueError, match='a.md.*endings .parquet'): local_files(str(tmp_path/'*.md'))
+    for name in ('a.txt', 'b.jsonl'): (tmp_path/'none'/name).write_text('{}')
+    with pytest.raises(ValueError, match='json, text'): local_files(str(tmp_path/'none'))
+    with pytest.raises(ValueError, match='name'): parse_source('')
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path/'bad.parquet').write_bytes(b'hello')
+    with pytest.raises(ValueError, match='bad.parquet: ArrowInvalid'): list(Source(SourceConfig(str(tmp_path/'bad.parquet')), epochs=1))
+
+@pytest.mark.parametrize('how, place, found', [
+    (dict(lanes=4), (0, 3), 'lanes=4.*shards=3'), (dict(lanes=4, epochs=1), (0, 2), 'different steps'), (dict(workers=2), (0, 1), 'workers=2'), ({}, (2, 2), 'shard=2'),
+    (dict(batch_size=9, lanes=3), (0, 6), 'batch_size=9')])
+def test_processes_that_do_not_fit_are_refused(how, place, found):
+    with pytest.raises(ValueError, match=found): share(StreamConfig(**dict(batch_size=8) | how), *place)
+
+def test_streams_that_give_nothing_are_refused(tok, rows):
+    cfg = StreamConfig((rows,), seq_len=16, batch_size=2, epochs=1, prefetch=0)
+    with pytest.raises(ValueError, match='whole pass gave no document .too short 40'): next(stream_loader(replace(cfg, min_chars=500), tok))
+    with pytest.raises(ValueError, match='StreamConfig.sources'): stream_loader(StreamConfig(), tok)
+    for weights in ([], [1, 0], [-1.]):
+        with pytest.raises(ValueError, match='positive'): Mixture(weights)
+
+def test_positions_that_lack_a_lane_or_a_log_are_refused(tok, rows):
+    cfg = StreamConfig((rows,), seq_len=16, batch_size=4, lanes=2, prefetch=0)
+    half = stream_loader(cfg, tok, shard=0, shards=2).get_state()
+    with pytest.raises(ValueError, match='no lane 1'): stream_loader(cfg, tok).set_state(half)
+    with pytest.raises(ValueError, match=r'batches \[0, 1\]'): merge_states([half, half | dict(batch=1)])
+    with pytest.raises(ValueError, match='3 bytes, expected 1 x 14'): Memory(1, 3).refill('AAAA', 1)

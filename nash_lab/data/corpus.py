@@ -40,15 +40,22 @@ class Document:
 class CorpusConfig:
     "Where documents come from; ValueError for values that cannot be meant."
 
-    source: Literal["stdlib", "text", "jsonl"] = "stdlib"  # the interpreter's library, or files
+    # the interpreter's library, or files
+    source: Literal["stdlib", "text", "jsonl"] = "stdlib"
     paths: tuple[str, ...] = ()  # files, folders (their .txt or .jsonl files) or globs
     field: str = "text"  # jsonl: the key that holds the text
-    separator: str = ""  # text: between documents of one file; "" = a file is one document
-    holdout: float = 0.05  # share of documents, by SHA-256, that is validation; 0 = all is train
-    max_bytes: int = 0  # stop before a split has more UTF-8 bytes than this; 0 = no limit
-    on_error: Literal["error", "skip"] = "error"  # unreadable record: stop and name it, or count it
-    max_bad_share: float = 0.01  # skip: more unreadable records than this share stop it after all
-    max_record_bytes: int = 16 << 20  # longer records are unreadable: one is encoded as a whole
+    # text: between documents of one file; "" = a file is one document
+    separator: str = ""
+    # share of documents, by SHA-256, that is validation; 0 = all is train
+    holdout: float = 0.05
+    # stop before a split has more UTF-8 bytes than this; 0 = no limit
+    max_bytes: int = 0
+    # unreadable record: stop and name it, or count it
+    on_error: Literal["error", "skip"] = "error"
+    # skip: more unreadable records than this share stop it after all
+    max_bad_share: float = 0.01
+    # longer records are unreadable: one is encoded as a whole
+    max_record_bytes: int = 16 << 20
 
     def __post_init__(self):
         check_choices(self)
@@ -237,8 +244,10 @@ class CorpusReport:
     bad: int = 0  # that could not be read
     documents: int = 0  # yielded
     bytes: int = 0  # of their UTF-8
-    skipped: Counter = field(default_factory=Counter)  # cause -> records that gave no document
-    examples: list[str] = field(default_factory=list)  # "file:line: cause", the first 20
+    # cause -> records that gave no document
+    skipped: Counter = field(default_factory=Counter)
+    # "file:line: cause", the first 20
+    examples: list[str] = field(default_factory=list)
 
     def skip(self, cause: str, message: str) -> None:
         "Count one record that gave no document."
@@ -323,10 +332,8 @@ class PackedMeta:
 
     def __post_init__(self):
         fits = id_dtype(self.vocab_size)
-        expected = f"{fits!r} for vocab_size={self.vocab_size}"
-        check_that(
-            self, "dtype", self.dtype == fits, expected
-        )  # guard: data: type of packed tokens
+        what = f"{fits!r} for vocab_size={self.vocab_size}"
+        check_that(self, "dtype", self.dtype == fits, what)  # guard: data: type of packed tokens
         check_range(self, "tokens", "documents", at_least=1)  # guard: data: no tokens
         check_range(self, "eos_id", at_least=0, below=self.vocab_size)
         check_that(self, "version", self.version == 1, "1")  # guard: data: format of packed tokens
@@ -361,7 +368,8 @@ def pack(
     path: str | Path,  # the .bin; its description goes to <path>.json
     *,
     split: str = "",  # written into the description
-    report: CorpusReport | None = None,  # the one `documents` fills: its counts are written too
+    # the one `documents` fills: its counts are written too
+    report: CorpusReport | None = None,
 ) -> PackedMeta:
     "Stream documents into a packed file; ValueError when there is none, and then no file is left."
     path = Path(path)
@@ -443,7 +451,8 @@ class PackedTokens:
         cls,
         path: str | Path,  # the .bin
         *,
-        tokenizer_hash: str | None = None,  # refuse a file packed with another tokenizer
+        # refuse a file packed with another tokenizer
+        tokenizer_hash: str | None = None,
         vocab_size: int | None = None,  # refuse a file for another vocabulary
     ) -> "PackedTokens":
         "Map a packed file after checking it; ValueError or FileNotFoundError names what is wrong."

@@ -11,6 +11,7 @@ __all__ = ['CONTROL', 'INVISIBLE', 'REMOVED', 'REPETITIVE', 'WORDLESS', 'BROKEN'
 import base64
 import hashlib
 import re
+import struct
 import unicodedata
 import zlib
 from collections import deque
@@ -78,7 +79,9 @@ def shingles(text: str) -> UInt64[np.ndarray, "s"]:
 
 def similarity(a: UInt64[np.ndarray, "s"], b: UInt64[np.ndarray, "u"]) -> float:
     "J, the share of sequences that two texts have in common."
-    return len(np.intersect1d(a, b)) / max(1, len(np.union1d(a, b)))
+    both = np.intersect1d(a, b)
+    either = np.union1d(a, b)
+    return len(both) / max(1, len(either))
 
 # %% ../../nbs/data/27_filters.ipynb #c016
 SIGNATURE = 128  # m: numbers of a signature, an error of about 1 / sqrt(m) in an estimate of J
@@ -136,7 +139,7 @@ class Memory:
         epoch: int,  # the pass over the source
     ) -> bool:
         "Whether one of the keys was kept from another source, or in this pass over this one."
-        here = source.to_bytes(2, "little") + epoch.to_bytes(4, "little")
+        here = struct.pack("<HI", source, epoch)
         for i in range(0, len(keys), 8):
             at = self.last.get(keys[i : i + 8])
             if at is None:
@@ -148,7 +151,7 @@ class Memory:
 
     def remember(self, keys: bytes, source: int, epoch: int) -> bytes:
         "Append a text as in `seen` and give its entry; beyond `window` the oldest is forgotten."
-        return self._append(source.to_bytes(2, "little") + epoch.to_bytes(4, "little") + keys)
+        return self._append(struct.pack("<HI", source, epoch) + keys)
 
     def _append(self, entry: bytes) -> bytes:
         self.log.append(entry)
@@ -201,7 +204,8 @@ class Log:
         "The last `window` entries in base64, of now or of an earlier value of `total`."
         since = 0 if total is None else self.total - total
         data = self.data[: len(self.data) - since]
-        return base64.b64encode(data[-self.window * self.entry :]).decode()
+        newest = data[-self.window * self.entry :]
+        return base64.b64encode(newest).decode()
 
 # %% ../../nbs/data/27_filters.ipynb #c027
 class Filter:
@@ -210,12 +214,14 @@ class Filter:
     def __init__(
         self,
         *,
-        clean: bool = True,  # False: texts stay as they are, only length and duplicates count
+        # False: texts stay as they are, only length and duplicates count
+        clean: bool = True,
         min_chars: int = 1,  # shorter texts are left out
         max_chars: int = 0,  # longer ones are cut; 0 = no limit
         dedup: Literal["none", "exact", "minhash"] = "exact",
         similarity: float = 0.8,  # minhash: from here on two texts count as one
-        window: int = 1_000_000,  # remembered texts, 0.3 kB of memory each, minhash 1.5 kB
+        # remembered texts, 0.3 kB of memory each, minhash 1.5 kB
+        window: int = 1_000_000,
     ):
         self.clean = clean
         self.min_chars = min_chars

@@ -30,7 +30,8 @@ class LoaderConfig:
     seed: int = 0  # of the order of the rows, below 2**32
     shuffle: bool = True  # a new order each epoch; False: the order of the file
     epochs: int = 0  # passes over the file; 0 = without end
-    documents: Literal["cross", "mask"] = "cross"  # mask: attention and loss stop at their borders
+    # mask: attention and loss stop at their borders
+    documents: Literal["cross", "mask"] = "cross"
     prefetch: int = 2  # batches made ahead in threads; 0 = none
 
     def __post_init__(self):
@@ -93,7 +94,7 @@ def batch_indices(rows: int, cfg: LoaderConfig) -> grain.MapDataset:
     return order.repeat(cfg.epochs or None).batch(cfg.batch_size)
 
 # %% ../../nbs/data/28_loader.ipynb #c019
-def refuse_other(stream: dict[str, Any], state: dict[str, Any]) -> None:
+def refuse_other(stream: dict, state: dict) -> None:
     "ValueError when a position belongs to another stream than the one described."
     for key, value in stream.items():
         found = state.get("stream", {}).get(key)
@@ -146,18 +147,18 @@ class Loader:
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._iterator)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         "The position as plain JSON: the batch that comes next, its epoch, and its stream."
         batch = self._iterator.get_state()["next_index"]
         epoch = batch * self.batch_size // self.rows
         return dict(batch=batch, epoch=epoch, stream=dict(self.stream))
 
-    def bookmark(self) -> Callable[[], dict[str, Any]]:
+    def bookmark(self) -> Callable[[], dict]:
         "The position of now, to be written out later."
         state = self.get_state()
         return lambda: state
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict) -> None:
         "Resume at a position of `get_state`; ValueError when it is of another stream."
         refuse_other(self.stream, state)
         batch = state.get("batch")

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'HUB_S', 'MAX_LINE', 'BAD', 'LONG', 'BLOCK', 'SourceConfig', 'parse_source',
-           'local_files', 'hub_fault', 'MarkedDecoder', 'register_encoding', 'fingerprint',
-           'Source', 'block_order', 'shuffle_seed']
+           'local_files', 'MarkedDecoder', 'register_encoding', 'fingerprint', 'Source',
+           'block_order', 'shuffle_seed']
 
 # %% ../../nbs/data/26_sources.ipynb #c003
 import codecs
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -31,15 +30,21 @@ from .corpus import BadRecord, check_stamps, json_value, matching_files, stamps
 class SourceConfig:
     "One column of one data set; ValueError for values that cannot be meant."
 
-    name: str  # hub name ("user/data"), or a file, folder or glob of .parquet .arrow .jsonl .txt
-    subset: str = ""  # the hub's configuration of it, as "sample-10BT"; "" = its default
+    # hub name ("user/data"), or a file, folder or glob of .parquet .arrow .jsonl .txt
+    name: str
+    # the hub's configuration of it, as "sample-10BT"; "" = its default
+    subset: str = ""
     split: str = "train"  # of a hub data set; local files are all of one split
-    revision: str = ""  # commit of a hub data set; "" = the newest, which may change between runs
+    # commit of a hub data set; "" = the newest, which may change between runs
+    revision: str = ""
     column: str = "text"  # the one that holds the text
     weight: float = 1.0  # share in a mixture, relative to the weights of the others
-    streaming: bool = True  # False: into the library's cache on disk first, then rows by number
-    shuffle_buffer: int = 0  # streaming: rows of a shuffled block; otherwise > 0 shuffles all of it
-    sample_by: Literal["document", "paragraph", "line"] = "document"  # what a row of a .txt file is
+    # False: into the library's cache on disk first, then rows by number
+    streaming: bool = True
+    # streaming: rows of a shuffled block; otherwise > 0 shuffles all of it
+    shuffle_buffer: int = 0
+    # what a row of a .txt file is
+    sample_by: Literal["document", "paragraph", "line"] = "document"
 
     def __post_init__(self):
         check_that(self, "name", bool(self.name), "a hub name or local files")
@@ -75,9 +80,10 @@ def _kind(path: str | Path) -> str:
 
 def _is_local(name: str) -> bool:
     "Whether a name means files of this machine."
-    a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    a_glob = any(character in name for character in "*?[\\")
-    return a_path or a_glob or bool(_kind(name)) or os.path.exists(name)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return True
+    a_glob = not set("*?[\\").isdisjoint(name)
+    return a_glob or bool(_kind(name)) or os.path.exists(name)
 
 
 def local_files(name: str) -> list[Path]:
@@ -111,55 +117,40 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-@contextmanager
-def _offline():
-    "The hub's client as with HF_HUB_OFFLINE=1: it uses what is cached, and never waits."
-    from huggingface_hub import constants
+def _from_hub(cfg: SourceConfig):
+    "A hub data set, streamed or cached; ConnectionError, FileNotFoundError or ValueError."
+    from huggingface_hub import HfApi, constants
 
+    what = f"{cfg.name}:{cfg.subset}" if cfg.subset else cfg.name
+    fault = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    if not fault:
+        try:
+            HfApi().dataset_info(cfg.name, timeout=HUB_S)
+        except Exception as error:  # the client's, those of its HTTP library, those of the system
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if status in (401, 403, 404):  # an answer, and no absence
+                why = f"the hub has no such data set, or it needs HF_TOKEN ({status})"
+                raise FileNotFoundError(f"{cfg.name}: {why}") from None
+            fault = f"{type(error).__name__}: {first_line(error)}"
+
+    load = _library().load_dataset
+    where = dict(name=cfg.subset or None, split=cfg.split, revision=cfg.revision or None)
+    if not fault:
+        try:
+            return load(cfg.name, streaming=cfg.streaming, **where)
+        except Exception as error:
+            raise ValueError(f"{what}, split {cfg.split!r}: {_reason(error)}") from None
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = True  # the client uses what is cached, and never waits
     try:
-        yield
+        return load(cfg.name, streaming=False, **where)
+    except Exception:  # whatever it is, the reason is that the hub was not there
+        why = f"the hub cannot be reached and nothing is cached ({fault})"
+        raise ConnectionError(f"{what}: {why}") from None
     finally:
         constants.HF_HUB_OFFLINE = before
 
-
-def hub_fault(name: str) -> str:
-    "Ask the hub once: why a data set cannot be had now, or ''; FileNotFoundError if it has none."
-    import huggingface_hub
-
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_S)
-    except Exception as error:  # the client's own, those of its HTTP library, those of the system
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        if status in (401, 403, 404):
-            why = f"the hub has no such data set, or it needs HF_TOKEN ({status})"
-            raise FileNotFoundError(f"{name}: {why}") from None
-        return f"{type(error).__name__}: {first_line(error)}"
-    return ""
-
-
-def _from_hub(cfg: SourceConfig):
-    "A hub data set, streamed or cached; ConnectionError or ValueError in one line."
-    load = _library().load_dataset
-    where = dict(name=cfg.subset or None, split=cfg.split, revision=cfg.revision or None)
-    what = f"{cfg.name}:{cfg.subset}" if cfg.subset else cfg.name
-    fault = hub_fault(cfg.name)
-    if fault:
-        try:
-            with _offline():
-                return load(cfg.name, streaming=False, **where)
-        except Exception:  # whatever it is, the reason is that the hub was not there
-            why = f"the hub cannot be reached and nothing is cached ({fault})"
-            raise ConnectionError(f"{what}: {why}") from None
-    try:
-        return load(cfg.name, streaming=cfg.streaming, **where)
-    except Exception as error:
-        raise ValueError(f"{what}, split {cfg.split!r}: {_reason(error)}") from None
-
-# %% ../../nbs/data/26_sources.ipynb #c014
+# %% ../../nbs/data/26_sources.ipynb #c013
 MAX_LINE = 16 << 20  # bytes of a line of .jsonl and .txt files, as CorpusConfig.max_record_bytes
 BAD = "\ufdd0"  # stands for a byte that is not UTF-8
 LONG = "\ufdd1"  # stands for a line of more than MAX_LINE bytes
@@ -208,7 +199,7 @@ def register_encoding() -> str:
     codecs.register_error("nash_lab.bad_byte", lambda error: (mark, error.end))
     return "nash_lab"
 
-# %% ../../nbs/data/26_sources.ipynb #c017
+# %% ../../nbs/data/26_sources.ipynb #c016
 def _unit(cfg: SourceConfig, files: list | tuple) -> str:
     "What a row of local files is: a line, a paragraph or a document of text; '' for tables."
     kind = _kind(files[0]) if files else ""
@@ -269,7 +260,7 @@ def fingerprint(cfg: SourceConfig) -> str:
         about += "without byte order mark"  # guard: data: position with a byte order mark
     return sha256(about.encode())[:16]
 
-# %% ../../nbs/data/26_sources.ipynb #c021
+# %% ../../nbs/data/26_sources.ipynb #c020
 BLOCK = 256  # rows read at a time when they are not shuffled
 
 
@@ -296,6 +287,9 @@ class Source:
         if files and not any(sizes):  # guard: data: files without rows
             raise ValueError(f"{cfg.name}: no rows, the files are empty")
         self.unit = _unit(cfg, files)
+        self.key = None  # of the objects, where rows are JSON
+        if files and _kind(files[0]) == "json":
+            self.key = cfg.column
         self.data = _open_column(cfg, tuple(self.stamps), tuple(self.stamps.values()))
         self.set_state(dict(epoch=0, at={}, row=0))
 
@@ -319,11 +313,11 @@ class Source:
         self._row += 1
         return self._block[self._row - 1][0]
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         "The position as plain JSON: epoch, where the block begins, rows of it that are gone."
         return dict(epoch=self.epoch, at=self._at, row=self._row)
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict) -> None:
         "Resume with the row that came next at a position of `get_state`."
         self.epoch = state["epoch"]
         self._at = state["at"]
@@ -339,7 +333,7 @@ class Source:
             self._row = state["row"]
 
     def last_place(self) -> str:
-        "Where the row stands that came last, as file:line or name: row; ValueError as check_stamps."
+        "Where the last row stands, as file:line or name: row; ValueError when files have changed."
         value, (file, row) = self._block[self._row - 1]
         if file is None and not self.unit:
             return f"{self.cfg.name}: row {row + 1}"
@@ -360,7 +354,7 @@ class Source:
             return f"{path}:{line + 1}"
         return f"{path}: row {row + 1}"
 
-# %% ../../nbs/data/26_sources.ipynb #c023
+# %% ../../nbs/data/26_sources.ipynb #c022
 def block_order(rows: int, shuffle: bool, key: tuple[int, ...]) -> list[int]:
     "The order in which a block's rows are handed out: a function of seed, epoch, file, first row."
     if not shuffle:
@@ -422,17 +416,18 @@ def _indexed_blocks(source: Source, epoch: int, at: dict) -> Iterator[tuple[dict
     for first in range(at.get("first", 0), len(mine), BLOCK):
         numbers = [order[epoch * n + r] for r in mine[first : first + BLOCK]]
         rows = ({column: value} for value in source.data[numbers][column])
-        values = _read_values(source, rows, BLOCK)
-        yield dict(first=first), [(value, (None, r)) for value, r in zip(values, numbers)]
+        block = []
+        for value, number in zip(_read_values(source, rows, BLOCK), numbers):
+            block.append((value, (None, number)))
+        yield dict(first=first), block
 
 
 def _read_values(source: Source, rows: Iterator[dict], size: int) -> list:
     "Up to `size` values of the column; ValueError or ConnectionError in one line."
     cfg = source.cfg
-    key = cfg.column if _kind(next(iter(source.stamps), "")) == "json" else None
     try:
         if source.unit:
-            return [_text_value(row["text"], key) for row in islice(rows, size)]
+            return [_text_value(row["text"], source.key) for row in islice(rows, size)]
         return [row[cfg.column] for row in islice(rows, size)]
     except Exception as error:
         check_stamps(source.stamps)  # the better reason, when it is one

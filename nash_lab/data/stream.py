@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'FREE_SETTINGS', 'Mixture', 'StreamConfig', 'Documents', 'stream_documents',
-           'Lane', 'share', 'LaneRows', 'stream_identity', 'StreamLoader', 'stream_loader',
-           'merge_states']
+           'Lane', 'share', 'LaneRows', 'StreamLoader', 'stream_loader', 'merge_states']
 
 # %% ../../nbs/data/29_stream.ipynb #c003
 import hashlib
@@ -13,14 +12,14 @@ import json
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import grain
 import numpy as np
 from absl import flags
 
-from ..core.configs import check_choices, check_range, check_that
+from ..core.configs import check_choices, check_range, check_that, to_json
 from ..core.text import Tokenizer, utf8
 from .corpus import BadRecord, CorpusReport, Document, split_of
 from .filters import Filter, Log
@@ -40,34 +39,37 @@ class Mixture:
         self.given = [0] * len(self.weights)
         self.open = [True] * len(self.weights)
 
-    def fractions(self) -> list[float]:
-        "w: the weights of the sources that still give, scaled to add up to 1."
-        total = sum(w for w, still in zip(self.weights, self.open) if still)
-        return [w / total if still else 0.0 for w, still in zip(self.weights, self.open)]
-
     def next_source(self) -> int | None:
         "The open source with the largest deficit, of equals the heaviest; None when all have ended."
         if not any(self.open):
             return None
-        w = self.fractions()
+        live = [w * still for w, still in zip(self.weights, self.open)]
+        total = sum(live)
         N = sum(self.given)
-        still = [i for i, here in enumerate(self.open) if here]
-        return max(still, key=lambda i: (w[i] * N - self.given[i], w[i], -i))
+        best = None
+        most = ()
+        for i, still in enumerate(self.open):
+            w = live[i] / total
+            owed = (w * N - self.given[i], w)
+            if still and owed > most:
+                best = i
+                most = owed
+        return best
 
     def count(self, i: int, amount: int) -> None:
         "Note that source i gave this much, in bytes of text."
         self.given[i] += amount
 
-    def end(self, i: int) -> None:
+    def retire(self, i: int) -> None:
         "Source i has ended: the others share what it had, and the counting starts again."
         self.open[i] = False
         self.given = [0] * len(self.given)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         "The position as plain JSON."
         return dict(given=list(self.given), open=list(self.open))
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict) -> None:
         "Resume at a position of `get_state`."
         self.given = list(state["given"])
         self.open = list(state["open"])
@@ -81,20 +83,26 @@ class StreamConfig:
     seq_len: int = 1024  # t: positions of a row
     batch_size: int = 16  # b: rows of one step, over all processes together
     seed: int = 0  # of the order within the sources
-    documents: Literal["cross", "mask"] = "mask"  # mask: attention and loss stop at their borders
+    # mask: attention and loss stop at their borders
+    documents: Literal["cross", "mask"] = "mask"
     epochs: int = 0  # passes over each source; 0 = without end
-    lanes: int = 1  # L: streams side by side, each makes batch_size / lanes rows of every batch
+    # L: streams side by side, each makes batch_size / lanes rows of every batch
+    lanes: int = 1
     clean: bool = True  # composed marks, plain newlines, no text that is no text
     min_chars: int = 1  # shorter documents are left out
     max_chars: int = 1_000_000  # longer documents are cut; 0 = never
     dedup: Literal["none", "exact", "minhash"] = "exact"  # copies, or near copies too
     similarity: float = 0.8  # minhash: from here on two documents count as one
-    window: int = 1_000_000  # documents remembered to find copies; part of every checkpoint
+    # documents remembered to find copies; part of every checkpoint
+    window: int = 1_000_000
     holdout: float = 0.0  # share of documents, by SHA-256, that is validation
     split: Literal["train", "validation"] = "train"  # which of the two this stream is
-    on_error: Literal["error", "skip"] = "error"  # a row that is no text: stop, or count it
-    max_bad_share: float = 0.01  # skip: more such rows than this share stop the stream after all
-    workers: int = 0  # processes that make the lanes, a divisor of their number; 0 = a thread
+    # a row that is no text: stop, or count it
+    on_error: Literal["error", "skip"] = "error"
+    # skip: more such rows than this share stop the stream after all
+    max_bad_share: float = 0.01
+    # processes that make the lanes, a divisor of their number; 0 = a thread
+    workers: int = 0
     prefetch: int = 2  # batches made ahead; 0 = none
 
     def __post_init__(self):
@@ -146,9 +154,9 @@ class Documents:
             if text:
                 self.mixture.count(i, len(utf8(text)))
                 return i, text
-            self.mixture.end(i)
+            self.mixture.retire(i)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         "The position as plain JSON; the log of the filter is kept apart."
         return dict(
             sources=[source.get_state() for source in self.sources],
@@ -158,18 +166,17 @@ class Documents:
             logged=self.filter.memory.count,
         )
 
-    def set_state(self, state: dict[str, Any], log: str) -> None:
+    def set_state(self, state: dict, log: str) -> None:
         "Resume, in a new object, at a position of `get_state` with the log of `Log.to_text`."
         for source, at in zip(self.sources, state["sources"]):
             source.set_state(at)
         self.mixture.set_state(state["mixture"])
         self.counts = [Counter(counts) for counts in state["counts"]]
         self.kept = list(state["kept"])
-        self.filter.memory.refill(
-            log, state["logged"]
-        )  # guard: data: memory of copies in a position
+        memory = self.filter.memory
+        memory.refill(log, state["logged"])  # guard: data: memory of copies in a position
 
-    def read_so_far(self) -> dict[str, list]:
+    def read_so_far(self) -> dict:
         "Counts and epoch of each source."
         epochs = [source.epoch for source in self.sources]
         return dict(counts=[dict(counts) for counts in self.counts], epochs=epochs)
@@ -224,17 +231,21 @@ def _check_pass(docs: Documents, i: int, ended: bool) -> None:
     "ValueError for a source that gives no documents, or too many rows that are no text."
     name = docs.cfg.sources[i].name
     counts = docs.counts[i]
+    rows = counts["rows"]
+    bad = counts["not text"]
+    most = docs.cfg.max_bad_share
+    passes = docs.sources[i].epoch - docs.kept[i]  # since the last one that gave something
     nothing_yet = ended and docs.kept[i] < 0
-    whole_pass = docs.sources[i].epoch > docs.kept[i] + 1
-    if nothing_yet or whole_pass:  # guard: data: pass without documents
+    if nothing_yet or passes > 1:  # guard: data: pass without documents
         causes = [f"{cause} {n}" for cause, n in counts.items() if cause != "rows"]
         why = ", ".join(causes) or "it has no rows"
         raise ValueError(f"{name}: a whole pass gave no document ({why})")
-    most = docs.cfg.max_bad_share
-    time_to_look = ended or counts["rows"] % 1000 == 0
-    if time_to_look and counts["not text"] > most * counts["rows"]:
-        found = f"{counts['not text']} of {counts['rows']} rows are no text"
-        last = f"; the last: {docs.bad[i]}" if docs.bad[i] else ""
+    time_to_look = ended or rows % 1000 == 0
+    if time_to_look and bad > most * rows:
+        found = f"{bad} of {rows} rows are no text"
+        last = ""
+        if docs.bad[i]:  # unknown just after a restart
+            last = f"; the last: {docs.bad[i]}"
         raise ValueError(f"{name}: {found}, more than max_bad_share={most:g}{last}")
 
 # %% ../../nbs/data/29_stream.ipynb #c024
@@ -265,7 +276,7 @@ class Lane:
         cfg: StreamConfig,
         tokenizer: Tokenizer,
         lane: int,  # of cfg.lanes
-        state: dict[str, Any] | None = None,  # "at", "used" and "log": where to resume
+        state: dict | None = None,  # "at", "used" and "log": where to resume
     ):
         self.cfg = cfg
         self.tokenizer = tokenizer
@@ -279,35 +290,29 @@ class Lane:
             self.used = state["used"]
             self.logged = state["at"]["logged"]
 
-    def _encode_group(self) -> int:
-        "Read and encode one more group; how many tokens it has, 0 at the end of the sources."
-        at = self.documents.get_state()
-        limit = min(GROUP, 2 * self.rows * self.cfg.seq_len)
-        texts = []
-        size = 0
-        for _, text in self.documents:
-            texts.append(text)
-            size += len(text)
-            if size >= limit:
-                break
-        if not texts:
-            return 0
-        tokens = []
-        for ids in self.tokenizer.encode_batch(texts):
-            tokens += [*ids, self.tokenizer.eos_id]
-        self.groups.append((at, np.asarray(tokens, np.int32)))
-        return len(tokens)
-
     def next_rows(self) -> tuple[np.ndarray, np.ndarray]:
         "Ids [b u] of the next rows and which are real, u = t + 1; after the end padding."
         t = self.cfg.seq_len
         need = self.rows * t + 1  # one more than the inputs: the last target
-        waiting = sum(len(tokens) for _, tokens in self.groups) - self.used
-        while waiting < need:
-            added = self._encode_group()
-            if not added:
+        waiting = -self.used
+        for _, tokens in self.groups:
+            waiting += len(tokens)
+        while waiting < need:  # read and encode one more group
+            at = self.documents.get_state()
+            texts = []
+            size = 0
+            for _, text in self.documents:
+                texts.append(text)
+                size += len(text)
+                if size >= min(GROUP, 2 * self.rows * t):
+                    break
+            if not texts:
                 break
-            waiting += added
+            tokens = []
+            for ids in self.tokenizer.encode_batch(texts):
+                tokens += [*ids, self.tokenizer.eos_id]
+            self.groups.append((at, np.asarray(tokens, np.int32)))
+            waiting += len(tokens)
 
         take = min(waiting, need)
         if take < 2:
@@ -324,14 +329,18 @@ class Lane:
         at = np.arange(self.rows)[:, None] * t + np.arange(t + 1)
         return row[at], at < take
 
-    def get_state(self) -> tuple[dict[str, Any], bytes]:
+    def get_state(self) -> tuple[dict, bytes]:
         "Where the next row begins, and the entries of the log since this was last asked."
-        at = self.groups[0][0] if self.groups else self.documents.get_state()
-        new = (at["logged"] - self.logged) * self.documents.filter.memory.entry
-        entries = bytes(self.documents.entries[:new])
-        del self.documents.entries[:new]
+        docs = self.documents
+        if self.groups:
+            at, _ = self.groups[0]
+        else:
+            at = docs.get_state()
+        new = (at["logged"] - self.logged) * docs.filter.memory.entry
+        entries = bytes(docs.entries[:new])
+        del docs.entries[:new]
         self.logged = at["logged"]
-        return dict(at=at, used=self.used, read=self.documents.read_so_far()), entries
+        return dict(at=at, used=self.used, read=docs.read_so_far()), entries
 
 # %% ../../nbs/data/29_stream.ipynb #c031
 def share(
@@ -390,13 +399,14 @@ class LaneRows(grain.IterDataset):
         workers = self.cfg.workers
         ahead = self.cfg.prefetch * len(self.lanes)
         if not workers:
-            return iter(
-                grain.experimental.ThreadPrefetchIterDataset(self, prefetch_buffer_size=ahead)
-            )
+            threaded = grain.experimental.ThreadPrefetchIterDataset
+            return iter(threaded(self, prefetch_buffer_size=ahead))
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's processes ask for their defaults
         per_worker = max(1, ahead // workers)
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=per_worker)
+        options = grain.MultiprocessingOptions(
+            num_workers=workers, per_worker_buffer_size=per_worker
+        )
         return iter(self.mp_prefetch(options))
 
 
@@ -407,34 +417,21 @@ class _LaneIterator(grain.DatasetIterator):
         for lane, state in zip(rows.lanes, rows.states):
             self._lanes.append(Lane(rows.cfg, rows.tokenizer, lane, state))
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> dict:
         lane = self._lanes[0]
         self._lanes.rotate(-1)
         ids, real = lane.next_rows()
         state, entries = lane.get_state()
         return dict(ids=ids, real=real, state=json.dumps(state), entries=entries)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         return {}  # every element carries its own
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict) -> None:
         pass
 
 # %% ../../nbs/data/29_stream.ipynb #c037
 FREE_SETTINGS = ("epochs", "workers", "prefetch", "on_error", "max_bad_share")  # between two runs
-
-
-def stream_identity(cfg: StreamConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    "What a position depends on: settings that change the tokens, tokenizer, sizes of local files."
-    found = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
-    for name in ("sources", *FREE_SETTINGS):
-        del found[name]
-    found["tokenizer"] = tokenizer.hash
-    found["eos_id"] = tokenizer.eos_id
-    for i, source in enumerate(cfg.sources):
-        found[f"sources[{i}]"] = {f.name: getattr(source, f.name) for f in fields(source)}
-        found[f"sources[{i}] files"] = fingerprint(source)
-    return found
 
 
 class StreamLoader:
@@ -450,8 +447,17 @@ class StreamLoader:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.lanes, self.part = share(cfg, shard, shards)
-        self.stream = stream_identity(cfg, tokenizer)
         self.close = None
+
+        self.stream = to_json(cfg)  # what a position depends on: all that changes the tokens
+        for name in ("sources", *FREE_SETTINGS):
+            del self.stream[name]
+        self.stream["tokenizer"] = tokenizer.hash
+        self.stream["eos_id"] = tokenizer.eos_id
+        for i, source in enumerate(cfg.sources):
+            self.stream[f"sources[{i}]"] = to_json(source)
+            self.stream[f"sources[{i}] files"] = fingerprint(source)
+
         first = {}
         for lane in self.lanes:
             docs = Documents(cfg, lane)  # opens the sources: a wrong name is an error here and now
@@ -481,36 +487,42 @@ class StreamLoader:
         real = np.concatenate([rows["real"] for rows in made])[self.part]
         return as_batch(ids, real, self.cfg.documents, self.tokenizer.eos_id)
 
-    def counters(self) -> dict[str, dict[str, int]]:
+    def counters(self) -> dict[str, dict]:
         "For each source: rows, documents, bytes, what was left out by cause, epoch; of all lanes."
-        names = [f"{s.name}:{s.subset}" if s.subset else s.name for s in self.cfg.sources]
+        names = []
+        for source in self.cfg.sources:
+            names.append(f"{source.name}:{source.subset}" if source.subset else source.name)
+        read = [at["read"] for at in self._at]
         found = {}
         for i, name in enumerate(names):
             label = name if names.count(name) == 1 else f"{name}#{i}"
             total = Counter()
-            for at in self._at:
-                total.update(at["read"]["counts"][i])
+            for lane in read:
+                total.update(lane["counts"][i])
             found[label] = dict(+total)  # + drops what is 0
-            found[label]["epoch"] = min(at["read"]["epochs"][i] for at in self._at)
+            found[label]["epoch"] = min(lane["epochs"][i] for lane in read)
         return found
 
-    def bookmark(self) -> Callable[[], dict[str, Any]]:
+    def bookmark(self) -> Callable[[], dict]:
         "The position of now, to be written out later; asking costs nothing, so ask at every step."
-        batch = self.batch
         epoch = min(counts["epoch"] for counts in self.counters().values())
-        lanes = list(zip(self.lanes, self._at, self._logs, [log.total for log in self._logs]))
+        state = dict(batch=self.batch, epoch=epoch, stream=dict(self.stream))
+        totals = [log.total for log in self._logs]
+        now = list(zip(self.lanes, self._at, self._logs, totals))
 
         def write_out():
-            found = {str(lane): at | {"log": log.to_text(n)} for lane, at, log, n in lanes}
-            return dict(batch=batch, epoch=epoch, stream=dict(self.stream), lanes=found)
+            lanes = {}
+            for lane, at, log, total in now:
+                lanes[str(lane)] = at | {"log": log.to_text(total)}
+            return state | dict(lanes=lanes)
 
         return write_out
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict:
         "The position as plain JSON: of each lane, with the log of its filter, and its stream."
         return self.bookmark()()
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict) -> None:
         "Resume at a position of `get_state` or `merge_states`; ValueError for another stream."
         refuse_other(self.stream, state)  # guard: data: other stream
         states = []
@@ -545,7 +557,7 @@ def stream_loader(
     return StreamLoader(cfg, tokenizer, shard, shards)
 
 
-def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+def merge_states(states: list[dict]) -> dict:
     "One position, for any number of processes, of those of all at one step; ValueError otherwise."
     steps = sorted({state["batch"] for state in states})
     if len(steps) != 1:

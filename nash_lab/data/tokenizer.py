@@ -29,10 +29,14 @@ BYTES = 4  # byte b has id BYTES + b: what has no piece of its own is written wi
 class TokenizerConfig:
     "What `train_tokenizer` makes; ValueError for values SentencePiece cannot use."
 
-    vocab_size: int = 32_000  # pieces in all: 4 special, 256 bytes, then characters and merges
-    character_coverage: float = 0.9999  # share of characters that get a piece; the rest go by bytes
-    split_digits: bool = True  # True: no piece joins two digits, so numbers are read digit by digit
-    max_text_bytes: int = 20_000_000  # UTF-8 bytes read: more hardly moves the counts; 0 = all
+    # pieces in all: 4 special, 256 bytes, then characters and merges
+    vocab_size: int = 32_000
+    # share of characters that get a piece; the rest go by bytes
+    character_coverage: float = 0.9999
+    # True: no piece joins two digits, so numbers are read digit by digit
+    split_digits: bool = True
+    # UTF-8 bytes read: more hardly moves the counts; 0 = all
+    max_text_bytes: int = 20_000_000
 
     def __post_init__(self):
         check_range(self, "vocab_size", above=BYTES + 256)
@@ -43,7 +47,8 @@ class TokenizerConfig:
 def training_chunks(
     texts: Iterable[str],  # documents
     max_bytes: int = 0,  # UTF-8 bytes of all chunks together; 0 = all there are
-    limit: int = 1000,  # characters, 4,000 bytes at most: SentencePiece drops what is above 4,192
+    # characters, 4,000 bytes at most: SentencePiece drops what is above 4,192
+    limit: int = 1000,
 ) -> Iterator[bytes]:
     "Cut documents after newlines into chunks of at most `limit` characters, as UTF-8."
     total = 0
@@ -157,7 +162,7 @@ def train_tokenizer(
     write_atomic(path, model.getvalue())
     return SentencePieceTokenizer(model.getvalue(), path)
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c034
+# %% ../../nbs/data/24_tokenizer.ipynb #c035
 SPECIAL_NAMES = {  # how published vocabularies call them; the first that is there counts
     "eos": (
         "<|endoftext|>",
@@ -197,14 +202,15 @@ def special_ids(path: Path | None, vocabulary: dict[str, int]) -> dict[str, int 
         found["pad"] = found["eos"]  # padding is masked wherever it is used
     return found
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c037
+# %% ../../nbs/data/24_tokenizer.ipynb #c038
 class HFTokenizer:
     "A `tokenizer.json`: text to ids and back, with the surface of `Tokenizer`."
 
     def __init__(
         self,
         data: bytes,  # the content of tokenizer.json
-        path: Path | None = None,  # its name, for messages and for tokenizer_config.json beside it
+        # its name, for messages and for tokenizer_config.json beside it
+        path: Path | None = None,
         special: dict[str, int] | None = None,  # None: as `special_ids` finds them
     ):
         "ValueError when `data` is no tokenizer.json."
@@ -257,7 +263,7 @@ class HFTokenizer:
     def __repr__(self) -> str:
         return f"HFTokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c039
+# %% ../../nbs/data/24_tokenizer.ipynb #c040
 def load_tokenizer(path: str | Path) -> Tokenizer:
     "Read a .model, a tokenizer.json or the folder that holds one; errors name the file."
     path = Path(path)
@@ -271,7 +277,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(path.read_bytes(), path)
     return HFTokenizer(path.read_bytes(), path)
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c040
+# %% ../../nbs/data/24_tokenizer.ipynb #c041
 # aliases until the floors are joined
 SentencePieceTokenizer.load = HFTokenizer.load = staticmethod(load_tokenizer)
 SentencePieceTokenizer.piece = HFTokenizer.piece = lambda self, i: self.pieces[i]
