@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,15 @@ from flax import nnx
 
 from nash_lab.adapt.hf import load_hf, save_hf
 from nash_lab.adapt.lora import LoRAConfig, read_peft
-from nash_lab.discover import policy, ttt
-from nash_lab.discover.archive import load, recheck
-from nash_lab.studies.arms import ArmsConfig, arm_rows, compare_arms, markdown
-from nash_lab.discover.policy import OffPolicy, character_tokenizer, check_policy, draw_answers, policy_loss, shaped_advantages
-from nash_lab.discover.prior import PriorConfig, prior_run, text_pairs, train_prior
-from nash_lab.discover.problems import State, StringMatch
-from nash_lab.discover.ttt import ARMS, DiscoverConfig, discover, discover_run, entropic_advantages, expected_advantages, solve_beta, tilt_kl
+from nash_lab.discover import ttt
+from nash_lab.discover.archive import read_archive, recheck
+from nash_lab.discover.consolidate import ConsolidateConfig, Sieve, measure_run
+from nash_lab.discover.prior import PriorConfig, pair_batch, prior_run, text_pairs, train_prior
+from nash_lab.discover.problems import State, character_tokenizer, string_match
+from nash_lab.discover.search import discover, discover_run
+from nash_lab.discover.ttt import (ARMS, DiscoverConfig, OffPolicy, check_policy, entropic_advantages, expected_advantages, policy_loss,
+                                   sample_rollouts, shaped_advantages, solve_beta, tilt_kl)
+from nash_lab.studies.arms import ArmsConfig, arm_rows, compare_arms, markdown, run_study
 from nash_lab.model.generate import SampleConfig, rollout
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train.optim import OptimConfig
@@ -26,7 +29,7 @@ from nash_lab.run.rundir import read_metrics
 RNG = np.random.default_rng(0)
 OPTIM = OptimConfig(learning_rate=2e-2, schedule='constant', warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
 WORDS = character_tokenizer('abcdefgh.0123456789\nGues th')
-TASK = StringMatch('fe', prompt='Guess')
+TASK = string_match('fe', prompt='Guess')
 CFG = DiscoverConfig(steps=4, groups=4, rollouts=8, max_new_tokens=4, lora=LoRAConfig(rank=4, alpha=4), optim=OPTIM, save_every=2)
 
 
@@ -109,7 +112,7 @@ def test_shared_prompt_is_the_repeated_prompt(base):
 
 
 def test_forced_tokens_are_not_drawn(base):
-    answers = draw_answers(base, WORDS, [WORDS.encode('Gu')], 8, jax.random.key(0), max_new_tokens=4, think_tokens=2, force='th')
+    answers = sample_rollouts(base, WORDS, [WORDS.encode('Gu')], 8, jax.random.key(0), max_new_tokens=4, think_tokens=2, force='th')
     told = [i for i, text in enumerate(answers.texts) if text[2:4] == 'th']
     assert told
     for i in told:
@@ -120,8 +123,8 @@ def test_forced_tokens_are_not_drawn(base):
 
 def test_sampler_must_use_the_adapter(base, monkeypatch):
     "The bug of a replication: samples come from the base while the adapter is trained. The second round notices"
-    sample = policy.draw_answers
-    monkeypatch.setattr(ttt, 'draw_answers', lambda lm, *args, **how: sample(base, *args, **how))
+    sample = ttt.sample_rollouts
+    monkeypatch.setattr(ttt, 'sample_rollouts', lambda lm, *args, **how: sample(base, *args, **how))
     with pytest.raises(OffPolicy, match='sampler and learner differ'): discover(TASK, base, WORDS, replace(CFG, optim=replace(OPTIM, learning_rate=0.1)))
 
 
@@ -140,7 +143,7 @@ def test_resume_is_exact_and_the_base_untouched(base, tmp_path):
         again = discover(TASK, base, WORDS, CFG, folder)
         for name in ('metrics.jsonl', 'discovery_log.jsonl'): assert timeless(folder / name) == timeless(tmp_path / 'straight' / name)
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again.search.learned), jax.tree.leaves(straight.search.learned)))
-        assert load(folder / 'archive.json').nodes == straight.search.archive.nodes
+        assert read_archive(folder / 'archive.json').nodes == straight.search.archive.nodes
     adapter, _ = read_peft(folder / 'adapters/4', base)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(straight.search.learned.params)))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(nnx.to_pure_dict(nnx.state(base)))))
@@ -163,13 +166,13 @@ def test_finished_and_foreign_searches(base, tmp_path):
 
 
 def test_arms_differ_in_what_they_say(base):
-    "Budgets are equal; without training the policy is the base, without reuse every parent is a beginning"
+    "Budgets are equal; without training the policy is the base, without reuse every parent is an initial state"
     seen = {}
     for arm in ARMS:
         parents = []
-        search = ttt.begin(TASK, base, cfg := replace(CFG, arm=arm, steps=2))
+        search = ttt.new_search(TASK, base, cfg := replace(CFG, arm=arm, steps=2))
         for _ in range(2):
-            _, rows = ttt.play(TASK, base, WORDS, search, cfg)
+            _, rows = ttt.ttt_round(TASK, base, WORDS, search, cfg)
             parents += [row['parent'] for row in rows]
         moved = any(bool(f.b.any()) for f in search.learned.params.values())
         seen[arm] = (len(parents), moved, any(parents))
@@ -178,44 +181,66 @@ def test_arms_differ_in_what_they_say(base):
 
 
 def test_copies_can_be_worth_nothing():
-    group = [ttt.judge(TASK, State('fa'), text) for text in ('fa', 'fa', 'fe', 'ae', 'zz')]
+    group = [ttt.judge_rollout(TASK, State('fa'), text) for text in ('fa', 'fa', 'fe', 'ae', 'zz')]
     assert [a.copy for a in group] == [True, True, False, False, False]
     paid, unpaid = (ttt.group_advantages(group, replace(CFG, copies_earn=earn))[0] for earn in (True, False))
     assert paid[0] == paid[3] > paid[4] and unpaid[0] == unpaid[4] < unpaid[3]
 
 
-class Shaky(StringMatch):
-    "Loses what its judge cannot judge: no sandbox for answers that begin with f, a reward that is no number for those that begin with e"
+class Shaky:
+    "A problem of four functions. Its judge fails: no sandbox for answers that begin with f, a reward that is no number for those that begin with e"
+    name, initial_state, context = TASK.name, TASK.initial_state, TASK.context
+    broken = False
     def transition(self, state, action):
-        if action.startswith('f'): raise OSError('no sandbox')
-        return super().transition(state, action)
-    def reward(self, state): return math.nan if str(state.solution).startswith('e') else super().reward(state)
+        if self.broken or action.startswith('f'): raise OSError('no sandbox')
+        return TASK.transition(state, action)
+    def reward(self, state): return math.nan if str(state.solution).startswith('e') else TASK.reward(state)
 
 
 def test_lost_answers_are_counted_and_never_averaged(base):
-    task = Shaky(TASK.target, prompt=TASK.prompt)
-    lost = [ttt.judge_or_lose(task, State(), text) for text in ('fe', 'ee')]
+    task = Shaky()
+    lost = [ttt.judge_rollout(task, State(), text) for text in ('fe', 'ee')]
     assert [(a.lost, a.reward, a.state.solution) for a in lost] == [(True, 0.0, None)] * 2 and ['no sandbox' in lost[0].state.note, 'nan' in lost[1].state.note] == [True, True]
-    sound = [ttt.judge(TASK, State(), text) for text in ('ae', 'fa', 'fe', 'zz', 'ge')]
+    sound = [ttt.judge_rollout(TASK, State(), text) for text in ('ae', 'fa', 'fe', 'zz', 'ge')]
     for n in range(3, 6):
         gained, beta = ttt.group_advantages([lost[0], *sound[:n], lost[1]], CFG)
         assert gained[0] == gained[-1] == 0
         np.testing.assert_array_equal(gained[1:-1], ttt.group_advantages(sound[:n], CFG)[0] if n > 3 else np.zeros(3))
-    with pytest.raises(OSError): ttt.judge(task, State(), 'fe')
-    search = ttt.begin(task, base, CFG)
-    record, rows = ttt.play(task, base, WORDS, search, CFG)
+    search = ttt.new_search(task, base, CFG)
+    record, rows = ttt.ttt_round(task, base, WORDS, search, CFG)
     gone = [row for row in rows if row['completion'].startswith('f') or row['completion'].strip().startswith('e')]
     assert gone and record['lost'] == len(gone) and not any(row['advantage'] or row['state'] for row in gone)
     assert record['mean_reward'] == pytest.approx(np.mean([row['reward'] for row in rows if row not in gone]))
     assert record['failures']['OSError'] + record['failures']['Reward'] == len(gone) and sum(record['failures'].values()) == sum(not row['valid'] for row in rows)
-    def broken(state, action): raise OSError('no sandbox')
-    object.__setattr__(task, 'transition', broken)
-    with pytest.raises(OSError, match='no answer of round 2 could be judged: OSError: no sandbox'): ttt.play(task, base, WORDS, search, CFG)
+    task.broken = True
+    with pytest.raises(OSError, match='no answer of round 2 could be judged: OSError: no sandbox'): ttt.ttt_round(task, base, WORDS, search, CFG)
 
 
 @pytest.mark.parametrize('wrong', [dict(arm='half'), dict(rollouts=3), dict(options='[]'), dict(options='{'), dict(accumulate=5), dict(kl_weight=math.nan), dict(think_tokens=4), dict(steps=0)])
 def test_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=f"DiscoverConfig.{next(iter(wrong))}"): replace(CFG, **wrong)
+
+
+@pytest.mark.parametrize('make, name', [
+    (lambda: PriorConfig(updates=0), 'PriorConfig.updates=0'), (lambda: PriorConfig(width=50), 'PriorConfig.width=50'), (lambda: Sieve(share=0), 'Sieve.share=0'),
+    (lambda: Sieve(most=0), 'Sieve.most=0'), (lambda: ConsolidateConfig(draws=1), 'ConsolidateConfig.draws=1'),
+    (lambda: ConsolidateConfig(problems=('eros {}',)), "problem 'eros'"), (lambda: pair_batch([('a', 'bbbbb')], WORDS, 6), '7 tokens, the model has 6')])
+def test_small_settings_are_refused(make, name):
+    with pytest.raises(ValueError) as error: make()
+    assert name in str(error.value)
+
+
+def test_too_long_for_the_model(base):
+    with pytest.raises(ValueError, match='max_len=64'): sample_rollouts(base, WORDS, [[1] * 60], 1, jax.random.key(0), max_new_tokens=9)
+
+
+def test_single_answers_need_a_judge(base, tmp_path):
+    "Consolidation measures a model by its answers: one that cannot be judged is no failure of the model"
+    prior_run(base, WORDS, tmp_path / 'prior')
+    assert 0 <= measure_run(tmp_path / 'prior', [(TASK, CFG)], 16)['string'].mean < 1
+    task = Shaky()
+    task.broken = True
+    with pytest.raises(OSError, match='string: an answer could not be judged: OSError: no sandbox'): measure_run(tmp_path / 'prior', [(task, CFG)], 4)
 
 
 def test_from_a_run_directory(base, tmp_path):
@@ -234,7 +259,7 @@ def test_an_imported_model_searches_like_its_source(base, tmp_path):
     assert theirs['kl'] == pytest.approx(ours['kl'], rel=1e-3) and theirs['mismatch'] < 1e-4
 
 
-def test_parts_of_an_update_add_up(base):
+def test_micro_batches_add_up(base):
     one, two = (discover(TASK, base, WORDS, replace(CFG, steps=2, accumulate=parts)).search.learned.params for parts in (1, 2))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)): np.testing.assert_allclose(a, b, atol=2e-3)
 
@@ -242,9 +267,9 @@ def test_parts_of_an_update_add_up(base):
 @pytest.mark.slow
 def test_string_match_is_learned():
     "The default problem from below 0.3 to 1.0 in fewer rounds than the default, with the default number of answers; the policy learns on the way"
-    task, alphabet = StringMatch(), 'abcdefghijklmnopqrstuvwxyz '
+    task, alphabet = string_match(), 'abcdefghijklmnopqrstuvwxyz '
     words = character_tokenizer(f'{alphabet}G.0123456789\n')
-    lm, _ = train_prior(text_pairs(task, alphabet), words, PriorConfig(width=32, updates=250, learning_rate=1e-2), 48)
+    lm, _ = train_prior(partial(text_pairs, length=11, alphabet=alphabet), words, PriorConfig(width=32, updates=250, learning_rate=1e-2), 48)
     cfg = DiscoverConfig('string', steps=30, max_new_tokens=12, lora=LoRAConfig(rank=8, alpha=8), optim=replace(OPTIM, learning_rate=1e-2))
     found = discover(task, lm, words, cfg)
     assert found.metrics[0]['best'] < 0.3 and found.metrics[0]['mean_reward'] < 0.1
@@ -264,4 +289,6 @@ def test_arms_study_in_seconds(tmp_path):
     table = arm_rows(replace(cfg, seeds=3), rows)
     assert (table[1]['wins'], table[1]['mean'], table[0]['low']) == (2, pytest.approx(0.5633333), 0.4)
     assert markdown(cfg, rows).count('\n| ') == 2
-    with pytest.raises(ValueError, match='arms'): ArmsConfig(arms=())
+    assert run_study(cfg).startswith('| arm |') and (tmp_path / 'arms.png').stat().st_size > 1000
+    for wrong in (dict(arms=()), dict(arms=('half',)), dict(seeds=0), dict(objective='x')):
+        with pytest.raises(ValueError, match=f'{next(iter(wrong))[:3]}'): ArmsConfig(**wrong)

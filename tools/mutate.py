@@ -6,6 +6,7 @@ A guard is a statement of the package with a comment `# guard: NAME`; two on one
 never holds and any other statement is `pass`, unless GUARDS names what stands there instead. Works on a copy of the package and
 the tests in a temporary folder. First every test runs on the unchanged copy, where it has to pass, so that a failure
 later is the guard's. A test that is skipped shows nothing, and counts as not shown."""
+
 import ast
 import os
 import shutil
@@ -26,6 +27,138 @@ class Guard(NamedTuple):
 
 
 GUARDS = {
+    'checkpoint: manifest': Guard('tests/test_faults.py::test_forty_bit_flips'),
+    'checkpoint: early digests': Guard(
+        'tests/test_faults.py::test_a_file_that_changes_after_it_was_hashed[rewritten]', 'written = 0'
+    ),
+    'checkpoint: links': Guard('tests/test_faults.py::test_links_and_pipes[link to a file]'),
+    'checkpoint: packed arrays': Guard('tests/test_faults.py::test_a_file_that_unpacks_to_two_gigabytes'),
+    'checkpoint: fall-back': Guard('tests/test_faults.py::test_damage_to_any_file[one bit]', 'raise'),
+    'checkpoint: no fresh start': Guard(
+        'tests/test_faults.py::test_all_damaged_is_no_fresh_start', 'return bool(self.steps())'
+    ),
+    'checkpoint: rename first': Guard('tests/test_faults.py::test_kill_at_each_deletion', 'shutil.rmtree(folder)'),
+    'checkpoint: another tokenizer': Guard('tests/test_faults.py::test_another_tokenizer'),
+    'checkpoint: home directory': Guard('tests/test_faults.py::test_no_secret_is_written'),
+    'checkpoint: order by number': Guard(
+        'tests/test_faults.py::test_clocks_do_not_matter',
+        'steps.sort(key=lambda s: -(folder / str(s)).stat().st_mtime)',
+    ),
+    'checkpoint: the same folder': Guard('tests/test_faults.py::test_directory_gone_midway[lose]'),
+    'run: another config': Guard('tests/test_faults.py::test_changed_config', 'changes = []'),
+    'run: cut line': Guard('tests/test_faults.py::test_line_cut_at_every_byte'),
+    'run: home directory': Guard('tests/test_faults.py::test_no_secret_is_written'),
+    'search: lost answers': Guard(
+        'tests/test_ttt.py::test_lost_answers_are_counted_and_never_averaged', 'known = np.ones(len(group), bool)'
+    ),
+    'run: lock': Guard('tests/test_faults.py::test_second_process_is_refused'),
+    'run: signals': Guard('tests/test_faults.py::test_signal_saves_that_step[SIGTERM-data]'),
+    'run: watchdog': Guard('tests/test_faults.py::test_hang_is_ended_and_explained'),
+    'run: position': Guard('tests/test_faults.py::test_ten_stops'),
+    'run: background saves': Guard('tests/test_faults.py::test_failed_save_is_made_up_for'),
+    'numbers: bad steps': Guard(
+        'tests/test_faults.py::test_bad_step_changes_nothing[one leaf]', 'good = jnp.array(True)'
+    ),
+    'numbers: in a row': Guard('tests/test_faults.py::test_bad_steps_in_a_row_end_the_run[1]'),
+    'numbers: saved state': Guard('tests/test_faults.py::test_no_state_is_saved_that_is_not_finite'),
+    'data: share of broken records': Guard(
+        'tests/test_data_faults.py::test_more_than_one_per_cent_of_broken_records_stops'
+    ),
+    'data: length of a record': Guard('tests/test_data_faults.py::test_a_limit_is_exact'),
+    'data: memory of a record': Guard(
+        'tests/test_data_faults.py::test_a_giant_line_is_refused_in_bounded_memory[jsonl-]'
+    ),
+    'data: text file that changes': Guard(
+        'tests/test_data_faults.py::test_a_text_file_that_changes_is_an_error[rewrite]'
+    ),
+    'data: packed file that changes': Guard(
+        'tests/test_data_faults.py::test_a_packed_file_that_changes_is_an_error_and_no_signal[rewrite]'
+    ),
+    'data: source that changes': Guard(
+        'tests/test_data_faults.py::test_a_source_that_changes_is_an_error[append]', 'for path, stamp in ():'
+    ),
+    'data: pass without documents': Guard(
+        'tests/test_data_faults.py::test_blank_and_one_token_documents', 'if docs.sources[i].epoch > 50:'
+    ),
+    'data: dead worker': Guard(
+        'tests/test_data_faults.py::test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost'
+    ),
+    'data: spelled special pieces': Guard(
+        'tests/test_data_stream.py::test_a_tokenizer_json_in_place_of_sentencepiece',
+        'model.encode_special_tokens = False',
+    ),
+    'data: end of document of the tokenizer': Guard(
+        'tests/test_data_stream.py::test_stream_and_packed_file_give_the_same_batches', 'ids = [*ids, EOS]'
+    ),
+    'data: memory of copies in a position': Guard(
+        'tests/test_data_stream.py::test_the_rest_of_the_stream_is_exact_at_every_batch[mask]'
+    ),
+    'data: copies of an earlier pass': Guard(
+        'tests/test_data_stream.py::test_epochs_are_counted_per_source', 'if True:'
+    ),
+    'data: a byte that is not UTF-8 in a line': Guard(
+        'tests/test_data.py::test_bad_json_lines_in_a_stream', 'mark = "?"'
+    ),
+    'data: a byte that is not UTF-8 in a text': Guard(
+        'tests/test_data.py::test_odd_text_files_in_a_stream', 'self.utf8 = make("replace")'
+    ),
+    'data: the encoding of text': Guard('tests/test_data.py::test_odd_text_files_in_a_stream'),
+    'data: byte order mark of a text': Guard(
+        'tests/test_data.py::test_odd_text_files_in_a_stream', 'make = codecs.getincrementaldecoder("utf-8")'
+    ),
+    'data: position with a byte order mark': Guard(
+        'tests/test_data.py::test_a_position_in_text_read_with_its_byte_order_mark_is_of_another_stream'
+    ),
+    'data: length of a line in a stream': Guard(
+        'tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]'
+    ),
+    'data: memory of a line in a stream': Guard(
+        'tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]', 'self.held += data[end:]'
+    ),
+    'data: reading ahead in a line': Guard(
+        'tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]'
+    ),
+    'data: files without rows': Guard('tests/test_data_faults.py::test_an_empty_file_is_no_source_and_no_obstacle'),
+    'data: no tokens': Guard('tests/test_data.py::test_a_description_that_no_packed_file_can_have_is_refused'),
+    'data: format of packed tokens': Guard(
+        'tests/test_data.py::test_a_description_that_no_packed_file_can_have_is_refused'
+    ),
+    'data: type of packed tokens': Guard(
+        'tests/test_data.py::test_a_description_that_no_packed_file_can_have_is_refused'
+    ),
+    'data: length of packed tokens': Guard('tests/test_data.py::test_a_file_of_another_length_is_refused'),
+    'data: ids beyond the vocabulary': Guard('tests/test_data.py::test_an_id_beyond_the_vocabulary_is_refused'),
+    'data: a pipe as packed tokens': Guard(
+        'tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[t.bin-pipe]'
+    ),
+    'data: a pipe as description': Guard(
+        'tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[t.bin.json-pipe]'
+    ),
+    'data: a pipe as tokenizer': Guard(
+        'tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[t.model-pipe]'
+    ),
+    'data: a pipe beside a tokenizer': Guard(
+        'tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[tokenizer_config.json-pipe]',
+        'told = beside is not None and beside.exists()',
+    ),
+    'data: time of a run of spaces': Guard(
+        'tests/test_data_faults.py::test_a_run_of_spaces_is_cleaned_in_one_pass', 'spaces = r"[^\\S\\n]+$"'
+    ),
+    'data: a key given twice': Guard('tests/test_data.py::test_bad_json_lines'),
+    'data: other stream': Guard('tests/test_data_stream.py::test_a_position_of_another_stream_is_refused'),
+    'sandbox: network': Guard('tests/test_sandbox.py::test_attack[2-network]'),
+    'sandbox: reading files': Guard('tests/test_sandbox.py::test_attack[2-read_files]'),
+    'sandbox: writing files': Guard('tests/test_sandbox.py::test_attack[1-write_files]', 'WRITING = 0'),
+    'sandbox: early exit': Guard('tests/test_sandbox.py::test_leaving_early_is_no_pass'),
+    'sandbox: nonce': Guard('tests/test_sandbox.py::test_attack[2-forgeries]'),
+    'sandbox: children': Guard('tests/test_sandbox.py::test_attack[2-forks]'),
+    'sandbox: environment': Guard(
+        'tests/test_sandbox.py::test_attack[2-environment]', 'env = os.environ | ENVIRONMENT'
+    ),
+    'sandbox: time': Guard(
+        'tests/test_sandbox.py::test_attack[2-clock]', 'deadline = time.monotonic() + limits.wall_s + 5'
+    ),
+    'sandbox: signals': Guard('tests/test_sandbox.py::test_attack[2u-signals]'),
 }
 
 
@@ -84,7 +217,9 @@ def outcome(folder: Path, test: str) -> tuple[str, str]:
     env = os.environ | {'PYTHONPATH': str(folder), 'PYTHONDONTWRITEBYTECODE': '1'}
     run = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-m', '', test]
     try:
-        r = subprocess.run(run, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT)
+        r = subprocess.run(
+            run, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT
+        )
     except subprocess.TimeoutExpired:
         return 'failed', f'not done after {LIMIT} s'
     last = (r.stdout.strip().splitlines() or [r.stderr.strip()[-200:]])[-1].strip('= ')
@@ -115,7 +250,9 @@ def main(words) -> int:
             said, why = outcome(folder, guard.test)
             files[name].write_text(before, encoding='utf-8')
             shown += said == 'failed'
-            print(f'{name:<36} removed: ' + ('its test fails' if said == 'failed' else f'NOT NOTICED: {why}'), flush=True)
+            print(
+                f'{name:<36} removed: ' + ('its test fails' if said == 'failed' else f'NOT NOTICED: {why}'), flush=True
+            )
     print(f'{shown} of {len(chosen)} guards are missed when they are gone')
     return shown < len(chosen)
 

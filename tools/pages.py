@@ -102,7 +102,7 @@ def linked_reads(text: str, page: Path) -> str:
     files = {named(p): p for p in notebooks()}
 
     def link(m) -> str:
-        return f'[{m[0]}](../{files[m[1]].relative_to(NBS).as_posix()})' if m[1] in files else m[0]
+        return f'[{m[1]}](../{files[m[1]].relative_to(NBS).as_posix()})' if m[1] in files else m[0]
 
     rows = (re.sub(r'`(\w+/\w+)`', link, row) if row.startswith('**Reads**') else row for row in text.split('\n'))
     return '\n'.join(rows)

@@ -57,7 +57,7 @@ MAX_JSON_DEPTH = 64  # of brackets inside brackets
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     found = {}
     for key, value in pairs:
-        if key in found:
+        if key in found:  # guard: data: a key given twice
             raise ValueError(f"key given twice: {key!r}")
         found[key] = value
     return found
