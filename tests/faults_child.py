@@ -8,28 +8,31 @@ from flax import nnx
 from nash_lab.model.generate import generate
 from nash_lab.core.configs import from_json
 from nash_lab.model.transformer import model_shapes
-from nash_lab.run import checkpoint, config, guard, pretrain, rundir
+from nash_lab.run import checkpoint, guard, rundir
+from nash_lab.train import pretrain
+from nash_lab.train.settings import TrainConfig
 
 def say(run): (Path(run)/'here').write_text('here')                    # seen by the test
 def deep(): hashlib.pbkdf2_hmac('sha256', b'', b'', 10 ** 9)           # minutes in C: no Python handler runs meanwhile
 def forever(): time.sleep(600)
 
 def at_step(run, wanted, action):
-    "A wrapper of `_next_batch` that does `action` before the batch after step `wanted`"
-    real = pretrain._next_batch
-    def wrapped(job):
-        if job.step == wanted: say(run); action()
-        return real(job)
-    pretrain._next_batch = wrapped
+    "A wrapper of `next_batch` that does `action` before the batch after step `wanted`"
+    real = pretrain.next_batch
+    def wrapped(job, step):
+        if step == wanted: say(run); action()
+        return real(job, step)
+    pretrain.next_batch = wrapped
 
 def in_step(run, wanted, action):
     "A wrapper of the compiled step that does `action` in step `wanted`, after the arrays have been donated"
     real = pretrain.compile_step
-    def compiled(job):
-        step = real(job)
-        def wrapped(*args):
-            out = step(*args)
-            if job.step + 1 == wanted: say(run); action()
+    def compiled(*args):
+        step = real(*args)
+        def wrapped(state, *rest):
+            now = int(state.step) + 1
+            out = step(state, *rest)
+            if now == wanted: say(run); action()
             return out
         return wrapped
     pretrain.compile_step = compiled
@@ -98,7 +101,7 @@ def prepare(cfg, modes):
 
 def train(job):
     signal.alarm(90)                                                     # whatever goes wrong, no process is left
-    cfg, modes = from_json(config.TrainConfig, job['config']), job['modes']
+    cfg, modes = from_json(TrainConfig, job['config']), job['modes']
     prepare(cfg, modes)
     try: pretrain.pretrain(cfg, hooks=hooks_of(cfg, modes))
     except BaseException as error:

@@ -475,7 +475,7 @@ except BaseException: pass
             'pickle, held': write.format(repr(payload)), 'npy': write.format(repr(npy)) + 'os._exit(0)', 'npy, line': write.format(repr(npy + b'\n')) + 'os._exit(0)', 'npy, held': write.format(repr(npy)), 'nan': write.format('b\'{"nonce": NaN}\\n\'') + 'os._exit(0)', 'infinite': write.format('b\'{"nonce": 1e999}\\n\'') + 'os._exit(0)',
             'nested': write.format('b"[" * 100_000 + b"\\n"') + 'os._exit(0)', 'builtins': 'import builtins\nbuiltins.all = builtins.abs = builtins.isinstance = lambda *a: True\nbuiltins.AssertionError = None',
             'math': 'import math; math.isclose = lambda *a, **k: True', 'own names': 'def all(x): return True\nabs = lambda x: 0', 'builtins name': '__builtins__ = {"all": lambda x: True, "__import__": __import__}',
-            'trace': 'import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)', 'json': 'import json; json.dumps = lambda *a, **k: "{}"', 'main': 'import __main__; __main__.judge = lambda **k: dict(status="passed", error="", values=[]); __main__.describe = str'}
+            'trace': 'import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)', 'json': 'import json; json.dumps = lambda *a, **k: "{}"', 'main': 'import __main__; __main__.run_candidate = lambda **k: dict(status="passed", error="", values=[]); __main__.exception_line = str'}
         for name, code in bad.items():
             if self.run(code, 'import math\nassert all([0]) and math.isclose(1, 2) and abs(-1) == 0').passed: out.append(name)
         return out + ['the payload ran'] * canary.exists()

@@ -88,8 +88,8 @@ def test_rows_at_different_positions_and_rollback():
 def test_stacked_cache_is_the_single_one_and_leaves_other_layers_alone():
     k, v, at = normal('k', 2, 3, 2, 4), normal('v', 2, 3, 2, 4), jnp.array([[0, 1, 2], [3, 4, 9]])
     empty = jnp.zeros((2, 6, 2, 4))
-    single = write_cache(KVCache(empty, empty), k, v, at)
-    stacked = jax.jit(write_cache)(KVCache(*[jnp.zeros((4, 2, 6, 2, 4))] * 2, layer=jnp.int32(2)), k, v, at)
+    single = write_cache(KVCache(empty, empty), (k, v), at)
+    stacked = jax.jit(write_cache)(KVCache(*[jnp.zeros((4, 2, 6, 2, 4))] * 2, layer=jnp.int32(2)), (k, v), at)
     for one, other in zip(read_cache(single), read_cache(stacked)): np.testing.assert_array_equal(one, other)
     assert not np.delete(np.asarray(stacked.k), 2, axis=0).any()
     assert not np.asarray(single.k[1, 5:]).any()  # position 9 is past the end: dropped, not clipped

@@ -9,8 +9,7 @@ from nash_lab.data.corpus import CorpusConfig, CorpusReport, Document, PackedTok
 from nash_lab.data.loader import LoaderConfig, eval_batches, loader
 from nash_lab.data.sources import SourceConfig, fingerprint
 from nash_lab.data.stream import Documents, StreamConfig
-from nash_lab.data.tokenizer import SentencePieceTokenizer
-from nash_lab.data.tokenizer import EOS, TokenizerConfig, UNK, train_tokenizer
+from nash_lab.data.tokenizer import EOS, TokenizerConfig, UNK, load_tokenizer, train_tokenizer
 
 SAMPLE = CorpusConfig(max_bytes=400_000)
 
@@ -57,7 +56,7 @@ def test_round_trip_of_everything(stdlib):
         assert stdlib.tok.encode(text) == ids
 
 def test_vocabulary_holds_newlines_and_indentation(stdlib):
-    pieces = {stdlib.tok.piece(i) for i in range(1024)}
+    pieces = set(stdlib.tok.pieces)
     assert {'▁' * 4, '▁' * 8, ':\n', '\n\n'} <= pieces
     assert not any(sum(c.isdigit() for c in p) > 1 for p in pieces if not p.startswith('<0x'))
 
@@ -71,12 +70,12 @@ def test_training_text_is_bounded(tmp_path):
     assert len(read) <= 20
 
 def test_bad_tokenizers(stdlib, tmp_path):
-    assert 'no tokenizer file here' in message(lambda: SentencePieceTokenizer.load(tmp_path/'none'), FileNotFoundError)
-    assert 'no tokenizer file here' in message(lambda: SentencePieceTokenizer.load(tmp_path), FileNotFoundError)
+    assert 'no tokenizer file here' in message(lambda: load_tokenizer(tmp_path/'none.model'), FileNotFoundError)
+    assert 'no tokenizer file here' in message(lambda: load_tokenizer(tmp_path), FileNotFoundError)
     data = (stdlib.folder/'tok.model').read_bytes()
     for share in (0, .5, .99):
         (tmp_path/'cut.model').write_bytes(data[:int(len(data) * share)])
-        assert 'cut.model' in message(lambda: SentencePieceTokenizer.load(tmp_path/'cut.model'))
+        assert 'cut.model' in message(lambda: load_tokenizer(tmp_path/'cut.model'))
     assert 'no text to train' in message(lambda: train_tokenizer(['', ' \n'], tmp_path/'x.model'))
     assert 'U+D83D' in message(lambda: train_tokenizer(['\ud83d'], tmp_path/'x.model'))
     assert not (tmp_path/'x.model').exists() and not list(tmp_path.glob('*.part'))
@@ -198,7 +197,7 @@ def test_wide_ids_for_a_large_vocabulary(tmp_path):
     meta = json.loads((tmp_path/'wide.bin.json').read_text())
     for tokens in (6, 12):                                                        # with 12 the bytes, their hash and the ids fit
         (tmp_path/'wide.bin.json').write_text(json.dumps(meta | dict(dtype='uint16', tokens=tokens)))
-        assert "dtype='uint16', expected 'uint32'" in message(lambda: PackedTokens.open(tmp_path/'wide.bin'))
+        assert "dtype='uint16': expected 'uint32'" in message(lambda: PackedTokens.open(tmp_path/'wide.bin'))
 
 @pytest.mark.parametrize('share', [0, .5, .99, 1.01])
 def test_a_file_of_another_length_is_refused(stdlib, tmp_path, share):
@@ -219,9 +218,9 @@ def test_a_damaged_description_is_refused(stdlib, tmp_path, text, expected):
     assert 't.bin.json' in error and expected in error
 
 @pytest.mark.parametrize('change, expected', [
-    (dict(tokens=0), 'PackedMeta.tokens=0 must be positive'), (dict(documents=0), 'PackedMeta.documents=0 must be positive'),
-    (dict(version=2), 'PackedMeta.version=2 must be 1'), (dict(dtype='uint32'), "dtype='uint32', expected 'uint16'"),
-    (dict(vocab_size=70_000), "dtype='uint16', expected 'uint32'")], ids=lambda o: '' if isinstance(o, str) else next(iter(o)))
+    (dict(tokens=0), 'PackedMeta.tokens=0'), (dict(documents=0), 'PackedMeta.documents=0'),
+    (dict(version=2), 'PackedMeta.version=2'), (dict(dtype='uint32'), "dtype='uint32': expected 'uint16'"),
+    (dict(vocab_size=70_000), "dtype='uint16': expected 'uint32'")], ids=lambda o: '' if isinstance(o, str) else next(iter(o)))
 @pytest.mark.parametrize('empty', [False, True])
 def test_a_description_that_no_packed_file_can_have_is_refused(stdlib, tmp_path, change, expected, empty):
     "Whether or not the .bin is empty too: then the counts would agree"
@@ -252,7 +251,7 @@ def test_a_description_without_eos_id_means_two(stdlib, tmp_path):
     packed = PackedTokens.open(tmp_path/'t.bin')
     assert packed.meta.eos_id == EOS and (packed.tokens == EOS).sum() == packed.meta.documents
     (tmp_path/'t.bin.json').write_text(json.dumps(meta | dict(eos_id=1024)))
-    assert 'PackedMeta.eos_id=1024 must be in [0, 1024)' in message(lambda: PackedTokens.open(tmp_path/'t.bin'))
+    assert 'PackedMeta.eos_id=1024' in message(lambda: PackedTokens.open(tmp_path/'t.bin'))
 
 def test_every_flipped_bit_is_found(stdlib, tmp_path):
     data, rng = bytearray((stdlib.folder/'validation.bin').read_bytes()), random.Random(0)
@@ -267,7 +266,7 @@ def test_every_flipped_bit_is_found(stdlib, tmp_path):
 KILLED = '''if 1:
     import os, signal, sys
     from nash_lab.data import corpus
-    from nash_lab.data.tokenizer import SentencePieceTokenizer
+    from nash_lab.data.tokenizer import load_tokenizer
     folder, when = sys.argv[1:]
     def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
     def docs():
@@ -275,8 +274,8 @@ KILLED = '''if 1:
             if when == 'reading' and i == 250: die()
             yield corpus.Document(f'document {i} ' * 1000, 'made')
     if when == 'before rename': os.replace = die
-    if when == 'after rename': corpus.write_atomic = die
-    corpus.pack(docs(), SentencePieceTokenizer.load(folder + '/tok.model'), folder + '/k.bin')'''
+    if when == 'after rename': corpus.write_json = die
+    corpus.pack(docs(), load_tokenizer(folder + '/tok.model'), folder + '/k.bin')'''
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no SIGKILL on this system')
 @pytest.mark.parametrize('when', ['reading', 'before rename', 'after rename'])
@@ -294,8 +293,8 @@ def test_a_kill_leaves_nothing_that_looks_whole(stdlib, tmp_path, when):
 MEMORY = '''if 1:
     import resource, sys
     from nash_lab.data.corpus import Document, pack
-    from nash_lab.data.tokenizer import SentencePieceTokenizer
-    tok = SentencePieceTokenizer.load(sys.argv[1])
+    from nash_lab.data.tokenizer import load_tokenizer
+    tok = load_tokenizer(sys.argv[1])
     docs = (Document(f'line {i} of a corpus that would not fit\\n' * 500, 'made') for i in range(int(sys.argv[3])))
     meta = pack(docs, tok, sys.argv[2])
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, meta.text_bytes)'''

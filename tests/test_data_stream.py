@@ -10,7 +10,6 @@ from nash_lab.data.filters import clean, fault, near_keys, shingles, similarity
 from nash_lab.data.loader import LoaderConfig, as_batch, loader
 from nash_lab.data.sources import Source, SourceConfig, parse_source
 from nash_lab.data.stream import Documents, StreamConfig, merge_states, stream_documents, stream_loader
-from nash_lab.data.tokenizer import SentencePieceTokenizer
 from nash_lab.data.tokenizer import EOS, HFTokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
 def message(call, kind=ValueError) -> str:
@@ -91,7 +90,7 @@ def test_resume_in_another_process_is_exact(made, tmp_path):
         from itertools import islice
         from nash_lab.data.stream import StreamConfig, stream_loader
         from nash_lab.data.tokenizer import load_tokenizer
-        from nash_lab.model.layers import from_json
+        from nash_lab.core.configs import from_json
         folder, state, cfg = sys.argv[1:]
         data = stream_loader(from_json(StreamConfig, json.loads(cfg)), load_tokenizer(folder + '/tok.model'))
         data.set_state(json.load(open(state)))

@@ -16,8 +16,8 @@ from nash_lab.data.tokenizer import load_tokenizer
 from nash_lab.evals.compare import EvalConfig, compare, describe_comparison, describe_report, evaluate_tasks
 from nash_lab.evals.lm_eval import Answers, Responder, front_of, lm_eval_model, score_pairs, score_texts, windows
 from nash_lab.evals.code_tasks import (
-    BENCHMARKS, Attempts, choose_attempts, load_task, pass_at_k, quiet, read_data, read_rows, shown_tests)
-from nash_lab.core.files import write_json
+    BENCHMARKS, Attempts, best_of, choose_attempts, data_folder, load_task, pass_at_k, quiet, read_data, shown_tests)
+from nash_lab.core.files import read_rows, write_json
 
 TEXT = [
     "Question: Natalia sold clips to 48 of her friends in April. How many clips did she sell? Answer: 48 + 24 = 72 #### 72\n",
@@ -66,8 +66,8 @@ REQUESTS = [("Question: how many clips?\nAnswer:", " 72"), ("The quick brown ", 
 @pytest.mark.parity
 def test_rows_that_unpack_to_more_than_the_limit(tmp_path, monkeypatch):
     "Packed to next to nothing or not packed: refused before all of it is in memory"
-    from nash_lab.evals import scores as harness
-    monkeypatch.setattr(harness, "LARGEST", 10_000)
+    from nash_lab.core import files
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 10_000)
     for name, write in (("rows.jsonl.gz", gzip.compress), ("rows.jsonl", bytes)):
         (tmp_path / name).write_bytes(write(b'{"a": 1}\n' * 1000))
         assert len(read_rows(tmp_path / name)) == 1000
@@ -100,7 +100,7 @@ def test_answers_of_lm_eval(llama):
     with quiet(): a = theirs.generate_until(asked(*((c, dict(s)) for c, s in requests)), disable_tqdm=True)
     assert lm_eval_model(mine).generate_until(asked(*requests)) == a
     greedy = mine.generate([(contexts[0], {"max_gen_toks": 3})])[0]
-    if "\ufffd" not in greedy: assert mine.loglikelihood([(contexts[0], greedy)])[0][0] > mine.loglikelihood([(contexts[0], " zzz")])[0][0]
+    if "\ufffd" not in greedy: assert mine.log_likelihoods([(contexts[0], greedy)])[0][0] > mine.log_likelihoods([(contexts[0], " zzz")])[0][0]
 
 
 @pytest.mark.parity
@@ -115,6 +115,20 @@ def test_front_follows_the_tokenizer(tmp_path, bos, said):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)("clips")["input_ids"]
     tokenizer = load_tokenizer(folder)
     assert [*front_of(tokenizer), *tokenizer.encode("clips")] == theirs
+
+
+def test_requests_that_cannot_be_asked(tmp_path):
+    from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+    from nash_lab.evals.lm_eval import split_pair
+    from nash_lab.model.transformer import LM, ModelConfig
+    tokenizer = train_tokenizer(TEXT * 3, tmp_path / "t.model", TokenizerConfig(vocab_size=320))
+    model = Responder(LM(ModelConfig.tiny(vocab_size=320)), tokenizer)
+    for call, said in (
+        (lambda: split_pair(tokenizer.encode, "a", "", 0), "the continuation '' has no token of its own"),
+        (lambda: [*score_pairs(model.lm, [([1], [5] * 65)])], "a continuation of 65 tokens, the model reads"),
+        (lambda: score_texts(model, ["a", ""]), "2 documents, 1 of them empty"),
+        (lambda: Responder(LM(ModelConfig.tiny()), tokenizer), "a tokenizer of 320 pieces, the model has 256")):
+        with pytest.raises(ValueError, match=said): call()
 
 
 def test_windows_of_lm_eval():
@@ -215,7 +229,7 @@ def test_shown_tests_hold_for_the_reference(data):
 
 def test_best_of_n_orders():
     "Tests first, likelihood among equals, an empty answer last"
-    likely = SimpleNamespace(loglikelihood=lambda pairs: [(-len(a) / 1.0, False) for _, a in pairs], tokenizer=SimpleNamespace(encode=lambda a: [0]))
+    likely = SimpleNamespace(log_likelihoods=lambda pairs: [(-len(a) / 1.0, False) for _, a in pairs], tokenizer=SimpleNamespace(encode=lambda a: [0]))
     doc = {"test_list": ["assert f(1) == 1", "assert f(2) == 4"], "test_setup_code": ""}
     short, right, empty = "f=abs", "def f(x): return x * x", ""
     tries, passed = [[empty, short, right]], [[False, False, True]]
@@ -223,6 +237,23 @@ def test_best_of_n_orders():
     assert (found["likelihood"][0], found["tests"][0]) == (0.0, 0.0)      # both pass the shown test, the shorter one is likelier
     doc = doc | {"test_list": doc["test_list"][::-1]}
     assert choose_attempts(likely, [doc], ["?"], tries, tries, passed)["tests"][0] == 1.0
+
+
+def test_problems_that_cannot_be_asked(tmp_path):
+    (tmp_path / "gsm8k").mkdir(); (tmp_path / "arc").mkdir()
+    for split in ("train", "test"): (tmp_path / f"gsm8k/{split}.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 12)
+    (tmp_path / "arc/arc_challenge_test.jsonl").write_text('{"query": "?", "choices": ["a"], "gold": 4}')
+    (tmp_path / "arc/arc_easy_test.jsonl").write_text('{"query": NaN}')
+    for call, said in (
+        (lambda: load_task("gsm8k", tmp_path, shots=50), "gsm8k: 50 shots, there are 12 examples"),
+        (lambda: load_task("hellaswag", tmp_path), "val_1000.jsonl: no such file of problems"),
+        (lambda: load_task("no_such_task", tmp_path), "task 'no_such_task', expected gsm8k, hellaswag"),
+        (lambda: data_folder(str(tmp_path / "none")), "none: no such folder of benchmark files"),
+        (lambda: read_data("arc_challenge", tmp_path), "a row is not of arc_challenge: IndexError"),
+        (lambda: read_data("arc_easy", tmp_path), "arc_easy_test.jsonl:1: NaN"),
+        (lambda: Attempts(samples=2, k=(3,)), r"Attempts.k=\(3,\)"), (lambda: Attempts(samples=0), "Attempts.samples=0"),
+        (lambda: pass_at_k(3, 1, 4), "pass@k of n=3, c=1, k=4"), (lambda: best_of([[1.0]], [[True, False]]), "shapes .1, 1. of scores and .1, 2. differ")):
+        with pytest.raises((ValueError, FileNotFoundError), match=said): call()
 
 
 # ---- end to end
@@ -303,13 +334,13 @@ def test_the_hub_without_a_network():
 def test_measures_and_hashes():
     "Shares get Wilson's interval, other scores the bootstrap; a hash changes with one bit of one weight"
     from flax import nnx
-    from nash_lab.evals.scores import measure, weights_hash, wilson
+    from nash_lab.evals.scores import mean_interval, weights_hash, wilson
     from nash_lab.model.transformer import LM, ModelConfig
-    assert (m := measure([1.0, 0.0, 1.0])).interval == "wilson" and (m.low, m.high) == wilson(2, 3)
+    assert (m := mean_interval([1.0, 0.0, 1.0])).interval == "wilson" and (m.low, m.high) == wilson(2, 3)
     x = np.random.default_rng(0).normal(2.0, 1.0, 400)
-    assert (m := measure(x)).interval == "bootstrap" and m.high - m.low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.15)
+    assert (m := mean_interval(x)).interval == "bootstrap" and m.high - m.low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.15)
     for bad in ([], [1.0, math.nan]):
-        with pytest.raises(ValueError, match="expected at least 1, all finite"): measure(bad)
+        with pytest.raises(ValueError, match="expected at least 1, all finite"): mean_interval(bad)
     lm = LM(ModelConfig.tiny())
     before = weights_hash(lm)
     assert before == weights_hash(nnx.clone(lm))
@@ -329,3 +360,26 @@ def test_paired_tests():
     assert sign_flip(d) == pytest.approx(exact, abs=0.02)
     p = [0.04, 0.01, 0.5, 0.03]
     assert all(a >= b for a, b in zip(holm(p), p)) and holm(p)[1] == pytest.approx(0.04)
+
+
+def test_reports_that_cannot_be_compared(tmp_path):
+    "Different settings, prompts or numbers of problems, other formats, nothing in common, settings out of range"
+    def report_of(n, task="t", **changes):
+        items = [{"id": i, "problem": str(i), "prompt": str(i), "scores": {"m": 0.0}} for i in range(n)]
+        part = {"metrics": {"m": {}}, "lower_is_better": [], "version": "1", "settings": {}, "items": items} | changes
+        return {"format": "nash_lab eval 1", "model": {}, "tasks": {task: part}}
+    (tmp_path / "old.json").write_text("{}")
+    (tmp_path / "cut.json").write_text('{"format": ')
+    good = report_of(9)
+    for call, said in (
+        (lambda: compare(good, report_of(60)), "t: 9 and 60 problems"),
+        (lambda: compare(good, report_of(9, settings={"shots": 8})), "t: settings differ"),
+        (lambda: compare(good, report_of(9, version="2")), "t: version differ"),
+        (lambda: compare(good, report_of(9, task="u")), "no task in common: t and u"),
+        (lambda: compare(tmp_path / "old.json", good), "old.json: format None, expected 'nash_lab eval 1'"),
+        (lambda: compare(tmp_path / "cut.json", good), "cut.json: "),
+        (lambda: compare(tmp_path / "none.json", good), "none.json: no such file"),
+        (lambda: EvalConfig(tasks=()), r"EvalConfig.tasks=\(\)"), (lambda: EvalConfig(tasks=("gsm8k,gsm8k",)), "EvalConfig.tasks=.*each task once"),
+        (lambda: EvalConfig(limit=(5, 5)), r"EvalConfig.limit=\(5, 5\)"), (lambda: EvalConfig(batch_size=0), "EvalConfig.batch_size=0"),
+        (lambda: EvalConfig(shots=-1), "EvalConfig.shots=-1"), (lambda: EvalConfig(max_new_tokens=-1), "EvalConfig.max_new_tokens=-1")):
+        with pytest.raises((ValueError, FileNotFoundError), match=said): call()

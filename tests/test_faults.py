@@ -13,7 +13,8 @@ from nash_lab.data.loader import LoaderConfig, batches_per_epoch
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import ModelConfig
-from nash_lab.run import checkpoint, pretrain as module
+from nash_lab.run import checkpoint
+from nash_lab.train import pretrain as module
 from nash_lab.train import step as step_module
 from nash_lab.run.checkpoint import Checkpoints, Damaged, hashed_ahead, numbered, read_manifest, restore_newest, steps_in, verify, write_manifest
 from nash_lab.train.settings import TrainConfig
@@ -56,13 +57,13 @@ def cfg(shakespeare, tmp_path_factory) -> TrainConfig:
 @contextmanager
 def fed(points):
     "Hashes of the batches that a run in this process takes, by step, and what an earlier process had left behind in `points` when it took the first"
-    real, seen, left = module._next_batch, {}, []
-    def taken(job):
+    real, seen, left = module.next_batch, {}, []
+    def taken(run, step):
         if not seen: left.extend(p.name for p in points.glob('*') if checkpoint.LEFTOVER.match(p.name))
-        batch = real(job)
-        seen[str(job.step + 1)] = hashlib.sha256(b''.join(np.asarray(batch[k]).tobytes() for k in sorted(batch))).hexdigest()
+        batch = real(run, step)
+        seen[str(step + 1)] = hashlib.sha256(b''.join(np.asarray(batch[k]).tobytes() for k in sorted(batch))).hexdigest()
         return batch
-    with mock.patch.object(module, '_next_batch', taken): yield seen, left
+    with mock.patch.object(module, 'next_batch', taken): yield seen, left
 
 @pytest.fixture(scope='session')
 def oracle(cfg, tmp_path_factory):
@@ -462,12 +463,12 @@ def poison(cfg, monkeypatch, bad, how):
         if how == 'loss': terms = terms | {'loss': jnp.where(now, jnp.nan, terms['loss'])}
         return terms, jax.tree.unflatten(tree, leaves)
     monkeypatch.setattr(step_module, 'batch_gradient', spoiled)
-    module._train_step.cache_clear()
+    module._jitted_step.cache_clear()
 
 @pytest.fixture
 def clean_cache():
     yield
-    module._train_step.cache_clear()
+    module._jitted_step.cache_clear()
 
 @pytest.mark.parametrize('how', ['one leaf', pytest.param('all leaves', marks=slow), pytest.param('loss', marks=slow), pytest.param('bfloat16', marks=slow)])
 def test_bad_step_changes_nothing(cfg, tmp_path, monkeypatch, clean_cache, how):
@@ -491,7 +492,7 @@ def test_bad_steps_in_a_row_end_the_run(cfg, oracle, tmp_path, monkeypatch, clea
         assert error.value.exit_code == NONFINITE and steps_in(tmp_path/'run/checkpoints') == [7]
     counters = saved(tmp_path/'run')[1]['counters']
     assert counters['step'] == 7 and counters['skipped'] == 1
-    monkeypatch.undo(); module._train_step.cache_clear()
+    monkeypatch.undo(); module._jitted_step.cache_clear()
     assert pretrain(replace(run, log_every=1)).step == STEPS                 # without the poison it goes on from there
 
 def test_bad_steps_between_two_lines(cfg, tmp_path, monkeypatch, clean_cache):
@@ -659,7 +660,7 @@ def test_changed_config(cfg, tmp_path):
     changes = {'seed: 0 -> 1': dict(seed=1), 'model.width: 32 -> 64': dict(model=replace(cfg.model, width=64)), 'optim.schedule: cosine -> wsd': dict(optim=replace(cfg.optim, schedule='wsd')),
                'loader.seed: 0 -> 5': dict(loader=other), 'steps: 60 -> 70': dict(steps=70)}
     for said, change in changes.items():
-        with pytest.raises(ValueError, match=f'was started with another config: .*{said}.*--allow-changes'): pretrain(replace(run, **change))
+        with pytest.raises(ValueError, match=f'made with other settings: .*{said}.*--allow-changes'): pretrain(replace(run, **change))
     with pytest.raises(ValueError, match='the checkpoint has'): pretrain(replace(run, model=replace(cfg.model, width=64), allow_changes=True))
     assert json.loads((tmp_path/'run/config.json').read_text())['model']['width'] == 32 and not (tmp_path/'run/changes.jsonl').exists()
     new = replace(run, loader=other, steps=8, optim=replace(cfg.optim, learning_rate=5e-3), allow_changes=True)
@@ -798,7 +799,7 @@ def test_kill_at_each_deletion(three, tmp_path):
     for n in range(1, count + 1):
         folder = tmp_path/f'killed/{n}'
         assert [s for s in numbered(folder) if not damaged(folder/str(s))][-1] == 3
-        is_step(restore_newest(three.writer.orbax, folder, SMALL), 3)
+        is_step(restore_newest(three.orbax, folder, SMALL), 3)
         assert all(not damaged(folder/str(s)) for s in numbered(folder))
         checkpoint.clear_leftovers(folder)
         assert {p.name for p in folder.iterdir()} <= {'1', '2', '3'}
@@ -812,7 +813,7 @@ def test_drive_that_copies_instead_of_renaming(three, tmp_path, capsys):
     for n in range(1, count + 1):
         folder = tmp_path/f'killed/{n}'
         checkpoint.clear_leftovers(folder)
-        got = restore_newest(three.writer.orbax, folder, SMALL, repair=True)
+        got = restore_newest(three.orbax, folder, SMALL, repair=True)
         used.append(got['data']['row'])
         is_step(got, used[-1])
     assert set(used) == {2, 3} and used[-1] == 3

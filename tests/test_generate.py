@@ -180,7 +180,7 @@ def test_frequencies_are_the_probabilities():
     ([], {}, 'prompts is empty'), ([[1], []], {}, r'prompts\[1\] is empty'), ([[-1]], {}, 'token id -1, expected 0 to 255'),
     ([[256]], {}, r'prompts\[0\]: token id 256'), ([[1] * 60], dict(max_new_tokens=5), '60 tokens and 5 new ones exceed'),
     ([[1]], dict(temperature=1.0), 'give a key'), ([[1]], dict(temperature=float('nan')), 'temperature=nan'),
-    ([[1]], dict(top_p=1.1), 'top_p=1.1'), ([[1]], dict(eos_id=256), 'eos_id: 256'), ([[1]], dict(max_new_tokens=0), 'max_new_tokens=0'),
+    ([[1]], dict(top_p=1.1), 'top_p=1.1'), ([[1]], dict(eos_id=256), 'eos_id=256'), ([[1]], dict(max_new_tokens=0), 'max_new_tokens=0'),
 ])
 def test_mistakes_are_one_line(plain, prompts, how, message):
     with pytest.raises(ValueError, match=message) as error: generate(plain, prompts, **(dict(max_new_tokens=4, temperature=0) | how))

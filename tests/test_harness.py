@@ -1,4 +1,5 @@
 "Evaluation from outside: tables against dictionaries, scores against sums, intervals, probe files."
+import gzip
 import json
 import math
 from collections import Counter
@@ -74,7 +75,7 @@ def test_intervals():
 @pytest.mark.parametrize('kind, target, answer, passed', [
     ('exact', 'np', ' np\n', True), ('exact', 'np', 'np.', False), ('contains', 'range(', 'in range(3)', True),
     ('contains', 'range[', 'in range(3)', False), ('regex', r'^\s*return \w+$', ' return x', True), ('regex', '^x', ' x', False)])
-def test_probe_kinds(kind, target, answer, passed): assert Probe('p', target, kind).passes(answer) is passed
+def test_probe_kinds(kind, target, answer, passed): assert Probe('p', target, kind).matches(answer) is passed
 
 
 def test_probe_files(tmp_path):
@@ -89,6 +90,9 @@ def test_probe_files(tmp_path):
 @pytest.mark.parametrize('text, message', [
     (b'{"prompt": "a"}', ":1: Probe: missing key 'target'"), (b'\n\n[1]', ':3: Probe: expected an object'),
     (b'{"prompt": "a", "target": 3}', ':1: Probe.target: expected str, found 3'), (b'{"prompt": "\xff"}', ":1: 'utf-8' codec"),
+    (b'{"prompt": "a", "target": ""}', ":1: Probe.target=''"), (b'{"prompt": "a", ', ':1: '),
+    (b'{"prompt": "a", "target": "(", "kind": "regex"}', ":1: Probe.target='('"),
+    (b'{"prompt": "a", "target": "b", "kind": "fuzzy"}', ":1: Probe.kind: expected 'exact' | 'contains' | 'regex', found 'fuzzy'"),
     (b'{"prompt": "a", "target": "b", "kinds": 1}', ":1: Probe: unknown key 'kinds'"), (b'\n \n', ': no probes in this file'),
 ])
 def test_bad_probe_files_name_the_line(tmp_path, text, message):
@@ -103,3 +107,18 @@ def test_files_that_do_not_fit():
     with pytest.raises(ValueError, match='different tokenizers'): table_rows(packed(TEXT, tokenizer='u'), held)
     with pytest.raises(ValueError, match='seq_len=128 is longer'): model_rows(LM(ModelConfig.tiny()), held)
     with pytest.raises(ValueError, match='vocabulary of 300, the model has 256'): model_rows(LM(ModelConfig.tiny()), packed(TEXT, 300), seq_len=8)
+
+
+def test_packed_probe_files_that_are_cut(tmp_path):
+    path = tmp_path/'cut.jsonl.gz'
+    with pytest.raises(FileNotFoundError, match='cut.jsonl.gz: no such file of probes'): load_probes(path)
+    for data in (gzip.compress(b'{}')[:-9], b'no gzip at all'):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match='cut.jsonl.gz: '): load_probes(path)
+
+
+def test_what_cannot_be_asked():
+    with pytest.raises(ValueError, match="Probe.kind='fuzzy'"): Probe('a', 'b', 'fuzzy')
+    with pytest.raises(ValueError, match='passed=0 of total=0 is no proportion'): wilson(0, 0)
+    with pytest.raises(ValueError, match='0 answers to 1 prompts'): run_probes(lambda prompts: [], [Probe('a', 'b')])
+    with pytest.raises(ValueError, match='1 probes need generate_text'): evaluate(LM(ModelConfig.tiny()), packed(TEXT[:100]), probes=[Probe('a', 'b')])

@@ -1,45 +1,58 @@
-"Which module may import what: pages from lower numbers, matplotlib in viz alone, the package bare."
-import ast, json, subprocess, sys
+"Which module may import what: pages from lower numbers, studies by nobody, matplotlib in viz alone, the package bare."
+import ast
+import subprocess
+import sys
+
 import pytest
-from pages import NBS, ROOT, named, notebooks, order
+from pages import NBS, ROOT, code_cells, imported, named, notebooks, number, parse
 
 MODULES = {f'nash_lab.{named(p).replace("/", ".")}': p for p in notebooks()}
-GENERATED = sorted(p for p in (ROOT/'nash_lab').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+GENERATED = sorted(p for p in (ROOT / 'nash_lab').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 HEAVY = ('nbdev', 'fastcore', 'torch', 'wandb', 'matplotlib', 'IPython', 'transformers', 'datasets')
+NEVER = ('nbdev', 'fastcore', 'IPython', 'torch', 'execnb')
+LOADING = number(next(p for p in notebooks() if named(p) == 'lab/run'))
 
-def imported(tree, package: str = ''):
+
+def absolute(tree: ast.Module, package: str) -> set[str]:
     "Modules that `tree` imports, relative ones made absolute from `package`"
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = '.'.join(package.split('.')[:len(package.split('.')) - node.level + 1]) if node.level else ''
-            name = '.'.join(o for o in (base, node.module) if o)
-            yield name
-            yield from (f'{name}.{a.name}' for a in node.names)   # `from nash_lab.model import mhc`
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = package.split('.')
+            base = parts[: len(parts) - node.level + 1]
+            node.module = '.'.join(base + ([node.module] if node.module else []))
+    return imported(tree)
 
-def cells(path) -> list[str]: return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
 
 @pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.relative_to(NBS).as_posix())
 def test_imports_from_lower_numbers(path):
     "index (the README) shows the package as a user has it and may import all"
-    if path.name == 'index.ipynb': return
-    for source in cells(path):
-        tree = ast.parse('\n'.join(o for o in source.splitlines() if not o.lstrip().startswith(('%', '!'))))
-        lazy = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == 'nash_lab' and n.attr in ('load', 'Model')]
-        if order(path) < (70,): assert not lazy, f'{path.name} uses nash_lab.{lazy[0]}, which is defined on a later page'
+    if path.name == 'index.ipynb':
+        return
+    for text in code_cells(path):
+        tree = parse(text)
+        for node in ast.walk(tree):
+            lazy = isinstance(node, ast.Attribute) and ast.unparse(node.value) in ('nash_lab', 'nl') and node.attr in ('load', 'Model')
+            assert not lazy or number(path) >= LOADING, f'{path.name} uses nash_lab.{node.attr}, which is defined on a later page'
         for name in imported(tree):
-            if name in MODULES: assert order(MODULES[name]) < order(path), f'{path.name} imports {name}, which comes later'
+            if name in MODULES:
+                assert number(MODULES[name]) < number(path), f'{path.name} imports {name}, which comes later'
+                assert not name.startswith('nash_lab.studies.'), f'{path.name} imports {name}: nothing imports a study'
+
 
 def test_generated_imports():
-    "As the notebooks, seen from the package: nothing imports upwards, only viz imports matplotlib, nothing imports nbdev"
-    for p in GENERATED:
-        package = '.'.join(p.relative_to(ROOT).with_suffix('').parts[:-1])
-        me = '.'.join(p.relative_to(ROOT).with_suffix('').parts)
-        for name in imported(ast.parse(p.read_text()), package):
-            if name in MODULES and me in MODULES: assert order(MODULES[name]) < order(MODULES[me]), f'{me} imports {name}'
+    "As the notebooks, seen from the package"
+    for path in GENERATED:
+        parts = path.relative_to(ROOT).with_suffix('').parts
+        me = '.'.join(parts)
+        for name in absolute(ast.parse(path.read_text()), '.'.join(parts[:-1])):
+            if name in MODULES and me in MODULES:
+                assert number(MODULES[name]) < number(MODULES[me]), f'{me} imports {name}'
+                assert not name.startswith('nash_lab.studies.'), f'{me} imports {name}: nothing imports a study'
             top = name.split('.')[0]
-            assert top not in ('nbdev', 'fastcore', 'IPython', 'torch', 'execnb'), f'{me} imports {name}'
-            if top == 'matplotlib': assert me == 'nash_lab.lab.viz', f'{me} imports {name}: pictures belong to lab/viz'
+            assert top not in NEVER, f'{me} imports {name}'
+            if top == 'matplotlib':
+                assert me == 'nash_lab.lab.viz', f'{me} imports {name}: pictures belong to lab/viz'
+
 
 @pytest.mark.parametrize('path', GENERATED, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_module_form(path):
@@ -47,26 +60,37 @@ def test_module_form(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), f'{path} has no docstring: its page has no `>` line'
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom): assert all(a.name != '*' for a in node.names), f'star import from {node.module}'
-    loose = [n.lineno for n in tree.body[1:] if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)
-             and 'defvjp' not in ast.unparse(n.value.func) and 'register' not in ast.unparse(n.value.func)]
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != '*' for alias in node.names), f'star import from {node.module}'
+    loose = []
+    for node in tree.body[1:]:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            called = ast.unparse(node.value.func)
+            if 'defvjp' not in called and 'register_' not in called:  # derivatives and pytree nodes of JAX
+                loose.append(node.lineno)
     assert not loose, f'calls at import in lines {loose}'
-    names = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__'), None)
-    assert names, f'{path} has no __all__'
+    assigned = [n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__']
+    assert assigned and ast.literal_eval(assigned[0].value), f'{path} has no __all__'
+
 
 def test_bare_import():
     "`import nash_lab` is quick and takes nothing that only some users have"
-    code = ('import sys, time; t = time.perf_counter(); import nash_lab; t = time.perf_counter() - t\n'
-            f'print(t, *[m for m in {HEAVY!r} if m in sys.modules])')
+    code = (
+        'import sys, time; t = time.perf_counter(); import nash_lab; t = time.perf_counter() - t\n'
+        f'print(t, *[m for m in {HEAVY!r} if m in sys.modules])'
+    )
     runs = [subprocess.run([sys.executable, '-c', code], cwd='/', capture_output=True, text=True) for _ in range(3)]
     assert all(r.returncode == 0 for r in runs), runs[0].stderr
-    seconds, heavy = min(float(r.stdout.split()[0]) for r in runs), runs[0].stdout.split()[1:]
+    heavy = runs[0].stdout.split()[1:]
     assert not heavy, f'import nash_lab imports {heavy}'
+    seconds = min(float(r.stdout.split()[0]) for r in runs)
     assert seconds < 3, f'import nash_lab takes {seconds:.1f} s'
+
 
 def test_every_module_imports():
     "All of them in one fresh process without torch or wandb behind the scenes"
-    code = f'import sys, importlib\nfor m in {[m for m, p in MODULES.items() if "default_exp" in p.read_text()]!r}: importlib.import_module(m)\nprint(*[m for m in ("torch", "wandb", "nbdev") if m in sys.modules])'
+    names = [m for m, p in MODULES.items() if 'default_exp' in p.read_text()]
+    code = f'import sys, importlib\nfor m in {names!r}: importlib.import_module(m)\nprint(*[m for m in ("torch", "wandb", "nbdev") if m in sys.modules])'
     r = subprocess.run([sys.executable, '-c', code], cwd='/', capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     assert not r.stdout.split(), f'importing the modules imports {r.stdout}'

@@ -5,7 +5,7 @@ from nash_lab.core.configs import from_json, to_json
 from nash_lab.model.moe import MoEConfig
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train.optim import by_path, ema_params, factored_rms, matrix_stack, tree_bytes
-from nash_lab.train.optim import GroupRule, OptimConfig, label_of, optimizer
+from nash_lab.train.optim import GroupRule, OptimConfig, label_of, optimizer, schedule
 from nash_lab.train.step import fresh_state, make_train_step
 
 KINDS = {"mhc": {}, "plain": dict(residual="plain"), "moe": dict(ffn="moe", moe=MoEConfig(experts=4, top_k=2)), "maha": dict(attention="maha"),
@@ -85,13 +85,18 @@ def test_config_round_trip():
     assert label_of(cfg, "embedding", 2) == "1:adafactor" and label_of(cfg, "blocks/ffn/up/weight", 3) == "muon"
 
 @pytest.mark.parametrize("wrong, said", [
-    (lambda: OptimConfig(name="sgd"), "name='sgd': expected adamw | muon | adafactor"),
-    (lambda: OptimConfig(ema=1.0), r"ema=1.0: expected in \[0, 1\)"),
-    (lambda: OptimConfig(moment_dtype="float16"), "moment_dtype='float16': expected float32 | bfloat16"),
-    (lambda: OptimConfig(moment_dtype="bfloat16", beta2=0.999), "expected beta2 <= 0.99"),
-    (lambda: GroupRule("x", learning_rate_scale=-1.0), "learning_rate_scale=-1.0: expected >= 0"),
-    (lambda: GroupRule("x", name="lion"), "name='lion'"),
-    (lambda: optimizer(OptimConfig(groups=(GroupRule("nothing/*"),)), 100).init({"w": jnp.ones(2)}), "'nothing/\\*': fits none of the paths, such as 'w'")])
+    (lambda: OptimConfig(name="sgd"), "OptimConfig.name='sgd'"),
+    (lambda: OptimConfig(ema=1.0), "OptimConfig.ema=1.0"),
+    (lambda: OptimConfig(schedule="linear"), "OptimConfig.schedule='linear'"),
+    (lambda: OptimConfig(learning_rate=-1.0), "OptimConfig.learning_rate=-1.0"),
+    (lambda: OptimConfig(moment_dtype="float16"), "OptimConfig.moment_dtype='float16'"),
+    (lambda: OptimConfig(moment_dtype="bfloat16", beta2=0.999), "OptimConfig.beta2=0.999: expected .*0.99"),
+    (lambda: GroupRule("x", learning_rate_scale=-1.0), "GroupRule.learning_rate_scale=-1.0"),
+    (lambda: GroupRule("x", weight_decay=-1.0), "GroupRule.weight_decay=-1.0"),
+    (lambda: GroupRule("x", name="lion"), "GroupRule.name='lion'"),
+    (lambda: schedule(OptimConfig(warmup_steps=50), 50), "warmup_steps=50 and 1 more do not fit into steps=50"),
+    (lambda: schedule(OptimConfig(schedule="wsd", warmup_steps=9), 10), "9 and 2 more"),
+    (lambda: optimizer(OptimConfig(groups=(GroupRule("nothing/*"),)), 100).init({"w": jnp.ones(2)}), r"'nothing/\*': fits none of the paths, such as 'w'")])
 def test_refused(wrong, said):
-    with pytest.raises(ValueError, match=said.replace("|", r"\|")) as error: wrong()
+    with pytest.raises(ValueError, match=said) as error: wrong()
     assert "\n" not in str(error.value)

@@ -11,47 +11,48 @@ from nash_lab.core.configs import from_json, to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import preflight as pf
 from nash_lab.train.preflight import GIB
-from nash_lab.train.optim import OptimConfig
 from nash_lab.train.parallel import MeshConfig
-from nash_lab.train.preflight import CHIPS, PreflightConfig, estimate, preflight, report, search, settings, wanted_bytes
+from nash_lab.train.preflight import (
+    CHIPS, PreflightConfig, candidate_settings, estimate, hbm_bytes, preflight, preflight_text, search_settings, traffic, wanted_bytes)
 
 libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: nothing can be compiled for a TPU")
 SMALL = PreflightConfig(target="local", seq_len=64, prompt_len=32, batch_size=4, serve_rows=4, mesh=MeshConfig(), model=ModelConfig.tiny())
 
 def test_report_on_this_machine():
-    code, text = report(SMALL)
+    code, text = preflight_text(SMALL)
     assert code == 0 and "fits: " in text and text.startswith("39,820 parameters on local")
     assert all(word in text for word in ("train", "prefill", "decode", "args GiB", "temp GiB", "TFLOP", "compile s"))
 
 def test_a_chip_that_is_too_small(monkeypatch):
     monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=1e-4))
-    code, text = report(replace(SMALL, programs=("train",)))
+    code, text = preflight_text(replace(SMALL, programs=("train",)))
     assert code == 1 and "does not fit" in text and "what to change" in text and "--model.remat block" not in text.splitlines()[1]
 
 def test_search_finds_remat_or_pieces(monkeypatch):
     "With room for half of what the plain step takes, something else fits; what fits is compiled, not guessed"
     full = preflight(replace(SMALL, programs=("train",), batch_size=16))
-    monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=0.6 * full.needed))
-    best, tried = search(replace(SMALL, batch_size=16, tries=8))
-    assert best is not None and best.needed <= 0.6 * full.needed and best.config != full.config and len(tried) <= 8
+    monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=0.6 * full.needed_gib))
+    best, tried = search_settings(replace(SMALL, batch_size=16, tries=8))
+    assert best is not None and best.needed_gib <= 0.6 * full.needed_gib and best.config != full.config and len(tried) <= 8
     assert best.config.optim == SMALL.optim  # the update rule is the last thing to change
 
 @pytest.mark.parametrize("preset", ["mhc-350m", "pythoncoder-1b", "nash-3b", "gpt-d12-mhc"])
 def test_estimates_are_in_order(preset):
     cfg = PreflightConfig(model=replace(ModelConfig.preset(preset), remat="none"), seq_len=1024)
     none, dots, block = (estimate(replace(cfg, model=replace(cfg.model, remat=r))) for r in ("none", "dots", "block"))
-    assert none.saved > block.saved and dots.total >= block.total * 0.8 and none.weights == block.weights
+    assert none.saved > block.saved and dots.memory >= block.memory * 0.8 and none.weights == block.weights
     halves = estimate(replace(cfg, accumulate=2))
     assert halves.saved < 0.6 * none.saved and halves.gradients == 2 * none.gradients
 
 def test_settings_divide():
     cfg = PreflightConfig(model=ModelConfig.tiny(), target="v6e-8", seq_len=64, prompt_len=32, batch_size=8, mesh=MeshConfig(data=8))
-    for c in settings(cfg, OptimConfig()):
+    for c, _ in candidate_settings(cfg):
         assert c.mesh.data * c.mesh.fsdp * c.mesh.tp == 8 and c.batch_size // c.accumulate % (c.mesh.data * c.mesh.fsdp) == 0
         assert c.model.kv_heads % c.mesh.tp == 0
 
 @pytest.mark.parametrize("change, said", [
     (dict(mesh=MeshConfig(data=3)), "data=3 .* does not make"),
+    (dict(target="v6e-4", mesh=MeshConfig(data=2, tp=4)), "does not make 4 devices"),
     (dict(target="v6e-4", mesh=MeshConfig(data=8)), "does not make 4 devices"),
     (dict(target="v6e-4", mesh=MeshConfig(data=4), batch_size=2, serve_rows=4), "2 rows of a batch do not divide")])
 def test_refused(change, said):
@@ -72,6 +73,17 @@ def test_unknown_target():
     data = to_json(SMALL) | {"target": "v7"}
     with pytest.raises(ValueError, match="PreflightConfig.target: expected 'v6e-1'"): from_json(PreflightConfig, data)
 
+@pytest.mark.parametrize("change", [
+    dict(seq_len=128), dict(accumulate=3), dict(prompt_len=65), dict(programs=("eval",)), dict(target="v7"), dict(tries=0), dict(timeout_s=0)])
+def test_settings_that_do_not_fit(change):
+    (name, value), = change.items()
+    name, value = ("batch_size", 4) if name == "accumulate" else (name, value)
+    with pytest.raises(ValueError) as error: replace(SMALL, **change)
+    assert f"PreflightConfig.{name}" in str(error.value) and repr(value) in str(error.value)
+
+def test_a_text_that_is_no_program():
+    assert traffic("no program") == {} and hbm_bytes("token[]") == 0
+
 def test_out_of_memory_message():
     assert wanted_bytes("RESOURCE_EXHAUSTED: Used 33.10G of 31.25G hbm") == 33.10 * GIB
     with pytest.raises(ValueError, match="the compiler failed: INTERNAL: x"): wanted_bytes("INTERNAL: x\ny")
@@ -90,7 +102,7 @@ def test_colab_asks_for_its_presets():
     for choice in ("mhc-120m", "pythoncoder-1b"):
         asked = asked_on_colab(choice)
         assert asked.target == "v6e-1" and asked.model == ModelConfig.preset(choice) and asked.seq_len == 2048
-        assert estimate(asked).total < CHIPS["v6e"].hbm
+        assert estimate(asked).memory < CHIPS["v6e"].hbm
 
 @libtpu
 def test_what_colab_trains_fits(monkeypatch):

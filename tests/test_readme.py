@@ -1,7 +1,7 @@
 "README.md is what nbs/index.ipynb gives, and its Python works as it stands."
 import re, subprocess, sys
 from configparser import ConfigParser
-from pages import NBS, ROOT
+from pages import FLOORS, NBS, ROOT, named, notebooks
 
 def run(*args, **kw): return subprocess.run([sys.executable, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL, **kw)
 
@@ -30,3 +30,29 @@ def test_addresses():
     index, readme = (NBS/'index.ipynb').read_text(), (ROOT/'README.md').read_text()
     for key in ('git_url', 'doc_host'): assert settings['DEFAULT'][key] not in index, f'nbs/index.ipynb spells out {key}: write {{git_url}} or {{doc_url}}'
     assert '{git_url}' not in readme and '{doc_url}' not in readme
+
+def section(title):
+    "The text of README.md below a heading, up to the next one"
+    return re.split(r'^## ', (ROOT/'README.md').read_text().partition(f'\n## {title}\n')[2], maxsplit=1, flags=re.M)[0]
+
+def test_the_map_names_every_page_once():
+    "Each row is a floor and its pages, in reading order; none is left out, none is there twice"
+    links = re.findall(r'\((nbs/(\w+)/[^)]+\.ipynb)\)', section('The map'))
+    pages = [p.relative_to(ROOT).as_posix() for p in notebooks() if p.parent != NBS]
+    assert [link for link, _ in links] == pages
+    for row in re.findall(r'^\| `(\w+)`: .*$', section('The map'), re.M): assert row in FLOORS
+    for floor, cells in re.findall(r'^\| `(\w+)`: [^|]*\|([^|]*)\|$', section('The map'), re.M):
+        assert {folder for _, folder in re.findall(r'\((nbs/(\w+)/[^)]+\.ipynb)\)', cells)} == {floor}
+
+def test_limits_are_true():
+    "The design that is said to be missing is missing, and nothing that has a page is said to be"
+    limits = section('Limits')
+    assert ('mHC gates tuned by reinforcement learning' in limits) == (not list((NBS/'discover').glob('*_gates.ipynb')))
+    assert 'not here yet' not in limits
+    for name in ('adapt/sdft', 'discover/ttt'): assert any(named(p) == name for p in notebooks()), f'README.md promises {name}'
+
+def test_results_are_those_of_the_log():
+    "Every measured number of the results stands in the log"
+    log = (ROOT/'LOG.md').read_text()
+    for number in ('3.692', '2.973', '1.970', '1.651', '1.519', '0.3982', '0.3854', '0.3862', '0.0046', '0.0013', '0.0014'):
+        assert number in section('Results') and number in log, number

@@ -1,15 +1,16 @@
 "The report names what is missing, escapes what it shows, fetches nothing, and is the same file for the same run."
-import json, shutil
+import json, re, shutil, subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 import pytest
+import tinycss2
 from flax import nnx
 
 from nash_lab.data.corpus import Document, pack
 from nash_lab.data.loader import LoaderConfig
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.evals.scores import EvalReport, Probe, Score, run_probes
-from nash_lab.lab.report import Section, number, paragraph, table, write_report
+from nash_lab.lab.report import STYLE, cell_text, html_table, paragraph, write_report
 from nash_lab.lab.run import load
 from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import LM, ModelConfig
@@ -26,10 +27,11 @@ def stats(k):
                 uniform=[1.7 - k] * 4, pre_entropy=[1.3] * 4, usage=[[.25] * 4] * 4)
 
 
-def write_run(folder, residual='mhc', **changes):
+def write_run(folder, residual='mhc', h_res='sinkhorn', **changes):
     "A run directory as pretraining leaves it, without a checkpoint"
+    model = ModelConfig.tiny(vocab_size=300, residual=residual)
     config = TrainConfig(run=str(folder), steps=20, optim=OptimConfig(warmup_steps=5),
-                         loader=LoaderConfig(seq_len=48), model=ModelConfig.tiny(vocab_size=300, residual=residual))
+                         loader=LoaderConfig(seq_len=48), model=replace(model, mhc=replace(model.mhc, h_res=h_res)))
     folder.mkdir(parents=True)
     (folder/'config.json').write_text(json.dumps(to_json(replace(config, **changes))))
     (folder/'goodput.json').write_text(json.dumps(dict(goodput=0.8, total_s=60.0, productive_s=48.0, lost_s={'compile': 12.0})))
@@ -64,7 +66,7 @@ def bare(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    "A run with weights, twin, evaluation and samples"
+    "A run with weights, baselines, evaluation and samples"
     home = tmp_path_factory.mktemp('whole')
     docs = [Document(TEXT, f'{i}.py') for i in range(3)]
     tokenizer = train_tokenizer([TEXT], home/'t.model', TokenizerConfig(vocab_size=300))
@@ -74,10 +76,11 @@ def whole(tmp_path_factory):
     points = Checkpoints(run/'checkpoints', asynchronous=False)
     points.save(20, {'model': nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
     points.close()
-    write_run(run/'twin', residual='plain')
+    write_run(run/'plain', residual='plain')
+    write_run(run/'identity', h_res='identity')
     probes = run_probes(lambda prompts: [EVIL] * len(prompts), [Probe('1 + 1 =', '2'), Probe(EVIL, 'x', 'contains')])
     tables = {name: Score(10, 20., 2., 7.4, bits, bits - .1, bits + .1) for name, bits in (('uniform', 3.5), (EVIL, 2.5))}
-    for at, bits, extra in ((run, 1.875, dict(tables=tables, probes=probes)), (run/'twin', 1.9, dict(tables={}, probes=None))):
+    for at, bits, extra in ((run, 1.875, dict(tables=tables, probes=probes)), (run/'plain', 1.9, dict(tables={}, probes=None)), (run/'identity', 1.88, dict(tables={}, probes=None))):
         (at/'eval.json').write_text(json.dumps(to_json(EvalReport(Score(10, 20., 2., 7.4, bits, 1.8, 1.9), **extra))))
     (run/'samples').mkdir()
     (run/'samples/samples.jsonl').write_text(json.dumps({'prompt': EVIL, 'text': 'x = 1 < 2', 'seed': 3}) + '\n')
@@ -86,7 +89,7 @@ def whole(tmp_path_factory):
 
 def test_what_is_missing_is_named(bare):
     run, html = bare
-    for text in ('no folder twin', 'unigram and bigram models, because eval.json is missing', 'samples/samples.jsonl is missing',
+    for text in ('no folder plain', 'unigram and bigram models, because eval.json is missing', 'Not shown: samples/samples.jsonl: no such file',
                  'checkpoint'): assert text in html, text
     assert html.count('Not shown') == 5 and html.count('<img') == 5        # loss twice, gain, drift, usage are drawn
     assert sorted(p.stem for p in (run/'plots').iterdir()) == ['drift', 'gain', 'loss_time', 'loss_tokens', 'usage']
@@ -96,9 +99,81 @@ def test_a_whole_report(whole):
     path = write_report(whole)
     html = path.read_text()
     assert path == whole/'report.html' and 'Not shown' not in html and html.count('<img') == 8 and len(html) < 3_000_000
-    for text in ('Against the plain twin: -0.025 bits per byte', '3.500', '3.400 to 3.600', '1 + 1 =', 'x = 1 &lt; 2', 'nash_lab pretrain', 'seed 3',
-                 'prefers-color-scheme: dark', '@media print', 'name="viewport"', '&quot;learning_rate&quot;'): assert text in html, text
+    for text in ('Against plain residual: -0.025 bits per byte', 'Against mHC, H_res = I: -0.005', 'worth 0.020 bits per byte here, mixing them with H_res 0.005', '3.500', '3.400 to 3.600', '1 + 1 =', 'x = 1 &lt; 2', 'nash_lab pretrain', 'seed 3',
+                 'name="viewport"', '&quot;learning_rate&quot;'): assert text in html, text
     assert write_report(whole).read_bytes() == path.read_bytes()
+
+
+def rules(nodes):
+    "{selector: {property: value}} of parsed style rules"
+    out = {}
+    for rule in nodes:
+        assert rule.type == 'qualified-rule', tinycss2.serialize([rule])
+        found = tinycss2.parse_blocks_contents(rule.content, skip_comments=True, skip_whitespace=True)
+        assert all(o.type == 'declaration' for o in found), found
+        out.setdefault(tinycss2.serialize(rule.prelude).strip(), {}).update({o.lower_name: tinycss2.serialize(o.value).strip() for o in found})
+    return out
+
+
+def test_every_rule_of_the_style_sheet_lives():
+    "Parsed as a browser does it: no rule is dropped, both media blocks are there with their rules"
+    sheet = tinycss2.parse_stylesheet(STYLE, skip_comments=True, skip_whitespace=True)
+    media = {tinycss2.serialize(o.prelude).strip(): tinycss2.parse_rule_list(o.content, skip_whitespace=True) for o in sheet if o.type == 'at-rule'}
+    assert media.keys() == {'(prefers-color-scheme: dark)', 'print'}
+    light, dark, paper = rules([o for o in sheet if o.type != 'at-rule']), rules(media['(prefers-color-scheme: dark)']), rules(media['print'])
+    colours = {name for name in light[':root'] if name.startswith('--')}
+    assert colours == dark[':root'].keys() and all(dark[':root'][name] != light[':root'][name] for name in colours)
+    assert set(re.findall(r'var\((--\w+)\)', STYLE)) == colours
+    assert paper['nav']['display'] == 'none' and paper['details::details-content']['content-visibility'] == 'visible'
+
+
+def contrast(a, b):
+    "Ratio of the luminances of two colours rgb(r, g, b), as WCAG 2 defines it"
+    def luminance(colour):
+        parts = [int(x) / 255 for x in re.findall(r'\d+', colour)[:3]]
+        linear = [x / 12.92 if x <= .04045 else ((x + .055) / 1.055)**2.4 for x in parts]
+        return .2126 * linear[0] + .7152 * linear[1] + .0722 * linear[2]
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + .05) / (low + .05)
+
+
+PROBE = """<script>
+const at = (what, of) => getComputedStyle(document.querySelector(what))[of];
+document.title = JSON.stringify({paper: at('body', 'backgroundColor'), ink: at('body', 'color'), box: at('pre', 'backgroundColor'),
+  bar: at('.bar i', 'backgroundColor'), soft: at('figcaption', 'color'), picture: at('img', 'backgroundColor'),
+  page: document.documentElement.scrollWidth, window: innerWidth})
+</script>"""
+
+
+@pytest.mark.parametrize('width', [500, 1400])
+def test_colours_in_a_browser(whole, tmp_path, width):
+    "A browser that prefers dark shows light letters on dark paper, one that prefers light the reverse; no width scrolls sideways"
+    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+    if not browser: pytest.skip('no Chromium here (Debian: apt-get install chromium)')
+    page = tmp_path/'probe.html'
+    page.write_text(write_report(whole, tmp_path/'r.html').read_text() + PROBE)
+    seen = {}
+    for scheme, number in (('dark', 0), ('light', 1)):
+        command = [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/{scheme}', f'--window-size={width},900',
+                   f'--blink-settings=preferredColorScheme={number}', '--virtual-time-budget=5000', '--dump-dom', page.as_uri()]
+        html = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120).stdout
+        seen[scheme] = json.loads(re.search('<title>(.*?)</title>', html)[1])
+    dark, light = seen['dark'], seen['light']
+    assert (dark['paper'], light['paper']) == ('rgb(21, 21, 23)', 'rgb(255, 255, 255)')
+    for one in (dark, light):
+        assert contrast(one['ink'], one['paper']) > 12 and contrast(one['ink'], one['box']) > 10
+        assert contrast(one['soft'], one['paper']) > 4.5 and contrast(one['bar'], one['paper']) > 3
+        assert one['picture'] == 'rgb(255, 255, 255)' and one['page'] <= one['window']
+    assert all(dark[name] != light[name] for name in ('paper', 'ink', 'box', 'bar', 'soft'))
+
+
+def test_a_run_of_version_0_1(whole, tmp_path):
+    "Its plain baseline was called twin"
+    run = shutil.copytree(whole, tmp_path/'run')
+    (run/'plain').rename(run/'twin')
+    shutil.rmtree(run/'identity')
+    html = write_report(run).read_text()
+    assert 'Against plain residual: -0.025' in html and 'Not shown' not in html
 
 
 def test_stands_alone_and_escapes(whole, bare):
@@ -110,10 +185,10 @@ def test_stands_alone_and_escapes(whole, bare):
 
 
 def test_own_sections_and_place(whole, tmp_path):
-    def broken(inputs):
+    def broken(files):
         yield paragraph('first part')
         raise ValueError('gate.json: no score')
-    extra = [Section('Adaptation', lambda inputs: [table([['steps', inputs.config.steps]])]), Section('Gates', broken)]
+    extra = {'Adaptation': lambda files: [html_table([['steps', files.config.steps]])], 'Gates': broken}
     html = write_report(whole, tmp_path/'deep/r.html', extra=extra).read_text()
     assert html.index('>Evaluation and probes</h2>') < html.index('>Adaptation</h2>') < html.index('>Gates</h2>') < html.index('>How to make it again</h2>')
     assert 'first part' in html and 'Not shown: gate.json: no score' in html
@@ -152,7 +227,7 @@ def test_bad_input(tmp_path, whole):
 
 
 def test_numbers():
-    assert [number(x) for x in (None, True, 0, 12345, 0.5, 1e-5, 45.678, float('nan'), 'a')] == \
+    assert [cell_text(x) for x in (None, True, 0, 12345, 0.5, 1e-5, 45.678, float('nan'), 'a')] == \
         ['–', 'True', '0', '12,345', '0.500', '1e-05', '45.678', 'nan', 'a']
 
 

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import sandbox_attacks
 from sandbox_attacks import ATTACKS, HEAVY, QUICK
-from nash_lab.evals import sandbox
+from nash_lab.evals import confine, sandbox
 from nash_lab.evals.sandbox import (
     Limits,
     Result,
     SandboxError,
     offered,
-    overhead,
     read_verdict,
     run_many,
     run_python,
@@ -158,13 +157,14 @@ def test_level_0_needs_a_word(monkeypatch):
     with pytest.raises(ValueError, match='unsafe=True'): Limits(level=0)
 
 def test_a_level_that_is_missing_is_an_error(monkeypatch):
-    monkeypatch.setattr(sandbox, 'has_landlock', lambda: False)
+    def no_landlock(*args): raise OSError('no such call')
+    monkeypatch.setattr(confine, 'kernel', no_landlock)
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     for level in (2, 3):
         with pytest.raises(SandboxError, match=f'level {level}: '): run_python('x = 1', '', Limits(level=level))
 
 def test_a_guard_that_fails_runs_nothing(monkeypatch):
-    monkeypatch.setattr(sandbox, 'launcher', lambda: [sandbox._INTERPRETER, '-c', 'import sys; sys.exit("no such guard")'])
+    monkeypatch.setattr(sandbox, 'launcher', lambda: [sandbox.INTERPRETER, '-c', 'import sys; sys.exit("no such guard")'])
     with pytest.raises(SandboxError, match='no such guard'): run_python('x = 1', '', MILD)
 
 def test_every_offered_level_says_so():
@@ -188,7 +188,23 @@ def test_nothing_is_left():
     for code in ('x = 1', 'import os; os._exit(0)', 'import time; time.sleep(60)'): run_python(code, '', Limits(unsafe=True, wall_s=.3))
     assert here() == before
 
-def test_overhead_is_reported():
-    cost = overhead(5, MILD)
-    assert cost.call_s > 0 and cost.start_s > 0 and cost.beyond_s == cost.call_s - cost.start_s
-    print(f'level {cost.level}: {cost.call_s:.3f} s a call, {cost.beyond_s:.3f} s beyond the start of an interpreter')
+
+# -- what is refused before anything runs
+
+@pytest.mark.parametrize('name,value', [('wall_s', 0), ('wall_s', float('nan')), ('cpu_s', -1), ('memory_mb', 0), ('threads', 0), ('files', 0), ('output_bytes', 0), ('start_s', 0), ('level', 4), ('level', 0)])
+def test_limits_that_are_no_limits(name, value):
+    with pytest.raises(ValueError, match=rf'Limits\.{name}={value}: expected'): Limits(**{name: value})
+
+def test_processors_without_numbers():
+    for call in (lambda: confine.filter_program('mips', 1, True), lambda: confine.call_numbers('a 1 2', 'mips')):
+        with pytest.raises(ValueError, match="machine='mips': no system call numbers"): call()
+
+def test_exceptions_on_one_line():
+    class Odd(Exception):
+        def __str__(self): raise SystemExit
+    assert confine.exception_line(ValueError('two\nlines')) == 'ValueError: two lines'
+    assert confine.exception_line(Odd()) == 'an exception that cannot be described'
+
+def test_values_that_are_no_numbers():
+    assert run_python('def f(): return float("nan")', ['f()'], MILD).status == 'failed'
+    assert run_python('1 +', '', MILD).error == 'SyntaxError: invalid syntax (<code>, line 1)'

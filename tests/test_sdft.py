@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from nash_lab.adapt.continual import (REJECTED, CodeProbe, Rejected, SkillGate, Suite, decide, evaluate_suite,
-                                 gated_update, load_suite, paired_change)
+                                 gated_update, load_suite, paired_change, read_as)
 from nash_lab.adapt.lora import LoRAConfig
 from nash_lab.adapt.continual import ReplayBuffer
 from nash_lab.adapt.sdft import (Example, Prompts, SDFTConfig, SDFTResult, distil, divergence, forward_kl,
-                                 js_divergence, loss_mask, make_batch, plan, read_examples, reverse_kl, teacher_prompt, top_tokens)
+                                 js_divergence, loss_mask, answer_batch, plan_batches, read_examples, reverse_kl, teacher_prompt, top_tokens)
 from nash_lab.studies.learning import Symbols, demonstrations
 from nash_lab.evals.scores import Probe, weights_hash
 from nash_lab.model.block import ModelConfig
@@ -59,12 +59,12 @@ def test_masks():
     assert loss_mask(np.array([0, 2, 3, 4, 9]), 9, skip=3, share=1.).sum(1).tolist() == [0, 0, 0, 1, 6]
     assert loss_mask(np.array([4, 10, 29, 30, 80]), 80).sum(1).tolist() == [4, 9, 27, 27, 77]
     drawn = Rollout(np.array([[5, 2, 2, 2]]), np.array([2]), np.zeros((1, 4), np.float32))   # EOS = padding = 2
-    assert make_batch([Prompts([7], [7, 8])], drawn, (8, 8), replace(CFG, skip_tokens=0))['mask'].tolist() == [[True, True, False, False]]
+    assert answer_batch([Prompts([7], [7, 8])], drawn, (8, 8), replace(CFG, skip_tokens=0))['mask'].tolist() == [[True, True, False, False]]
 
 def test_data_errors(tmp_path):
     bad = tmp_path / 'data.jsonl'
     for text, said in (('{"prompt": "a", "demonstration": "b"}\n{"prompt": "a"}', ":2: Example: missing key 'demonstration'"),
-                       ('{"prompt": "a", "demonstration": "b", "x": 1}', ":1: Example: unknown key 'x'"), ('{"prompt": "a", "demonstration": ""}', ':1: Example.demonstration is empty'),
+                       ('{"prompt": "a", "demonstration": "b", "x": 1}', ":1: Example: unknown key 'x'"), ('{"prompt": "a", "demonstration": ""}', ':1: Example.demonstration='''),
                        ('\n\n{', ':3: '), ('[]', ':1: Example: expected an object'), ('', 'no examples')):
         bad.write_text(text)
         with pytest.raises(ValueError, match='data.jsonl') as error: read_examples(bad)
@@ -99,10 +99,10 @@ def test_replay_in_batches():
     buffer, rng = ReplayBuffer(), np.random.default_rng(0)
     old = demonstrations('Y', 5, 1)
     encode = lambda some: [Prompts([ord(e.prompt[0])], []) for e in some]
-    todo, share = plan(encode, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), rng)
+    todo, share = plan_batches(encode, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), rng)
     assert share == 0 and all(p.student == [ord('X')] for batch in todo for p in batch)
-    buffer.add(old)
-    todo, share = plan(encode, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), rng)
+    buffer.remember(old)
+    todo, share = plan_batches(encode, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), rng)
     assert share == 2 and all(sum(p.student == [ord('Y')] for p in batch) == 2 and len(batch) == 10 for batch in todo)
 
 def test_buffer(tmp_path):
@@ -110,14 +110,14 @@ def test_buffer(tmp_path):
     some = [Example(f'p{i}', 'a') for i in range(60)]
     for policy in ('recency', 'reservoir'):
         one = ReplayBuffer(capacity=8, policy=policy, half_life=2, seed=3)
-        one.add(some[:40]); one.save(tmp_path / 'replay.json')
-        two = ReplayBuffer.load(tmp_path / 'replay.json')
-        for b in (one, two): b.add(some[40:])
+        one.remember(some[:40]); one.write_to(tmp_path / 'replay.json')
+        two = read_as(ReplayBuffer, tmp_path / 'replay.json')
+        for b in (one, two): b.remember(some[40:])
         assert one == two and len(one) == 8 and one.seen == 60
     assert [k.arrival for k in ReplayBuffer(capacity=2, policy='recency').kept] == []
     counts = np.zeros(30)
     for seed in range(300):
-        b = ReplayBuffer(capacity=6, seed=seed); b.add(some[:30])
+        b = ReplayBuffer(capacity=6, seed=seed); b.remember(some[:30])
         for k in b.kept: counts[k.arrival] += 1
     assert counts.sum() == 1800 and counts.min() > 30 and counts.max() < 95      # mean 60, deviation 7
 

@@ -227,7 +227,7 @@ def test_crash_and_stray_files_resume_from_the_newest_whole_checkpoint(cfg, stra
 
 CHILD = """
 import json, sys, time
-from nash_lab.model.layers import from_json
+from nash_lab.core.configs import from_json
 from nash_lab.train.settings import TrainConfig
 from nash_lab.train.pretrain import pretrain
 pretrain(from_json(TrainConfig, json.loads(sys.argv[1])), hooks=[lambda record, state: time.sleep(0.03)])

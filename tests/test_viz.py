@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib import rcParams
 
-from nash_lab.lab.viz import (Picture, composite_heatmaps, drift_plot, gain_plot, heatmap, loss_plot, routing_heatmaps,
+from nash_lab.lab.viz import (Picture, archive_tree, arms_plot, composite_heatmaps, discovery_plot, drift_plot, gain_plot, loss_plot, matrix_plot, routing_heatmaps,
                               stream_usage)
 from nash_lab.model.mhc import Routing
 
@@ -60,18 +60,20 @@ def test_curves():
 
 def test_refusals():
     with pytest.raises(ValueError, match=r"none of 2 lines has 'routing'"): drift_plot([{'step': 0}, {'step': 1, 'routing': None}])
-    with pytest.raises(ValueError, match=r'lack row_max, row_min, col_max, col_min, found none'): gain_plot({})
+    with pytest.raises(ValueError, match=r'lack col_min, col_max, row_min, row_max, found none'): gain_plot({})
     with pytest.raises(ValueError, match=r'lack usage, found identity'): stream_usage({'identity': [1]})
     with pytest.raises(ValueError, match=r"x='hours', expected one of \['tokens', 'time_s'\]"): loss_plot([], x='hours')
     with pytest.raises(ValueError, match=r"no line of plain has a loss and 'tokens'"): loss_plot({'plain': []})
-    with pytest.raises(ValueError, match=r'found \(4,\)'): heatmap(np.ones(4))
+    with pytest.raises(ValueError, match=r'found \(4,\)'): matrix_plot(np.ones(4))
+    for draw in (discovery_plot, archive_tree, arms_plot):
+        with pytest.raises(ValueError, match='draw'): draw([])
 
 
 def test_same_bytes_and_no_trace_left_in_matplotlib():
     before = dict(rcParams)
-    picture = heatmap(np.eye(4))
+    picture = matrix_plot(np.eye(4))
     assert isinstance(picture, Picture) and dict(rcParams) == before
-    assert picture.png() == heatmap(np.eye(4)).png() == picture.png() and picture._repr_png_().startswith(b'\x89PNG')
+    assert picture.png() == matrix_plot(np.eye(4)).png() == picture.png() and picture._repr_png_().startswith(b'\x89PNG')
     assert dict(rcParams) == before
 
 

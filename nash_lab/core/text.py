@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
     path: Path | None
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        "Ids of one text. ValueError for an unpaired surrogate, or for a BOS that the vocabulary lacks."
+        "Ids of one text. ValueError for an unpaired surrogate or a missing BOS."
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         "Ids of many texts, without BOS and EOS."
