@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Values', 'Outputs', 'LONG', 'Lambda', 'LAMBDAS', 'triangle', 'attention_map',
-           'uneven_attention', 'subtract', 'diff_attention_v1', 'diff_lambda', 'floored_attention',
-           'DiffConfig', 'split_pairs', 'DIFF1', 'diff_attention_v2', 'DIFF2']
+           'uneven_attention', 'subtract', 'diff_attention_v1', 'diff_lambda', 'DiffConfig',
+           'split_pairs', 'DIFF1', 'diff_attention_v2', 'DIFF2']
 
 # %% ../../nbs/model/12_diff.ipynb #c003
 from dataclasses import dataclass
@@ -105,17 +105,15 @@ def subtract(y1: Outputs, y2: Outputs, lam: Lambda) -> Outputs:
 
 
 def diff_attention_v1(
-    q1: Queries,
-    k1: Keys,
-    q2: Queries,
-    k2: Keys,
-    v: Values,
-    lam: Lambda,
-    *,
-    mask=None,
-    kernel="auto",
+    q1, k1, q2, k2, v: Values, lam: Lambda, *, mask=None, kernel="auto", stabilised=False
 ) -> Outputs:
     "Differential attention (2410.05258, Eq. 1) before the norm; `mask` None: causal."
+    if stabilised:  # PythonCoder's form: lambda in [0, 1], negative entries become zero
+        lam = jnp.clip(lam, 0, 1)
+        difference = attention_map(q1, k1, mask) - lam * attention_map(q2, k2, mask)
+        v = jnp.repeat(v, q1.shape[2] // v.shape[2], axis=2)
+        return jnp.einsum("bhts,bshm->bthm", jnp.maximum(difference, 0).astype(v.dtype), v)
+
     y1 = uneven_attention(q1, k1, v, mask, kernel=kernel)
     y2 = uneven_attention(q2, k2, v, mask, kernel=kernel)
     return subtract(y1, y2, lam)
@@ -127,14 +125,7 @@ def diff_lambda(q1, k1, q2, k2, depth: Int[Array, ""] | int) -> tuple[Array, Arr
     lam = jnp.exp(jnp.sum(q1 * k1)) - jnp.exp(jnp.sum(q2 * k2)) + start
     return lam, start
 
-# %% ../../nbs/model/12_diff.ipynb #c029
-def floored_attention(q1, k1, q2, k2, v: Values, lam, *, mask: Mask | None = None) -> Outputs:
-    "PythonCoder's form of V1: negative entries of the difference map become zero."
-    difference = attention_map(q1, k1, mask) - lam * attention_map(q2, k2, mask)
-    v = jnp.repeat(v, q1.shape[2] // v.shape[2], axis=2)
-    return jnp.einsum("bhts,bshm->bthm", jnp.maximum(difference, 0).astype(v.dtype), v)
-
-# %% ../../nbs/model/12_diff.ipynb #c037
+# %% ../../nbs/model/12_diff.ipynb #c035
 @dataclass(frozen=True)
 class DiffConfig:
     "Switches of differential attention; the default is the paper."
@@ -158,9 +149,7 @@ class DiffConfig:
         if version == 2:
             check_that(self, "stabilised", not self.stabilised, "False: it belongs to DIFF V1")
 
-    check = check_heads  # alias until the floors are joined
-
-# %% ../../nbs/model/12_diff.ipynb #c038
+# %% ../../nbs/model/12_diff.ipynb #c036
 def split_pairs(heads: Float[Array, "b t h2 k"]) -> tuple[Outputs, Outputs]:
     "Heads 2i and heads 2i + 1."
     return heads[:, :, 0::2], heads[:, :, 1::2]
@@ -170,7 +159,7 @@ LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")  # as in the pape
 
 
 class DIFF1(nnx.Module):
-    "Differential attention V1 (2410.05258): paired heads, wide values. ValueError as `check_heads`."
+    "Differential attention V1 (2410.05258): paired heads, wide values. Raises as `check_heads`."
 
     def __init__(
         self,
@@ -217,10 +206,8 @@ class DIFF1(nnx.Module):
         lam, start = diff_lambda(*vectors, 0 if depth is None else depth)
         q1, q2 = split_pairs(q)
         k1, k2 = split_pairs(k)
-        if self.cfg.stabilised:
-            y = floored_attention(q1, k1, q2, k2, v, jnp.clip(lam, 0, 1), mask=mask)
-        else:
-            y = diff_attention_v1(q1, k1, q2, k2, v, lam, mask=mask, kernel=self.cfg.kernel)
+        options = dict(kernel=self.cfg.kernel, stabilised=self.cfg.stabilised)
+        y = diff_attention_v1(q1, k1, q2, k2, v, lam, mask=mask, **options)
         return self.o(self.norm(y) * (1 - start).astype(y.dtype)), cache
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
@@ -229,7 +216,7 @@ class DIFF1(nnx.Module):
         v = jnp.zeros((batch, length, self.kv_heads // 2, 2 * self.head_dim), dtype)
         return KVCache(k, v)
 
-# %% ../../nbs/model/12_diff.ipynb #c044
+# %% ../../nbs/model/12_diff.ipynb #c042
 def diff_attention_v2(
     q: Float[Array, "b t h2 k"], k: Keys, v: Values, lam: Lambda, *, mask=None, kernel="auto"
 ) -> Outputs:
@@ -239,7 +226,7 @@ def diff_attention_v2(
     even, odd = split_pairs(uneven_attention(q, k, v, mask, kernel=kernel))
     return subtract(even, odd, lam)
 
-# %% ../../nbs/model/12_diff.ipynb #c049
+# %% ../../nbs/model/12_diff.ipynb #c047
 class DIFF2(nnx.Module):
     "Differential attention V2: twice the queries, a lambda for each token and head."
 

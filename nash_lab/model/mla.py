@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['Latents', 'UpKey', 'UpValue', 'Split', 'MLAConfig', 'LatentCache', 'explicit',
-           'absorbed', 'absorbing_pays', 'Latent', 'turn_last', 'MLA']
+           'absorbed', 'Latent', 'turn_last', 'MLA']
 
 # %% ../../nbs/model/13_mla.ipynb #c003
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -55,8 +54,6 @@ class MLAConfig:
         most = min(width, made)
         check_that(self, "q_rank", self.q_rank <= most, f"at most {most} ({width=}, {made=})")
 
-    check = check_ranks  # alias until the floors are joined
-
 # %% ../../nbs/model/13_mla.ipynb #c010
 class LatentCache(NamedTuple):
     "Normalised latent and rotated shared key of the tokens so far, side by side; slot = position."
@@ -94,12 +91,7 @@ def absorbed(
     y = uneven_attention(query, latent, latent, mask, scale=scale)
     return jnp.einsum("bthc,chm->bthm", y[..., :c], v_up.astype(q.dtype))
 
-# %% ../../nbs/model/13_mla.ipynb #c020
-def absorbing_pays(t: int, c: int, k: int, m: int) -> bool:
-    "Whether t new tokens take fewer products absorbed than explicit, over many more slots."
-    return t * (2 * c - k - m) <= c * (k + m)
-
-# %% ../../nbs/model/13_mla.ipynb #c025
+# %% ../../nbs/model/13_mla.ipynb #c023
 class Latent(nnx.Module):
     "A projection to few numbers, and a norm."
 
@@ -116,7 +108,7 @@ def turn_last(y: Split, r: int, positions: Positions, cfg: RopeConfig) -> Split:
     rotary = rope_frequencies(r, cfg)._replace(scale=1.0)
     return jnp.concatenate([y[..., :-r], rope(y[..., -r:], positions, rotary)], axis=-1)
 
-# %% ../../nbs/model/13_mla.ipynb #c026
+# %% ../../nbs/model/13_mla.ipynb #c024
 class MLA(nnx.Module):
     "Multi-head latent attention (2405.04434, section 2.1). ValueError as `check_ranks`."
 
@@ -169,9 +161,14 @@ class MLA(nnx.Module):
         cache = write_cache(cache, (latent,), positions)
         latent = read_cache(cache)[0].astype(q.dtype)
         mask = causal_mask(positions, latent.shape[1])
+        # which form takes fewer products, over many more slots than new tokens?
         c, _, k = k_up.shape
-        form = absorbed if absorbing_pays(x.shape[1], c, k, v_up.shape[2]) else explicit
-        return self.o(form(q, latent, k_up, v_up, mask, self.scale)), cache
+        m = v_up.shape[2]
+        if x.shape[1] * (2 * c - k - m) <= c * (k + m):
+            y = absorbed(q, latent, k_up, v_up, mask, self.scale)
+        else:
+            y = explicit(q, latent, k_up, v_up, mask, self.scale)
+        return self.o(y), cache
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> LatentCache:
         "Zeros for one layer: c + r numbers a token, for all heads together."
