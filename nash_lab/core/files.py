@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -71,14 +72,11 @@ def _number(text: str) -> float:
 
 
 def _depth(text: str) -> int:
-    "An upper bound for the nesting: brackets inside strings count as well."
+    "How deeply brackets are nested, those inside strings left out."
     depth = deepest = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
+    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 
