@@ -149,7 +149,7 @@ class Memory:
                 return True
         return False
 
-    def remember(self, keys: bytes, source: int, epoch: int) -> bytes:
+    def admit(self, keys: bytes, source: int, epoch: int) -> bytes:
         "Append a text as in `seen` and give its entry; beyond `window` the oldest is forgotten."
         return self._append(struct.pack("<HI", source, epoch) + keys)
 
@@ -260,4 +260,4 @@ class Filter:
             keys = exact_key(utf8(text))
         if self.memory.seen(keys, source, epoch):
             return "", f"{self.dedup} duplicate", b""
-        return text, cause, self.memory.remember(keys, source, epoch)
+        return text, cause, self.memory.admit(keys, source, epoch)

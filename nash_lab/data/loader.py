@@ -9,7 +9,7 @@ __all__ = ['LoaderConfig', 'as_batch', 'row_count', 'make_batch', 'batch_indices
 # %% ../../nbs/data/28_loader.ipynb #c003
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import grain
 import numpy as np

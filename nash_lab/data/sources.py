@@ -169,11 +169,17 @@ class MarkedDecoder(codecs.IncrementalDecoder):
     def decode(self, data: bytes, final: bool = False) -> str:
         end = len(data) if final else data.rfind(b"\n") + 1
         if end or final:
-            whole = bytes(self.held) + data[:end]
-            self.held.clear()
+            whole = self.held + data[:end] if self.held else data[:end]
+            self.held = bytearray()
             if len(whole) > MAX_LINE:
-                lines = whole.split(b"\n")
-                lines = [line if len(line) <= MAX_LINE else LONG.encode() for line in lines]
+                lines = []
+                start = 0
+                while start <= len(whole):  # as split, but without a copy of the long lines
+                    newline = whole.find(b"\n", start)
+                    stop = len(whole) if newline < 0 else newline
+                    fits = stop - start <= MAX_LINE
+                    lines.append(whole[start:stop] if fits else LONG.encode())
+                    start = stop + 1
                 whole = b"\n".join(lines)  # guard: data: length of a line in a stream
             self.text += self.utf8.decode(whole, final)
         room = MAX_LINE + 1 - len(self.held)

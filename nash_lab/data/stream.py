@@ -40,7 +40,7 @@ class Mixture:
         self.open = [True] * len(self.weights)
 
     def next_source(self) -> int | None:
-        "The open source with the largest deficit, of equals the heaviest; None when all have ended."
+        "The open source with the largest deficit, of equals the heaviest; None after the last."
         if not any(self.open):
             return None
         live = [w * still for w, still in zip(self.weights, self.open)]
@@ -395,7 +395,7 @@ class LaneRows(grain.IterDataset):
         return _LaneIterator(self)
 
     def prefetch(self) -> grain.DatasetIterator:
-        "The rows, made ahead in processes (workers > 0), in a thread, or (prefetch = 0) not at all."
+        "The rows, made ahead in processes, in a thread, or (prefetch = 0) on demand."
         workers = self.cfg.workers
         ahead = self.cfg.prefetch * len(self.lanes)
         if not workers:
