@@ -20,7 +20,6 @@ ENV = dict(  # as in tests/conftest.py, which compares what is stored with what 
     JAX_NUMPY_DTYPE_PROMOTION='strict',
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
     XLA_FLAGS='--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
-    MPLBACKEND='agg',
 )
 
 

@@ -476,13 +476,8 @@ def gated_update(
     write_json(folder / "eval_before.json", to_json(before))
 
     with closing(MetricsLog(folder / "metrics.jsonl")) as log:
-
-        def keep_record(record, current_model):
-            log.write(record)
-
-        result = update(
-            lm, tokenizer, examples, cfg, buffer=buffer, hooks=(keep_record,), encode=encode
-        )
+        hooks = (lambda record, current_model: log.write(record),)
+        result = update(lm, tokenizer, examples, cfg, buffer=buffer, hooks=hooks, encode=encode)
 
     after = evaluate_suite(result.lm, tokenizer, suite)
     write_json(folder / "eval_after.json", to_json(after))

@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,16 +158,23 @@ class Archive:
 
     def puct_scores(self) -> Float[np.ndarray, "m"]:
         "PUCT of each live node."
-        live = self.live()
-        none = math.nan
+        rewards = []
+        visits = []
+        best = []
+        measured = []
+        for node in self.live():
+            rewards.append(node.reward)
+            visits.append(node.visits)
+            best.append(math.nan if node.best is None else node.best)
+            measured.append(self.cfg.scale == "archive" or node.parent is not None)
         return puct(
-            np.array([node.reward for node in live]),
-            np.array([node.visits for node in live]),
-            np.array([none if node.best is None else node.best for node in live]),
+            np.array(rewards),
+            np.array(visits),
+            np.array(best),
             self.total,
             self.cfg.c,
             self.cfg.bonus,
-            np.array([self.cfg.scale == "archive" or node.parent is not None for node in live]),
+            np.array(measured),
         )
 
     def select(self, count: int) -> list[int]:
@@ -185,7 +192,9 @@ class Archive:
             if len(picked) == count:
                 break
             line = ancestors(self.nodes, node.id)
-            if node.id not in above and not set(line) & set(picked):
+            is_ancestor = node.id in above
+            is_descendant = not set(line).isdisjoint(picked)
+            if not (is_ancestor or is_descendant):
                 picked.append(node.id)
                 above.update(line)
         return picked
@@ -203,8 +212,12 @@ class Archive:
         for id in [parent, *ancestors(self.nodes, parent)]:
             self.nodes[id].visits += step
 
-        valid = [child for child in children if child[0].solution is not None]
+        valid = []
+        for state, reward in children:
+            if state.solution is not None:
+                valid.append((state, reward))
         valid.sort(key=lambda child: -child[1])
+
         stored = []
         for state, reward in valid:
             if len(stored) == self.cfg.children:
@@ -214,12 +227,15 @@ class Archive:
                 stored.append(id)
 
         if valid:
-            best = valid[0][1]
+            _, best = valid[0]
             node = self.nodes[parent]
-            node.best = best if node.best is None else max(node.best, best)
+            if node.best is None or best > node.best:
+                node.best = best
 
         for id in crowded_out(self.nodes, self.cfg):
-            self.nodes[id] = replace(self.nodes[id], state=State(), live=False)
+            node = self.nodes[id]
+            node.state = State()
+            node.live = False
         return [id for id in stored if self.nodes[id].live]
 
 # %% ../../nbs/discover/71_archive.ipynb #c033

@@ -42,15 +42,17 @@ def random_shapes(
     "Levels of smooth random curves around one half."
     x = np.linspace(0, math.pi, steps)
     k = np.arange(1, 5)[:, None]
-    size = rng.uniform(0, 0.35, (count, 4, 1))
-    phase = rng.uniform(0, 2 * math.pi, (count, 4, 1))
-    h = 0.5 + (size * np.cos(k * x + phase)).sum(1)
+    each = (count, 4, 1)
+    size = rng.uniform(0, 0.35, each)
+    phase = rng.uniform(0, 2 * math.pi, each)
+    waves = size * np.cos(k * x + phase)
+    h = 0.5 + waves.sum(1)
     return np.clip(np.round(h * top), 0, top).astype(int)
 
 
 def mutate_shapes(
     rng: np.random.Generator,
-    shapes: Int[np.ndarray, "m n"],  # levels
+    shapes: Int[np.ndarray, "m n"],
     top: int,
     size: float = 0.15,  # of a change, as a share of the range
 ) -> Int[np.ndarray, "m n"]:
@@ -59,19 +61,26 @@ def mutate_shapes(
     reach = size * top
     x = np.arange(n)[None]
 
-    moved = rng.random((m, n)) < rng.integers(1, 5, (m, 1)) / n
-    points = np.where(moved, rng.uniform(-reach, reach, (m, n)), 0.0)
+    draw = rng.random((m, n))
+    moved = draw < rng.integers(1, 5, (m, 1)) / n
+    jumps = rng.uniform(-reach, reach, (m, n))
+    points = np.where(moved, jumps, 0.0)
 
     centre = rng.uniform(0, n, (m, 1))
     width = rng.uniform(0.5, n / 6, (m, 1))
-    bump = rng.uniform(-reach, reach, (m, 1)) * np.exp(-(((x - centre) / width) ** 2))
+    height = rng.uniform(-reach, reach, (m, 1))
+    z = (x - centre) / width
+    bump = height * np.exp(-(z**2))
 
     padded = np.pad(shapes, ((0, 0), (1, 1)), mode="edge")
-    neighbours = (padded[:, :-2] + padded[:, 2:]) / 2
-    smooth = np.where(abs(x - centre) < 2 * width, neighbours - shapes, 0.0)
+    left = padded[:, :-2]
+    right = padded[:, 2:]
+    near = abs(x - centre) < 2 * width
+    smooth = np.where(near, (left + right) / 2 - shapes, 0.0)
 
     kind = rng.integers(0, 5, (m, 1))
-    change = np.where(kind < 2, points, np.where(kind < 4, bump, smooth))
+    change = np.where(kind < 4, bump, smooth)
+    change = np.where(kind < 2, points, change)
     return np.clip(np.round(shapes + change), 0, top).astype(int)
 
 # %% ../../nbs/discover/74_prior.ipynb #c010
@@ -159,16 +168,22 @@ def pair_batch(
     length: int,  # tokens of a row
 ) -> dict[str, np.ndarray]:  # tokens, targets, mask [b t]
     "Rows of prompt, answer and end; answer and end count. ValueError for a pair that is too long."
-    prompts, answers = (tokenizer.encode_batch(list(side)) for side in zip(*pairs))
-    rows = np.zeros((len(pairs), length + 1), np.int32)
-    mask = np.zeros((len(pairs), length + 1), bool)
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
+    answers = tokenizer.encode_batch([answer for _, answer in pairs])
+    shape = (len(pairs), length + 1)
+    rows = np.zeros(shape, np.int32)
+    mask = np.zeros(shape, bool)
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         row = [*prompt, *answer, tokenizer.eos_id]
         if len(row) > length:
             raise ValueError(f"{pairs[i]}: {len(row)} tokens, the model has {length}")
         rows[i, : len(row)] = row
         mask[i, len(prompt) : len(row)] = True
-    return {"tokens": rows[:, :-1], "targets": rows[:, 1:], "mask": mask[:, 1:]}
+    return {
+        "tokens": rows[:, :-1],
+        "targets": rows[:, 1:],
+        "mask": mask[:, 1:],
+    }
 
 # %% ../../nbs/discover/74_prior.ipynb #c018
 def train_prior(

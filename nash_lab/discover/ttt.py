@@ -220,30 +220,39 @@ def sample_rollouts(
     ends = [0] * len(heads)
 
     def put_tokens(row, new, logprobs=None):
-        span = slice(ends[row], ends[row] + len(new))
-        tokens[row, span] = new
+        start = ends[row]
+        ends[row] = start + len(new)
+        tokens[row, start : ends[row]] = new
         if logprobs is not None:
-            drawn[row, span] = True
-            sampled[row, span] = logprobs
-        ends[row] = span.stop
+            drawn[row, start : ends[row]] = True
+            sampled[row, start : ends[row]] = logprobs
 
-    how = SampleConfig(think_tokens or max_new_tokens, eos_id=tokenizer.eos_id)
+    eos = tokenizer.eos_id
+    how = SampleConfig(think_tokens or max_new_tokens, eos_id=eos)
     first = rollout(lm, prompts, how, named_key(key, "first"), count)
-    for row, (head, length) in enumerate(zip(heads, first.lengths)):
+    for row, head in enumerate(heads):
+        n = first.lengths[row]
         put_tokens(row, head)
-        put_tokens(row, first.tokens[row, :length], first.logprobs[row, :length])
+        put_tokens(row, first.tokens[row, :n], first.logprobs[row, :n])
 
     if think_tokens:
-        how = SampleConfig(max_new_tokens - think_tokens, eos_id=tokenizer.eos_id)
-        thoughts = [tokens[row, :end].tolist() + forced for row, end in enumerate(ends)]
+        how = SampleConfig(max_new_tokens - think_tokens, eos_id=eos)
+        thoughts = []
+        for row, end in enumerate(ends):
+            thought = tokens[row, :end].tolist()
+            thoughts.append(thought + forced)
         rest = rollout(lm, thoughts, how, named_key(key, "rest"))
-        for row, length in enumerate(rest.lengths):
-            if tokens[row, ends[row] - 1] != tokenizer.eos_id:
+        for row, end in enumerate(ends):
+            if tokens[row, end - 1] != eos:
+                n = rest.lengths[row]
                 put_tokens(row, forced)
-                put_tokens(row, rest.tokens[row, :length], rest.logprobs[row, :length])
+                put_tokens(row, rest.tokens[row, :n], rest.logprobs[row, :n])
 
-    answers = [tokens[row, len(head) : end] for row, (head, end) in enumerate(zip(heads, ends))]
-    return Rollouts(tokens, drawn, sampled, [tokenizer.decode(answer) for answer in answers])
+    texts = []
+    for row, head in enumerate(heads):
+        answer = tokens[row, len(head) : ends[row]]
+        texts.append(tokenizer.decode(answer))
+    return Rollouts(tokens, drawn, sampled, texts)
 
 # %% ../../nbs/discover/72_ttt.ipynb #c027
 class OffPolicy(ValueError):
@@ -339,7 +348,8 @@ def update_policy(
     graphdef, weights = nnx.split(base, nnx.Param)
     micros = np.split(rollouts.tokens, cfg.accumulate)
     under_base = np.concatenate([np.asarray(_score(base, tokens)) for tokens in micros])
-    log_ratio = np.where(rollouts.drawn, rollouts.sampled - under_base, np.float32(0))
+    difference = rollouts.sampled - under_base
+    log_ratio = np.where(rollouts.drawn, difference, np.float32(0))
     batch = {
         "tokens": rollouts.tokens,
         "sampled": rollouts.sampled,
@@ -497,15 +507,21 @@ def round_metrics(problem: Problem, search: Search, groups: Sequence[Sequence[Ju
     "Best so far, and shares of all rollouts of a round; rewards are of those that are not lost."
     every = [judged for group in groups for judged in group]
     known = [judged.reward for judged in every if not judged.lost]
-    valid = [judged for judged in every if judged.state.solution is not None]
-    ties = [np.mean([j.reward == max(k.reward for k in group) for j in group]) for group in groups]
-
+    solutions = set()
     failures = Counter()
     for judged in every:
-        if not judged.text.strip() and judged.state.solution is None:
+        cause, _, _ = judged.state.note.partition(":")
+        if judged.state.solution is not None:
+            solutions.add(solution_key(judged.state.solution))
+        elif judged.text.strip():
+            failures[cause] += 1
+        else:
             failures["empty"] += 1
-        elif judged.state.solution is None:
-            failures[judged.state.note.partition(":")[0]] += 1
+
+    ties = []
+    for group in groups:
+        rewards = np.array([judged.reward for judged in group])
+        ties.append(np.mean(rewards == rewards.max()))
 
     best = best_node(search.archive)
     return {
@@ -515,8 +531,8 @@ def round_metrics(problem: Problem, search: Search, groups: Sequence[Sequence[Ju
         "best_value": value_of(problem, best.state),
         "round_best": max(known),
         "mean_reward": np.mean(known),
-        "valid": len(valid) / len(every),
-        "distinct": len({solution_key(judged.state.solution) for judged in valid}) / len(every),
+        "valid": (len(every) - failures.total()) / len(every),
+        "distinct": len(solutions) / len(every),
         "copies": np.mean([judged.copy for judged in every]),
         "ties": np.mean(ties),
         "archive": len(search.archive.live()),

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Baseline', 'PROBES', 'PROMPTS', 'STAGES', 'DemoConfig', 'stage_tokenizer', 'pack_split',
-           'stage_pack', 'stage_pretrain', 'stage_plain', 'stage_identity', 'stage_evaluate',
-           'stage_samples', 'stage_night', 'draw_night', 'stage_report', 'demo']
+           'stage_pack', 'stage_pretrain', 'stage_evaluate', 'stage_samples', 'stage_night',
+           'draw_night', 'stage_report', 'demo']
 
 # %% ../../nbs/lab/84_demo.ipynb #c003
 import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -147,16 +148,6 @@ def stage_pretrain(cfg: DemoConfig, baseline: Baseline | None = None) -> str:
         f"{done.time_s:.0f} s, {done.tokens_per_s:,.0f} tokens/s"
     )
 
-
-def stage_plain(cfg: DemoConfig) -> str:
-    "Train the baseline with a plain residual."
-    return stage_pretrain(cfg, "plain")
-
-
-def stage_identity(cfg: DemoConfig) -> str:
-    "Train the control that reads and writes the streams but does not mix them, H_res = I."
-    return stage_pretrain(cfg, "identity")
-
 # %% ../../nbs/lab/84_demo.ipynb #c014
 PROBES = (
     Probe("class Counter:\n    def __init__(", "self"),
@@ -262,8 +253,8 @@ STAGES: dict[str, Callable[[DemoConfig], str]] = {
     "tokenizer": stage_tokenizer,
     "pack": stage_pack,
     "pretrain": stage_pretrain,
-    "plain": stage_plain,
-    "identity": stage_identity,
+    "plain": partial(stage_pretrain, baseline="plain"),
+    "identity": partial(stage_pretrain, baseline="identity"),
     "evaluate": stage_evaluate,
     "samples": stage_samples,
     "night": stage_night,

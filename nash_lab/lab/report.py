@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASELINES', 'NAMES', 'RESULTS', 'STYLE', 'PAGE', 'Draw', 'SECTIONS', 'paragraph',
            'foldable', 'cell_text', 'html_table', 'bars', 'RunFiles', 'model_name', 'score_cells',
-           'result_rows', 'flat_row', 'nested_tables', 'report_page', 'write_report']
+           'result_rows', 'flat_row', 'nested_tables', 'write_report']
 
 # %% ../../nbs/lab/82_report.ipynb #c003
 import base64
@@ -467,8 +467,14 @@ SECTIONS: dict[str, Draw] = {
 }
 
 
-def report_page(files: RunFiles, sections: Mapping[str, Draw]) -> str:
-    "The whole report as HTML; what a section raises for a missing file stands in its place."
+def write_report(
+    run_dir: str | Path,  # its plots/ gets every picture as PNG
+    out: str | Path | None = None,  # HTML file; report.html in the run directory if None
+    extra: Mapping[str, Draw] | None = None,  # sections of later stages, before the settings
+) -> Path:
+    "Write the report of a run as one file; FileNotFoundError or ValueError for what is no run."
+    files = RunFiles(run_dir)
+    sections = SECTIONS | dict(extra or {}) | {"How to make it again": _draw_settings}
     contents = []
     body = []
     for i, (title, draw) in enumerate(sections.items()):
@@ -476,7 +482,7 @@ def report_page(files: RunFiles, sections: Mapping[str, Draw]) -> str:
         try:
             for block in draw(files):
                 blocks.append(block)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError) as error:  # what is missing is named in its place
             reason = str(error).replace(f"{files.folder}/", "")
             blocks.append(paragraph(f"Not shown: {reason}", "missing"))
 
@@ -492,7 +498,7 @@ def report_page(files: RunFiles, sections: Mapping[str, Draw]) -> str:
         f"{model_name(model)}, {model.layers} layers of width {model.width}, "
         f"{parameter_count(model):,} parameters, {files.config.steps:,} steps."
     )
-    return PAGE.substitute(
+    page = PAGE.substitute(
         title=escape(f"Run {files.folder.resolve().name}"),
         style=STYLE,
         lead=paragraph(lead),
@@ -500,19 +506,8 @@ def report_page(files: RunFiles, sections: Mapping[str, Draw]) -> str:
         body="\n".join(body),
         version=__version__,
     )
-
-
-def write_report(
-    run_dir: str | Path,  # its plots/ gets every picture as PNG
-    out: str | Path | None = None,  # HTML file; report.html in the run directory if None
-    extra: Mapping[str, Draw] | None = None,  # sections of later stages, before the settings
-) -> Path:
-    "Write the report of a run as one file; FileNotFoundError or ValueError for what is no run."
-    files = RunFiles(run_dir)
-    sections = SECTIONS | dict(extra or {}) | {"How to make it again": _draw_settings}
-    html = report_page(files, sections)
     for name, png in files.pictures.items():
         write_atomic(files.folder / "plots" / f"{name}.png", png)
     path = Path(out) if out else files.folder / "report.html"
-    write_atomic(path, html.encode())
+    write_atomic(path, page.encode())
     return path

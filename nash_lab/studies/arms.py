@@ -142,7 +142,8 @@ def arm_rows(cfg: ArmsConfig, runs: Sequence[dict]) -> list[dict]:
 def markdown(cfg: ArmsConfig, runs: Sequence[dict]) -> str:
     "The rows as a Markdown table."
     lines = [
-        f"| arm | best value, mean | std | lowest | highest | beats {cfg.arms[0]} | valid | s a run |",
+        "| arm | best value, mean | std | lowest | highest "
+        f"| beats {cfg.arms[0]} | valid | s a run |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in arm_rows(cfg, runs):

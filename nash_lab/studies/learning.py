@@ -8,8 +8,8 @@ __all__ = ['DIGITS', 'OPERATORS', 'MEANINGS', 'RIVALS', 'NATIVE', 'EXPERT', 'TEM
            'prompt_of', 'read_answer', 'Symbols', 'lesson', 'answer_rows', 'train_on_rows',
            'LearningConfig', 'base_model', 'questions', 'demonstrations', 'answer_prompts',
            'share_right', 'measure_skills', 'sdft_config', 'given_answers', 'learning_curve',
-           'skill_suite', 'skill_shares', 'wrong_examples', 'skill_chain', 'run_seed',
-           'study_seeds', 'first_at', 'curves_of', 'curve_table', 'chain_shares', 'run_study']
+           'skill_suite', 'skill_shares', 'wrong_examples', 'skill_chain', 'study_seeds',
+           'first_at', 'curves_of', 'curve_table', 'chain_shares', 'run_study']
 
 # %% ../../nbs/studies/91_learning.ipynb #c003
 import hashlib
@@ -373,12 +373,9 @@ def learning_curve(base: LM, cfg: LearningConfig, way: str, rate: float, seed: i
             points.append({"step": step, **measure_skills(current_model(), base, cfg)})
 
     if way in DISTILLED:
-
-        def look_at_record(record, current_model):
-            look(record["step"], current_model)
-
         settings = sdft_config(cfg, rate, seed, **DISTILLED[way])
-        distil(base, Symbols(), examples, settings, hooks=[look_at_record])
+        hook = lambda record, current_model: look(record["step"], current_model)
+        distil(base, Symbols(), examples, settings, hooks=[hook])
         return points
 
     pairs = given_answers(base, examples, SUPERVISED[way], seed)
@@ -478,38 +475,6 @@ def skill_chain(base: LM, cfg: LearningConfig, rate: float, seed: int, folder: P
     }
 
 # %% ../../nbs/studies/91_learning.ipynb #c037
-def run_seed(cfg: LearningConfig, seed: int) -> dict[str, Any]:
-    "Everything of one seed, and how long it took."
-    start = time.monotonic()
-    base = base_model(cfg, seed)
-    base_skills = measure_skills(base, base, cfg)
-    examples = demonstrations("X", cfg.examples, seed)
-    reads = []  # does the teacher give the demonstration's content?
-    for example, (_, answer) in zip(examples, given_answers(base, examples, "teacher", seed)):
-        content, _ = read_answer(answer)
-        reads.append(content == [EXPERT.index(c) for c in example.demonstration])
-    pretrained = time.monotonic()
-
-    arms = []
-    for way, rate in tqdm(cfg.trainings(), desc=f"seed {seed}", disable=None):
-        points = learning_curve(base, cfg, way, rate, seed)
-        arms.append({"arm": way, "rate": rate, "points": points})
-    taught = time.monotonic()
-
-    with tempfile.TemporaryDirectory() as folder:
-        chain = skill_chain(base, cfg, cfg.rates[-1], seed, Path(folder))
-    return {
-        "seed": seed,
-        "base": base_skills,
-        "arms": arms,
-        "teacher": float(np.mean(reads)),
-        "pretrain_s": pretrained - start,
-        "arms_s": taught - pretrained,
-        "sequence": chain,
-        "total_s": time.monotonic() - start,
-    }
-
-
 def study_seeds(cfg: LearningConfig) -> list[dict]:
     "Results of every seed, from cfg.out or made now. ValueError when it has other settings."
     path = Path(cfg.out)
@@ -524,8 +489,37 @@ def study_seeds(cfg: LearningConfig) -> list[dict]:
         if changes:
             raise ValueError(f"{path}: a study with other settings: {'; '.join(changes)}")
         seeds = found["seeds"]
+
     for seed in range(len(seeds), cfg.seeds):
-        seeds.append(run_seed(cfg, seed))
+        start = time.monotonic()
+        base = base_model(cfg, seed)
+        base_skills = measure_skills(base, base, cfg)
+        examples = demonstrations("X", cfg.examples, seed)
+        reads = []  # does the teacher give the demonstration's content?
+        for example, (_, answer) in zip(examples, given_answers(base, examples, "teacher", seed)):
+            content, _ = read_answer(answer)
+            reads.append(content == [EXPERT.index(c) for c in example.demonstration])
+        pretrained = time.monotonic()
+
+        arms = []
+        for way, rate in tqdm(cfg.trainings(), desc=f"seed {seed}", disable=None):
+            points = learning_curve(base, cfg, way, rate, seed)
+            arms.append({"arm": way, "rate": rate, "points": points})
+        taught = time.monotonic()
+
+        with tempfile.TemporaryDirectory() as folder:
+            chain = skill_chain(base, cfg, cfg.rates[-1], seed, Path(folder))
+        result = {
+            "seed": seed,
+            "base": base_skills,
+            "arms": arms,
+            "teacher": float(np.mean(reads)),
+            "pretrain_s": pretrained - start,
+            "arms_s": taught - pretrained,
+            "sequence": chain,
+            "total_s": time.monotonic() - start,
+        }
+        seeds.append(result)
         write_json(path, {"config": settings, "seeds": seeds})
     return seeds
 
