@@ -108,12 +108,6 @@ class EvalConfig:
         "The tasks; a,b counts as two."
         return tuple(name for given in self.tasks for name in given.split(",") if name)
 
-    def limit_of(self, task: str) -> int:
-        "First problems of a task, 0 for all."
-        if len(self.limit) == 1:
-            return self.limit[0]
-        return self.limit[self.names.index(task)]
-
 # %% ../../nbs/evals/55_compare.ipynb #c022
 COUNTS = ("requests", "contexts cut", "answers with less room")  # of a `Responder`
 
@@ -127,6 +121,9 @@ def run_task(
     from lm_eval.evaluator import evaluate
 
     folder = data_folder(cfg.data)
+    limit = cfg.limit[0]
+    if len(cfg.limit) > 1:
+        limit = cfg.limit[cfg.names.index(name)]
     loaded = load_task(name, folder, shots=cfg.shots, seed=cfg.seed, attempts=cfg.attempts)
     before = model.counts.copy()
     CODE_EVAL.limits = cfg.limits
@@ -135,7 +132,7 @@ def run_task(
         found = evaluate(
             lm=lm_eval_model(model),
             task_dict={"tasks": {name: loaded.task}},
-            limit=cfg.limit_of(name) or None,
+            limit=limit or None,
             log_samples=True,
             bootstrap_iters=0,
             confirm_run_unsafe_code=True,  # boxed, `load_task` has checked

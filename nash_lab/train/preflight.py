@@ -11,7 +11,7 @@ __all__ = ['ITEM_BYTES', 'IN_PLACE', 'NO_TRAFFIC', 'SHARED_MODULES', 'GIB', 'CHI
            'Target', 'PreflightConfig', 'train_program', 'serve_program', 'Program', 'wanted_bytes',
            'compile_program', 'worker', 'compile_for', 'local_chip', 'chip_of', 'chips_of',
            'PreflightReport', 'preflight', 'Estimate', 'kept_bytes', 'estimate',
-           'candidate_settings', 'search_settings', 'setting_flags', 'advice', 'report_text',
+           'candidate_settings', 'first_that_fits', 'setting_flags', 'advice', 'report_text',
            'preflight_text']
 
 # %% ../../nbs/train/45_preflight.ipynb #c003
@@ -830,7 +830,7 @@ def candidate_settings(
     return found
 
 
-def search_settings(
+def first_that_fits(
     cfg: PreflightConfig,  # target, model, rows and length are kept, the optimizer if possible
 ) -> tuple[PreflightReport | None, list[tuple[PreflightConfig, Estimate, float]]]:
     "The fastest setting that fits when compiled, and all tried: (setting, estimate, GiB compiled)."
@@ -956,7 +956,7 @@ def preflight_text(
     if not cfg.search:
         found = preflight(cfg)
         return int(not found.fits), report_text(found)
-    best, tried = search_settings(cfg)
+    best, tried = first_that_fits(cfg)
     lines = []
     for setting, guess, needed in tried:
         sizes = f"{guess.memory:.1f} GiB by estimate, {needed:.1f} compiled"
