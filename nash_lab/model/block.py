@@ -42,17 +42,20 @@ class ModelConfig:
     head_dim: int = 64  # k, size of one head; even, because RoPE turns pairs
     ffn_width: int = 2304  # f, inner size of the FFN
     max_len: int = 2048  # longest sequence in tokens, prompt and answer together
-    attention: Literal["gqa", "diff1", "diff2", "mla", "maha"] = "gqa"  # attention sublayer
+    # attention sublayer
+    attention: Literal["gqa", "diff1", "diff2", "mla", "maha"] = "gqa"
     # feed-forward sublayer
     ffn: Literal["swiglu", "gelu", "relu2", "leaky_relu2", "signed_sqrt", "moe"] = "swiglu"
     residual: Literal["plain", "mhc"] = "mhc"  # how sublayers are joined to the stream
     # multi-token prediction: Meta's heads or DeepSeek's modules
     mtp: Literal["none", "parallel", "sequential"] = "none"
     mtp_depth: int = 1  # tokens predicted beyond the next one, when mtp is on
-    mtp_weight: float = 0.3  # of their mean loss; 0.3 at first and 0.1 at the end in DeepSeek-V3
+    # of their mean loss; 0.3 at first and 0.1 at the end in DeepSeek-V3
+    mtp_weight: float = 0.3
     qkv_bias: bool = False  # of query, key and value projections, as in Qwen2; gqa only
     qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3; gqa only
-    diff: DiffConfig = field(default_factory=DiffConfig)  # used when attention is diff1 or diff2
+    # used when attention is diff1 or diff2
+    diff: DiffConfig = field(default_factory=DiffConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)  # used when attention is mla
     maha: MAHAConfig = field(default_factory=MAHAConfig)  # used when attention is maha
     moe: MoEConfig = field(default_factory=MoEConfig)  # used when ffn is moe
@@ -62,11 +65,14 @@ class ModelConfig:
     norm: Literal["uncentred", "centred", "scalar", "none"] = "uncentred"
     norm_eps: float = 1e-6  # inside the root of every RMSNorm
     tie_embeddings: bool = True  # one matrix for reading and writing tokens
-    dropout: float = 0.0  # share of sublayer outputs and embeddings zeroed while training
+    # share of sublayer outputs and embeddings zeroed while training
+    dropout: float = 0.0
     # what the backward pass recomputes: nothing, whole blocks, all but weight matmuls
     remat: Literal["none", "block", "dots"] = "none"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # activations; weights stay float32
-    unroll: int = 1  # layers in one turn of the scan; more compile longer and run a little faster
+    # activations; weights stay float32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    # layers in one turn of the scan; more compile longer and run a little faster
+    unroll: int = 1
     loss_chunk: int = 128  # time steps whose logits exist at once
     init_std: float = 0.02  # standard deviation at the start
 
@@ -362,23 +368,20 @@ def run_stack(
 # %% ../../nbs/model/18_block.ipynb #c022
 def cut_time(arrays, chunk: int):
     "A pytree of [b t ...], zero-padded and cut along time: [t / chunk, b, chunk, ...]."
-
-    def cut_one(a):
+    leaves, tree = jax.tree.flatten(arrays)
+    parts = []
+    for a in leaves:
         size = min(chunk, a.shape[1])
         a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % size)) + ((0, 0),) * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(a.shape[0], -1, size, *a.shape[2:]), 1, 0)
-
-    return jax.tree.map(cut_one, arrays)
+        a = a.reshape(a.shape[0], -1, size, *a.shape[2:])
+        parts.append(jnp.moveaxis(a, 1, 0))
+    return jax.tree.unflatten(tree, parts)
 
 
 def join_time(chunks, t: int):
     "The inverse of `cut_time`: the first `t` steps of every array, [b t ...]."
-
-    def join_one(a):
-        a = jnp.moveaxis(a, 0, 1)
-        return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :t]
-
-    return jax.tree.map(join_one, chunks)
+    rows = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), chunks)
+    return jax.tree.map(lambda a: a.reshape(a.shape[0], -1, *a.shape[3:])[:, :t], rows)
 
 
 def map_chunks(f: Callable, arrays, chunk: int):

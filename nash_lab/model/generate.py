@@ -38,8 +38,10 @@ class Sampling(NamedTuple):
 class SampleConfig:
     "How to continue prompts. ValueError names a setting out of range."
 
-    max_new_tokens: int = 64  # for each row; together with the prompt at most the model's max_len
-    temperature: float = 1.0  # divides the logits; 0 takes the most likely token, without a key
+    # for each row; together with the prompt at most the model's max_len
+    max_new_tokens: int = 64
+    # divides the logits; 0 takes the most likely token, without a key
+    temperature: float = 1.0
     top_p: float = 1.0  # smallest set of likely tokens with this probability; 1 is off
     top_k: int = 0  # number of most likely tokens; 0 is off
     min_p: float = 0.0  # least probability, as a share of the largest; 0 is off
@@ -88,15 +90,12 @@ def filtered_logits(z: Float[Array, "b v"], cfg: Sampling) -> Float[Array, "b v"
     z = jnp.where(cfg.forbidden[None], -jnp.inf, z)
     z = z / jnp.where(cfg.temperature > 0, cfg.temperature, 1.0)
 
-    def keep_top_k(z):
-        enough = cfg.top_k.astype(jnp.float32)
-        return jnp.where(upper_set(z, jnp.ones_like(z), enough), z, -jnp.inf)
+    def keep(z, weight, enough):
+        return jnp.where(upper_set(z, weight, enough), z, -jnp.inf)
 
-    def keep_top_p(z):
-        return jnp.where(upper_set(z, jax.nn.softmax(z), cfg.top_p), z, -jnp.inf)
-
-    z = jax.lax.cond(cfg.top_k > 0, keep_top_k, lambda z: z, z)
-    z = jax.lax.cond(cfg.top_p < 1, keep_top_p, lambda z: z, z)
+    k = cfg.top_k.astype(jnp.float32)
+    z = jax.lax.cond(cfg.top_k > 0, lambda z: keep(z, jnp.ones_like(z), k), lambda z: z, z)
+    z = jax.lax.cond(cfg.top_p < 1, lambda z: keep(z, jax.nn.softmax(z), cfg.top_p), lambda z: z, z)
     return jnp.where(z >= z.max(-1, keepdims=True) + jnp.log(cfg.min_p), z, -jnp.inf)
 
 # %% ../../nbs/model/21_generate.ipynb #c018
@@ -106,14 +105,12 @@ def sample(
     cfg: Sampling,
 ) -> Int[Array, "b"]:
     "The most likely allowed token at temperature 0, else a draw from `filtered_logits`."
-
-    def likeliest():
-        return jnp.argmax(jnp.where(cfg.forbidden[None], -jnp.inf, z), axis=-1)
-
-    def random_token():
-        return jax.vmap(jax.random.categorical)(keys, filtered_logits(z, cfg))
-
-    return jax.lax.cond(cfg.temperature > 0, random_token, likeliest).astype(jnp.int32)
+    token = jax.lax.cond(
+        cfg.temperature > 0,
+        lambda: jax.vmap(jax.random.categorical)(keys, filtered_logits(z, cfg)),
+        lambda: jnp.argmax(jnp.where(cfg.forbidden[None], -jnp.inf, z), axis=-1),
+    )
+    return token.astype(jnp.int32)
 
 # %% ../../nbs/model/21_generate.ipynb #c022
 class DecodeState(NamedTuple):

@@ -29,17 +29,22 @@ class MHCConfig:
     "Settings of the hyper-connections; the defaults are the paper's where it names a number."
 
     streams: int = 4  # n; Hyper-Connections (2409.19606) found 8 no better than 4
-    h_res: Literal["sinkhorn", "lite", "identity"] = "sinkhorn"  # identity is the control
-    alpha: float = 0.01  # gating factors at the start; small: the maps begin nearly static
+    # identity is the control
+    h_res: Literal["sinkhorn", "lite", "identity"] = "sinkhorn"
+    # gating factors at the start; small: the maps begin nearly static
+    alpha: float = 0.01
     iterations: int = 20  # of Sinkhorn, columns then rows
     clamp: float = 15.0  # bound on the H_res logits before exp, 0 for none
     eps: float = 1e-6  # added to every Sinkhorn sum and inside the root of the norm
-    phi_std: float = 0.02  # std of the projection at the start; 0 leaves all streams alike
+    # std of the projection at the start; 0 leaves all streams alike
+    phi_std: float = 0.02
     gain: bool = True  # learned RMSNorm gain over the flattened n*d stream
     stream_embedding: float = 0.02  # std of a learned vector per stream, 0 for none
     readout: Literal["mean", "head"] = "mean"  # streams to one vector at the end
-    convention: Literal["paper", "deepseek"] = "paper"  # arithmetic and storage order of H_res
-    gates: bool = False  # a learned scalar g per sublayer: H_res becomes (1 - g) I + g H_res
+    # arithmetic and storage order of H_res
+    convention: Literal["paper", "deepseek"] = "paper"
+    # a learned scalar g per sublayer: H_res becomes (1 - g) I + g H_res
+    gates: bool = False
 
     def __post_init__(self):
         check_choices(self)

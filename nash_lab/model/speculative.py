@@ -32,15 +32,12 @@ from .transformer import LM, draft, init_draft
 # %% ../../nbs/model/22_speculative.ipynb #c006
 def probabilities(z: Float[Array, "m v"], cfg: Sampling) -> Float[Array, "m v"]:
     "The distribution that is drawn from, after temperature and filters; one-hot at temperature 0."
-
-    def one_hot():
-        best = jnp.where(cfg.forbidden[None], -jnp.inf, z).argmax(-1)
-        return jax.nn.one_hot(best, z.shape[-1], dtype=z.dtype)
-
-    def softmax():
-        return jax.nn.softmax(filtered_logits(z, cfg))
-
-    return jax.lax.cond(cfg.temperature > 0, softmax, one_hot)
+    best = jnp.where(cfg.forbidden[None], -jnp.inf, z)
+    return jax.lax.cond(
+        cfg.temperature > 0,
+        lambda: jax.nn.softmax(filtered_logits(z, cfg)),
+        lambda: jax.nn.one_hot(best.argmax(-1), z.shape[-1], dtype=z.dtype),
+    )
 
 
 def draw_token(

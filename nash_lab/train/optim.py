@@ -72,14 +72,13 @@ def relaxed(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 def muon(rate: Callable, momentum: float, weight_decay: float) -> optax.GradientTransformation:
     "Muon on parameters that have `matrix_axes`; the others must not reach it."
 
-    def axes(params):
-        return by_path(lambda path, x: matrix_axes(path, x.ndim), params)
-
     rule = optax.contrib.muon(
         rate,
         beta=momentum,
         weight_decay=weight_decay,
-        muon_weight_dimension_numbers=axes,
+        muon_weight_dimension_numbers=lambda params: by_path(
+            lambda path, x: matrix_axes(path, x.ndim), params
+        ),
         consistent_rms=0.2,
     )
     return relaxed(rule)
@@ -90,9 +89,12 @@ class GroupRule:
     "What is different for parameters whose path fits."
 
     pattern: str  # of a path, as "blocks/ffn/*" or "*/phi"; * matches slashes too
-    learning_rate_scale: float = 1.0  # times the schedule; 0 freezes and keeps no moments
-    weight_decay: float | None = None  # of every parameter that fits; None changes nothing
-    name: Literal["", "adamw", "muon", "adafactor"] = ""  # update rule; "" is the optimizer's
+    # times the schedule; 0 freezes and keeps no moments
+    learning_rate_scale: float = 1.0
+    # of every parameter that fits; None changes nothing
+    weight_decay: float | None = None
+    # update rule; "" is the optimizer's
+    name: Literal["", "adamw", "muon", "adafactor"] = ""
 
     def __post_init__(self):
         check_choices(self)
@@ -112,13 +114,16 @@ class OptimConfig:
     warmup_steps: int = 50  # steps of linear rise to the peak
     decay_fraction: float = 0.2  # wsd only: share of all steps spent in the final decay
     final_scale: float = 0.1  # learning rate of the last step as a share of the peak
-    weight_decay: float = 0.1  # of matrices; embeddings, gains, biases and gates have none
+    # of matrices; embeddings, gains, biases and gates have none
+    weight_decay: float = 0.1
     beta1: float = 0.9  # memory of the first moment
-    beta2: float = 0.95  # memory of the second moment; 0.999 reacts too slowly to a falling loss
+    # memory of the second moment; 0.999 reacts too slowly to a falling loss
+    beta2: float = 0.95
     eps: float = 1e-8  # added to the root of the second moment
     clip_norm: float = 1.0  # largest global gradient norm; 0 turns clipping off
     momentum: float = 0.95  # muon only: memory of the matrices' gradients
-    balance_rate: float = 1e-3  # change of an expert's routing bias in a step; 0 leaves it alone
+    # change of an expert's routing bias in a step; 0 leaves it alone
+    balance_rate: float = 1e-3
     # of moments between steps; bfloat16 needs beta2 <= 0.99
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     ema: float = 0.0  # memory of an average of the weights, such as 0.999; 0 keeps none
@@ -194,20 +199,20 @@ def kept_in(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTrans
     "`tx` with its moments stored in `dtype` and computed in float32."
 
     def cast(state, dtype):
-        def cast_moment(path, x):
+        leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+        cast_leaves = []
+        for path, x in leaves:
             moment = any(getattr(key, "name", None) in MOMENTS for key in path)
-            return x.astype(dtype) if moment else x
-
-        return jax.tree_util.tree_map_with_path(cast_moment, state)
-
-    def init_cast(params):
-        return cast(tx.init(params), dtype)
+            cast_leaves.append(x.astype(dtype) if moment else x)
+        return jax.tree.unflatten(tree, cast_leaves)
 
     def update_cast(grads, state, params=None):
         updates, state = tx.update(grads, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
-    return relaxed(optax.GradientTransformation(init_cast, update_cast))
+    return relaxed(
+        optax.GradientTransformation(lambda params: cast(tx.init(params), dtype), update_cast)
+    )
 
 # %% ../../nbs/train/41_optim.ipynb #c040
 class Average(NamedTuple):
@@ -302,11 +307,11 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
                 raise ValueError(f"GroupRule.pattern={rule.pattern!r}: {fits}")
         return by_path(lambda path, x: label_of(cfg, path, x.ndim), params)
 
-    def learned(params):
-        return by_path(lambda path, _: not path.endswith("/balance"), params)
-
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    links = [optax.masked(clip, learned), optax.multi_transform(rules, label_tree)]
+    clip = optax.masked(
+        clip, lambda params: by_path(lambda path, _: not path.endswith("/balance"), params)
+    )
+    links = [clip, optax.multi_transform(rules, label_tree)]
     if cfg.ema:
         links.append(average_weights(cfg.ema))
     return relaxed(optax.chain(*links))
