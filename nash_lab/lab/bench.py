@@ -84,10 +84,12 @@ class AblationConfig:
         "lite",
         "sinkhorn",
     )
-    attentions: tuple[str, ...] = ("gqa", "diff1", "diff2", "maha")  # of ModelConfig.attention
+    # of ModelConfig.attention
+    attentions: tuple[str, ...] = ("gqa", "diff1", "diff2", "maha")
     # a second loss, tried with the first attention
     mtp: Literal["none", "parallel", "sequential"] = "sequential"
-    seeds: int = 3  # of weights and of the order of the data, the same for every variant
+    # of weights and of the order of the data, the same for every variant
+    seeds: int = 3
     steps: int = 250  # updates
     batch_size: int = 16  # rows
     seq_len: int = 128  # tokens a row

@@ -67,7 +67,8 @@ class TokenizerJob:
     "Train a SentencePiece tokenizer on the training split of a corpus."
 
     out: str = "data/tokenizer.model"  # file to write
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)  # where the text comes from
+    # where the text comes from
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # size and kind
 
     def __call__(self):
@@ -157,7 +158,8 @@ class EvalJob:
     """Bits per byte of a run on packed tokens, with probes; or benchmarks with --tasks; or two
     reports with --compare."""
 
-    run: str = "runs/demo"  # run directory; for benchmarks also a folder that transformers wrote
+    # run directory; for benchmarks also a folder that transformers wrote
+    run: str = "runs/demo"
     data: str = ""  # packed tokens; the run's own validation file when empty
     batches: int = 0  # batches to score; 0 for the whole file
     # also score uniform, unigram and bigram tables fitted on the run's training file
@@ -169,7 +171,8 @@ class EvalJob:
     # first problems: one number for all tasks or one for each; 0 for all problems
     limit: tuple[int, ...] = (0,)
     shots: int | None = None  # examples before each problem; None for the task's number
-    compare: tuple[str, ...] = ()  # two reports of benchmarks: which is better, and is it chance?
+    # two reports of benchmarks: which is better, and is it chance?
+    compare: tuple[str, ...] = ()
     # how benchmarks are asked; the three above stand over its own
     ask: EvalConfig = field(default_factory=EvalConfig)
     out: str = ""  # JSON file for the report; none when empty
@@ -251,7 +254,8 @@ class ImportJob:
 class ExportHFJob:
     "Write a run as a folder that transformers loads."
 
-    run: str = "runs/imported"  # run directory of a plain model with grouped queries and SwiGLU
+    # run directory of a plain model with grouped queries and SwiGLU
+    run: str = "runs/imported"
     folder: str = "exported"  # to make
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the tensors
     shard_bytes: int = 5_000_000_000  # largest file

@@ -44,7 +44,8 @@ Baseline = Literal["plain", "identity"]
 class DemoConfig:
     "The demo: corpus, tokenizer, model and training."
 
-    run: str = "runs/demo"  # run directory; the same directory again continues where it stopped
+    # run directory; the same directory again continues where it stopped
+    run: str = "runs/demo"
     steps: int = 800  # updates of the model, and of its baselines
     # validation batches behind every bits-per-byte figure; 0 for the whole file
     eval_batches: int = 0
