@@ -183,7 +183,7 @@ def hashed_ahead(folder: Path, settled: float = 0.05) -> Iterator[dict]:
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c014
 def numbered(folder: Path) -> list[int]:
-    "The steps in `folder`, whole or damaged, ascending: folders named by a number with a file in it."
+    "The steps in `folder`, whole or damaged, ascending: numbered folders with a file inside."
     found = []
     for path in folder.glob("*"):
         is_step = path.name.isdecimal() and str(int(path.name)) == path.name
@@ -407,7 +407,7 @@ def _one_error(target: Path) -> Iterator[None]:
 
 
 def _empty_marks(partial: Path) -> None:
-    "Empty Orbax's notes of success: their presence is what counts, and they name the home directory."
+    "Empty Orbax's notes of success, which count by being there and name the home directory."
     for place in (partial, *partial.iterdir()):
         mark = place / "commit_success.txt"
         if mark.exists():
@@ -422,7 +422,7 @@ def _publish(partial: Path, target: Path) -> None:
 
 
 def _identity(folder: Path) -> tuple | None:
-    "What stays the same of a folder while nobody unmounts or replaces it; None where there is none."
+    "What stays the same of a folder while nobody unmounts or replaces it; None without one."
     try:
         found = folder.stat()
     except OSError:
@@ -524,7 +524,7 @@ class Checkpoints:
         prune(self.folder, self.metric, self.keep, body["step"])
 
     def poll(self) -> None:
-        "OSError if the last save has failed by now; never waits, so many processes learn it in `wait`."
+        "OSError if the last save has failed by now. Never waits: many processes learn it in `wait`."
         if self.pending and self.pending.done() and jax.process_count() == 1:
             self.wait()
 

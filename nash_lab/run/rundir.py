@@ -121,7 +121,7 @@ def server_answers(url: str, seconds: float = 2.0) -> bool:
 
 
 def wandb_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
-    "Send records to Weights & Biases; when nobody answers they go to `run`/wandb, for `wandb sync`."
+    "Send records to Weights & Biases, or to `run`/wandb, for `wandb sync`, if nobody answers."
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 

@@ -130,7 +130,7 @@ def saved_config(run: Path) -> TrainConfig:
 
 # %% ../../nbs/train/43_settings.ipynb #c011
 def copy_tokenizer(path: str | Path, run: Path) -> None:
-    "Give the run a copy of its tokenizer (a file, or a folder with tokenizer.json) in place of any."
+    "Give the run a copy of its tokenizer, a file or a folder with tokenizer.json."
     if not path:
         return
     file = Path(path)

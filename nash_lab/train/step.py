@@ -196,7 +196,7 @@ def routing_stats(lm: LM, tokens: Int[Array, "b t"]) -> dict:
     return {name: value.mean((1, 2)) for name, value in stats.items()}
 
 # %% ../../nbs/train/42_step.ipynb #c029
-PEAK_FLOPS = {  # part of device_kind -> bf16 FLOP/s of one chip, no sparsity; the first match counts
+PEAK_FLOPS = {  # part of device_kind -> dense bf16 FLOP/s of one chip; the first match counts
     "TPU v6": 918e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
