@@ -31,7 +31,7 @@ from nash_lab.adapt.sdft import (
     read_examples,
 )
 from ..core.configs import check_choices, check_range, check_that, claim, from_json, to_json
-from ..core.files import read_json, read_rows, write_json
+from ..core.files import read_rows, write_json
 from ..core.text import Tokenizer
 from ..data.corpus import Document, PackedTokens, pack
 from ..evals.lm_eval import cut_at
@@ -66,9 +66,12 @@ class Kept:
 
 def read_as(cls: type, path: str | Path) -> Any:
     "A dataclass from its JSON file. FileNotFoundError or ValueError names the file and the field."
-    data = read_json(path)
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
-        return from_json(cls, data)
+        # no `read_json`: a full buffer of 50 MB is above its limit for one value
+        return from_json(cls, json.loads(path.read_bytes()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
