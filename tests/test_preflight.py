@@ -13,7 +13,7 @@ from nash_lab.train import preflight as pf
 from nash_lab.train.preflight import GIB
 from nash_lab.train.parallel import MeshConfig
 from nash_lab.train.preflight import (
-    CHIPS, PreflightConfig, candidate_settings, estimate, hbm_bytes, preflight, preflight_text, search_settings, traffic, wanted_bytes)
+    CHIPS, PreflightConfig, candidate_settings, estimate, hbm_bytes, preflight, preflight_text, first_that_fits, traffic, wanted_bytes)
 
 libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: nothing can be compiled for a TPU")
 SMALL = PreflightConfig(target="local", seq_len=64, prompt_len=32, batch_size=4, serve_rows=4, mesh=MeshConfig(), model=ModelConfig.tiny())
@@ -32,7 +32,7 @@ def test_search_finds_remat_or_pieces(monkeypatch):
     "With room for half of what the plain step takes, something else fits; what fits is compiled, not guessed"
     full = preflight(replace(SMALL, programs=("train",), batch_size=16))
     monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=0.6 * full.needed_gib))
-    best, tried = search_settings(replace(SMALL, batch_size=16, tries=8))
+    best, tried = first_that_fits(replace(SMALL, batch_size=16, tries=8))
     assert best is not None and best.needed_gib <= 0.6 * full.needed_gib and best.config != full.config and len(tried) <= 8
     assert best.config.optim == SMALL.optim  # the update rule is the last thing to change
 

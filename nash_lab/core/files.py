@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -71,21 +72,18 @@ def _number(text: str) -> float:
 
 
 def _depth(text: str) -> int:
-    "An upper bound for the nesting: brackets inside strings count as well."
+    "How deeply brackets are nested, those inside strings left out."
     depth = deepest = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
+    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, limit: int = MAX_JSON_BYTES) -> Any:
     "One JSON value. ValueError for NaN, infinity, a key given twice, too long, or too deep."
-    if len(text) > MAX_JSON_BYTES:
-        raise ValueError(f"{len(text)} bytes of JSON, at most {MAX_JSON_BYTES} are read")
+    if len(text) > limit:
+        raise ValueError(f"{len(text)} bytes of JSON, at most {limit} are read")
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
@@ -93,7 +91,7 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_number)
 
 # %% ../../nbs/core/00_files.ipynb #c014
-MAX_FILE_BYTES = 1 << 30  # that a file of rows may unpack to: a short .gz can be a terabyte
+MAX_FILE_BYTES = 1 << 30  # of a whole file, unpacked: a short .gz can be a terabyte
 
 
 def read_json(path: str | Path) -> Any:
@@ -102,7 +100,7 @@ def read_json(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(path.read_bytes(), MAX_FILE_BYTES)
     except ValueError as error:
         raise ValueError(f"{path}: {first_line(error)}") from None
 

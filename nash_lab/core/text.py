@@ -21,6 +21,7 @@ class Tokenizer(Protocol):
     unk_id: int | None
     hash: str  # SHA-256 of its file
     path: Path | None
+    pieces: list[str]  # by id, as the file spells them
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         "Ids of one text. ValueError for an unpaired surrogate or a missing BOS."
@@ -30,9 +31,6 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         "Text of ids, broken UTF-8 as U+FFFD. ValueError for an id out of range."
-
-    def piece(self, i: int) -> str:
-        "The piece with id `i`. ValueError for an id out of range."
 
 # %% ../../nbs/core/03_text.ipynb #c008
 def utf8(text: str) -> bytes:
