@@ -253,7 +253,7 @@ def ema_params(opt_state: Any) -> Any:
 
 # %% ../../nbs/train/41_optim.ipynb #c044
 def rule_names(cfg: OptimConfig, params: Any) -> Any:
-    "The tree of rules such as 'adamw', or '1:muon' in the second group. ValueError: see `optimizer`."
+    "The tree of rules such as 'adamw', or '1:muon' in the second group. ValueError as below."
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [path_name(keys).removesuffix("/value") for keys, _ in leaves]
     for rule in cfg.groups:
