@@ -6,14 +6,13 @@ to 1.6 over sixty layers, as in the paper."""
 
 # %% auto #0
 __all__ = ['birkhoff_residual', 'permutations', 'column_sums', 'row_sums', 'scaled_kernel',
-           'divisors', 'sinkhorn_leading', 'sinkhorn', 'check_square', 'composite', 'Gains',
-           'gains', 'distance_to_identity', 'distance_to_uniform']
+           'divisors', 'next_scales', 'sinkhorn_leading', 'sinkhorn', 'check_square', 'composite',
+           'Gains', 'gains', 'distance_to_identity', 'distance_to_uniform']
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c003
 import itertools
 import math
-import operator
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -33,26 +32,37 @@ def permutations(n: int) -> Float[Array, "p n n"]:
     "All n! permutation matrices of size n, the identity first. ValueError outside 1 to 5."
     if not 1 <= n <= 5:
         raise ValueError(f"{n=} is outside 1 to 5: there are n! permutations")
-    return jnp.eye(n)[jnp.array(list(itertools.permutations(range(n))))]
+    orders = list(itertools.permutations(range(n)))
+    return jnp.eye(n)[jnp.array(orders)]
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c026
 def column_sums(k, u):
     "sum_i K_ij u_i, as n added slices: XLA's CPU code for reducing so short an axis is slow."
-    return reduce(operator.add, [k[i] * u[i][None] for i in range(k.shape[0])])
+    total = k[0] * u[0][None]
+    for i in range(1, k.shape[0]):
+        total = total + k[i] * u[i][None]
+    return total
 
 
 def row_sums(k, v):
     "sum_j K_ij v_j, added in the same way."
-    return reduce(operator.add, [k[:, j] * v[j][None] for j in range(k.shape[1])])
+    total = k[:, 0] * v[0][None]
+    for j in range(1, k.shape[1]):
+        total = total + k[:, j] * v[j][None]
+    return total
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c028
 def scaled_kernel(logits):
     "K with a 1 in every row and column, and scales u, v such that u K v = exp(logits)."
-    limit = 0.9 * math.log(jnp.finfo(logits.dtype).max)  # exp(limit) and exp(-limit) are finite
     f = logits.max(0)
-    g = (logits - f[None]).max(1)
-    k = jnp.exp((logits - f[None]) - g[:, None])
-    return k, jnp.exp(jnp.maximum(g, -limit)), jnp.exp(jnp.clip(f, -limit, limit))
+    below = logits - f[None]
+    g = below.max(1)
+    k = jnp.exp(below - g[:, None])
+
+    limit = 0.9 * math.log(jnp.finfo(logits.dtype).max)  # exp(limit) and exp(-limit) are finite
+    u = jnp.exp(jnp.maximum(g, -limit))
+    v = jnp.exp(jnp.clip(f, -limit, limit))
+    return k, u, v
 
 
 def divisors(k, u, v, eps):
@@ -61,31 +71,27 @@ def divisors(k, u, v, eps):
     d = row_sums(k, 1 / e) + (eps / u if eps else 0.0)
     return d, e
 
+
+def next_scales(k, scales, eps):
+    "The scales u, v after one iteration."
+    d, e = divisors(k, *scales, eps)
+    return 1 / d, 1 / e
+
 # %% ../../nbs/maths/05_birkhoff.ipynb #c029
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _sinkhorn(logits, n_iters, eps):
     "Sinkhorn of float32 or float64 logits [n, n, *m] (paper Eq. 9)."
     k, u, v = scaled_kernel(logits)
-
-    def iteration(_, scales):
-        d, e = divisors(k, *scales, eps)
-        return 1 / d, 1 / e
-
-    u, v = lax.fori_loop(0, n_iters, iteration, (u, v))
+    u, v = lax.fori_loop(0, n_iters, lambda _, scales: next_scales(k, scales, eps), (u, v))
     return u[:, None] * k * v[None]
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c031
-def _sinkhorn_forward(logits, n_iters, eps):
-    return _sinkhorn(logits, n_iters, eps), logits
-
-
 def _sinkhorn_backward(n_iters, eps, logits, grad):
     "Compute the scales of every iteration again, then reverse the iterations, last first."
     k, u, v = scaled_kernel(logits)
-
-    def again(scales, _):
-        d, e = divisors(k, *scales, eps)
-        return (1 / d, 1 / e), scales
+    (u, v), before = lax.scan(
+        lambda scales, _: (next_scales(k, scales, eps), scales), (u, v), length=n_iters
+    )
 
     def undo(carry, scales):
         a, b, gk = carry  # gradients by log u, log v and K
@@ -93,22 +99,24 @@ def _sinkhorn_backward(n_iters, eps, logits, grad):
         d, e = divisors(k, u, v, eps)
 
         delta = a / d
-        b = b - column_sums(k, delta) / e
-        gamma = b / e
         gk = gk - delta[:, None] / e[None]
+        b = b - column_sums(k, delta) / e
+
+        gamma = b / e
         gk = gk - u[:, None] * gamma[None]
-        a = (eps * delta / u if eps else 0.0) - u * row_sums(k, gamma)
+        from_v = u * row_sums(k, gamma)
+        a = (eps * delta / u if eps else 0.0) - from_v
         b = eps * gamma / v if eps else jnp.zeros_like(b)
         return (a, b, gk), None
 
-    (u, v), before = lax.scan(again, (u, v), length=n_iters)
     gk = grad * (u[:, None] * v[None])
-    end = (gk * k).sum(1), (gk * k).sum(0), gk
+    weighted = gk * k
+    end = weighted.sum(1), weighted.sum(0), gk
     (_, _, gk), _ = lax.scan(undo, end, before, reverse=True)
     return (gk * k,)
 
 
-_sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
+_sinkhorn.defvjp(lambda logits, *static: (_sinkhorn(logits, *static), logits), _sinkhorn_backward)
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c034
 def sinkhorn_leading(
@@ -129,7 +137,8 @@ def sinkhorn(
 ) -> Float[Array, "*m n n"]:
     "Doubly stochastic matrices: exp, then columns, then rows last (Eq. 9). ValueError as above."
     check_square(logits.shape[-2:])
-    h = sinkhorn_leading(jnp.moveaxis(logits, (-2, -1), (0, 1)), n_iters, eps)
+    logits = jnp.moveaxis(logits, (-2, -1), (0, 1))
+    h = sinkhorn_leading(logits, n_iters, eps)
     return jnp.moveaxis(h, (0, 1), (-2, -1))
 
 
@@ -162,10 +171,12 @@ def gains(h: Float[Array, "*m n n"]) -> Gains:
 # %% ../../nbs/maths/05_birkhoff.ipynb #c042
 def distance_to_identity(h: Float[Array, "*m n n"]) -> Float[Array, "*m"]:
     "Frobenius norm of H - I, from 0 to sqrt(2 n) inside the polytope."
-    eye = jnp.broadcast_to(jnp.eye(h.shape[-1], dtype=h.dtype), h.shape)
-    return jnp.sqrt(((h - eye) ** 2).sum((-2, -1)))
+    eye = jnp.eye(h.shape[-1], dtype=h.dtype)
+    apart = h - jnp.broadcast_to(eye, h.shape)
+    return jnp.sqrt((apart**2).sum((-2, -1)))
 
 
 def distance_to_uniform(h: Float[Array, "*m n n"]) -> Float[Array, "*m"]:
     "Frobenius norm of H - 1/n, from 0 to sqrt(n - 1) inside the polytope."
-    return jnp.sqrt(((h - 1 / h.shape[-1]) ** 2).sum((-2, -1)))
+    apart = h - 1 / h.shape[-1]
+    return jnp.sqrt((apart**2).sum((-2, -1)))

@@ -5,8 +5,7 @@ size at 2 and at 24 layers, and its loss needs less than half the memory of one 
 
 # %% auto #0
 __all__ = ['ATTENTIONS', 'PRESETS', 'REMATS', 'ModelConfig', 'add_aux', 'Block', 'stacked',
-           'run_stack', 'cut_time', 'join_time', 'map_chunks', 'nats_of', 'token_nats',
-           'chunked_nats']
+           'run_stack', 'cut_time', 'join_time', 'map_chunks', 'nats_of', 'chunked_nats']
 
 # %% ../../nbs/model/18_block.ipynb #c003
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from .attention import GQA, KVCache
 from .diff import DIFF1, DIFF2, DiffConfig
 from .layers import FFNS, RMSNorm, RopeConfig, dropout
 from .maha import MAHA, MAHAConfig
-from .mhc import HyperConnection, MHCConfig, connect
+from .mhc import HyperConnection, MHCConfig, read_streams, write_streams
 from .mla import MLA, MLAConfig
 from .moe import MoE, MoEConfig
 
@@ -81,7 +80,8 @@ class ModelConfig:
 
     def __post_init__(self):
         check_choices(self)
-        check_range(self, *(f.name for f in fields(self) if f.type is int), at_least=1)
+        sizes = [f.name for f in fields(self) if f.type is int]
+        check_range(self, *sizes, at_least=1)
         check_range(self, "dropout", at_least=0, below=1)
         check_range(self, "mtp_weight", at_least=0)
         groups = self.heads % self.kv_heads == 0
@@ -96,14 +96,12 @@ class ModelConfig:
 
         names = ("width", "heads", "kv_heads", "head_dim", "max_len")
         shape = {name: getattr(self, name) for name in names}
-        if self.attention in ("diff1", "diff2"):
-            self.diff.check_heads(**shape, version=int(self.attention[-1]))
-        elif self.attention == "mla":
-            self.mla.check_ranks(**shape)
-        elif self.attention == "maha":
-            self.maha.check_scales(**shape)
+        if self.attention == "diff1":
+            self.diff.check(**shape, version=1)
+        elif self.attention != "gqa":
+            getattr(self, ATTENTIONS[self.attention][1]).check(**shape)
         if self.ffn == "moe":
-            self.moe.width_of(self.ffn_width)
+            self.moe.check(ffn_width=self.ffn_width)
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -304,24 +302,28 @@ class Block(nnx.Module):
         def drop(y, name):
             return dropout(y, cfg.dropout, None if key is None else named_key(key, name))
 
-        def attend(x):
-            x = self.attention_norm(x)
-            where = dict(positions=positions, segments=segments, cache=cache, depth=depth)
-            aux = None
-            if cfg.attention == "maha":
-                (y, new), _, aux = self.attention.weighted(x, **where)
-            else:
-                y, new = self.attention(x, **where)
-            return drop(y, "attention"), (new, aux)
+        attention_aux = None
+        ffn_aux = None
 
-        def feed(x):
-            x = self.ffn_norm(x)
-            y, aux = self.ffn.with_aux(x) if cfg.ffn == "moe" else (self.ffn(x), None)
-            return drop(y, "ffn"), aux
+        x, attention_maps = read_streams(self.attention_hyper, streams)
+        x = self.attention_norm(x)
+        where = dict(positions=positions, segments=segments, cache=cache, depth=depth)
+        if cfg.attention == "maha":
+            (y, cache), attention_aux = self.attention.with_aux(x, **where)
+        else:
+            y, cache = self.attention(x, **where)
+        y = drop(y, "attention")
+        streams = write_streams(self.attention_hyper, streams, y, attention_maps)
 
-        streams, (cache, attention_aux), first = connect(self.attention_hyper, streams, attend)
-        streams, ffn_aux, second = connect(self.ffn_hyper, streams, feed)
-        return streams, cache, (first, second), add_aux(attention_aux, ffn_aux)
+        x, ffn_maps = read_streams(self.ffn_hyper, streams)
+        x = self.ffn_norm(x)
+        if cfg.ffn == "moe":
+            y, ffn_aux = self.ffn.with_aux(x)
+        else:
+            y = self.ffn(x)
+        y = drop(y, "ffn")
+        streams = write_streams(self.ffn_hyper, streams, y, ffn_maps)
+        return streams, cache, (attention_maps, ffn_maps), add_aux(attention_aux, ffn_aux)
 
 # %% ../../nbs/model/18_block.ipynb #c015
 REMATS = {
@@ -364,9 +366,12 @@ def run_stack(
 
     if cfg.remat != "none":
         layer = jax.checkpoint(layer, policy=REMATS[cfg.remat], prevent_cse=False)
+    start = streams, cache
     inputs = weights, jnp.arange(cfg.layers), keys
-    (streams, cache), (maps, aux) = jax.lax.scan(layer, (streams, cache), inputs, unroll=cfg.unroll)
-    return streams, cache, maps, None if aux is None else aux.sum()
+    (streams, cache), (maps, aux) = jax.lax.scan(layer, start, inputs, unroll=cfg.unroll)
+    if aux is not None:
+        aux = aux.sum()
+    return streams, cache, maps, aux
 
 # %% ../../nbs/model/18_block.ipynb #c022
 def cut_time(arrays, chunk: int):
@@ -374,44 +379,42 @@ def cut_time(arrays, chunk: int):
     leaves, tree = jax.tree.flatten(arrays)
     parts = []
     for a in leaves:
-        size = min(chunk, a.shape[1])
-        a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % size)) + ((0, 0),) * (a.ndim - 2))
-        a = a.reshape(a.shape[0], -1, size, *a.shape[2:])
+        b, t, *rest = a.shape
+        size = min(chunk, t)
+        padding = [(0, 0), (0, -t % size)] + [(0, 0)] * len(rest)
+        a = jnp.pad(a, padding).reshape(b, -1, size, *rest)
         parts.append(jnp.moveaxis(a, 1, 0))
     return jax.tree.unflatten(tree, parts)
 
 
 def join_time(chunks, t: int):
     "The inverse of `cut_time`: the first `t` steps of every array, [b t ...]."
-    rows = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), chunks)
-    return jax.tree.map(lambda a: a.reshape(a.shape[0], -1, *a.shape[3:])[:, :t], rows)
+    leaves, tree = jax.tree.flatten(chunks)
+    whole = []
+    for a in leaves:
+        a = jnp.moveaxis(a, 0, 1)
+        a = a.reshape(a.shape[0], -1, *a.shape[3:])
+        whole.append(a[:, :t])
+    return jax.tree.unflatten(tree, whole)
 
 
 def map_chunks(f: Callable, arrays, chunk: int):
     "Apply `f` to `chunk` time steps of a pytree [b t ...] at once; join its results to [b t ...]."
-    step = jax.checkpoint(lambda _, part: (None, f(part)))  # backward recomputes chunk by chunk
-    _, results = jax.lax.scan(step, None, cut_time(arrays, chunk))
-    return join_time(results, jax.tree.leaves(arrays)[0].shape[1])
+    one_chunk = jax.checkpoint(lambda _, part: (None, f(part)))  # recomputed in the backward pass
+    _, results = jax.lax.scan(one_chunk, None, cut_time(arrays, chunk))
+    t = jax.tree.leaves(arrays)[0].shape[1]
+    return join_time(results, t)
 
 # %% ../../nbs/model/18_block.ipynb #c025
 def nats_of(
     hidden: Float[Array, "b t d"], head: Float[Array, "v d"], targets: Int[Array, "b t"]
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t v"], Float[Array, "b t 1"]]:
     "Nats of each target, logits, and their log-sum-exp, in float32."
-    w = head.astype(hidden.dtype)
-    z = jnp.einsum("btd,vd->btv", hidden, w, preferred_element_type=jnp.float32)
+    head = head.astype(hidden.dtype)
+    z = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
     logsum = jax.nn.logsumexp(z, axis=-1, keepdims=True)
-    return (logsum - jnp.take_along_axis(z, targets[..., None], -1))[..., 0], z, logsum
-
-
-def token_nats(
-    hidden: Float[Array, "b t d"],
-    head: Float[Array, "v d"],
-    targets: Int[Array, "b t"],
-    chunk: int,  # time steps whose logits exist at once
-) -> Float[Array, "b t"]:
-    "Negative log-likelihood of each target in nats; backward computes the logits again."
-    return map_chunks(lambda part: nats_of(part[0], head, part[1])[0], (hidden, targets), chunk)
+    nats = logsum - jnp.take_along_axis(z, targets[..., None], -1)
+    return nats[..., 0], z, logsum
 
 # %% ../../nbs/model/18_block.ipynb #c027
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -423,42 +426,47 @@ def chunked_nats(
     chunk: int,  # time steps whose logits exist at once
 ) -> Float[Array, ""]:
     "Weighted sum of negative log-likelihoods in nats; its gradients come from the forward pass."
-
-    def add_chunk(total, part):
-        h, y, w = part
-        nats, _, _ = nats_of(h, head, y)
-        return total + jnp.sum(w * nats), None
-
-    total, _ = jax.lax.scan(add_chunk, jnp.float32(0), cut_time((hidden, targets, weights), chunk))
+    total, _ = _nats_forward(hidden, head, targets, weights, chunk, gradients=False)
     return total
 
 
-def _nats_forward(hidden, head, targets, weights, chunk):
-    def chunk_gradients(carry, part):
+def _nats_forward(hidden, head, targets, weights, chunk, gradients=True):
+    "The sum, and the gradients of `hidden`, `head` and `weights` for a cotangent of one."
+
+    def add_chunk(carry, part):
         total, d_head = carry
         h, y, w = part
         nats, z, logsum = nats_of(h, head, y)
+        total = total + jnp.sum(w * nats)
+        if not gradients:
+            return (total, None), None
 
-        hit = jnp.arange(z.shape[-1])[None, None] == y[..., None]
-        d_z = w[..., None] * (jnp.exp(z - logsum) - hit.astype(z.dtype))
+        p = jnp.exp(z - logsum)
+        ids = jnp.arange(z.shape[-1])
+        hit = ids[None, None] == y[..., None]
+        d_z = w[..., None] * (p - hit.astype(z.dtype))
         d_z = d_z.astype(h.dtype)
+        d_h = jnp.einsum("btv,vd->btd", d_z, head.astype(h.dtype))
 
         # "dv" and not "vd": XLA transposes the smaller factor, which is h
         d_head += jnp.einsum("btd,btv->dv", h, d_z, preferred_element_type=jnp.float32)
-        total = total + jnp.sum(w * nats)
-        d_h = jnp.einsum("btv,vd->btd", d_z, head.astype(h.dtype))
         return (total, d_head), (d_h, nats)
 
-    start = (jnp.float32(0), jnp.zeros(head.shape[::-1], jnp.float32))
     chunks = cut_time((hidden, targets, weights), chunk)
-    (total, d_head), per_token = jax.lax.scan(chunk_gradients, start, chunks)
+    d_head = jnp.zeros(head.shape[::-1], jnp.float32) if gradients else None
+    start = jnp.float32(0), d_head
+    (total, d_head), per_token = jax.lax.scan(add_chunk, start, chunks)
+    if not gradients:
+        return total, None
     d_hidden, nats = join_time(per_token, targets.shape[1])
     return total, (d_head.T.astype(head.dtype), d_hidden, nats)
 
 
 def _nats_backward(chunk, saved, ct):
     d_head, d_hidden, nats = saved
-    return d_hidden * ct.astype(d_hidden.dtype), d_head * ct.astype(d_head.dtype), None, nats * ct
+    d_hidden = d_hidden * ct.astype(d_hidden.dtype)
+    d_head = d_head * ct.astype(d_head.dtype)
+    return d_hidden, d_head, None, nats * ct
 
 
 chunked_nats.defvjp(_nats_forward, _nats_backward)

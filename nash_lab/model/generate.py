@@ -74,12 +74,13 @@ def upper_set(
     enough: Float[Array, ""],  # if all tokens together weigh less, all are kept
 ) -> Bool[Array, "b v"]:
     "The most likely tokens of each row whose weights add up to `enough`."
+    top_bit = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(z, jnp.uint32)
-    order = jnp.where(jnp.signbit(z), ~bits, bits | jnp.uint32(1 << 31))
+    order = jnp.where(jnp.signbit(z), ~bits, bits | top_bit)
 
     def decide_bit(i, edge):
-        trial = edge | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        above = jnp.sum(jnp.where(order >= trial, weight, 0.0), axis=-1, keepdims=True)
+        trial = edge | (top_bit >> i.astype(jnp.uint32))
+        above = jnp.where(order >= trial, weight, 0.0).sum(-1, keepdims=True)
         return jnp.where(above >= enough, trial, edge)
 
     edge = jnp.zeros((z.shape[0], 1), jnp.uint32)
@@ -91,13 +92,21 @@ def filtered_logits(z: Float[Array, "b v"], cfg: Sampling) -> Float[Array, "b v"
     z = jnp.where(cfg.forbidden[None], -jnp.inf, z)
     z = z / jnp.where(cfg.temperature > 0, cfg.temperature, 1.0)
 
-    def keep(z, weight, enough):
-        return jnp.where(upper_set(z, weight, enough), z, -jnp.inf)
-
     k = cfg.top_k.astype(jnp.float32)
-    z = jax.lax.cond(cfg.top_k > 0, lambda z: keep(z, jnp.ones_like(z), k), lambda z: z, z)
-    z = jax.lax.cond(cfg.top_p < 1, lambda z: keep(z, jax.nn.softmax(z), cfg.top_p), lambda z: z, z)
-    return jnp.where(z >= z.max(-1, keepdims=True) + jnp.log(cfg.min_p), z, -jnp.inf)
+    z = jax.lax.cond(
+        cfg.top_k > 0,
+        lambda z: jnp.where(upper_set(z, jnp.ones_like(z), k), z, -jnp.inf),
+        lambda z: z,
+        z,
+    )
+    z = jax.lax.cond(
+        cfg.top_p < 1,
+        lambda z: jnp.where(upper_set(z, jax.nn.softmax(z), cfg.top_p), z, -jnp.inf),
+        lambda z: z,
+        z,
+    )
+    least = z.max(-1, keepdims=True) + jnp.log(cfg.min_p)
+    return jnp.where(z >= least, z, -jnp.inf)
 
 # %% ../../nbs/model/21_generate.ipynb #c018
 def sample(
@@ -139,7 +148,8 @@ def _decode(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, ro
         z = lm.logits(hidden)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.n)
         token = sample(z, keys, cfg)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(z), token[:, None], axis=-1)[:, 0]
+        logprobs = jax.nn.log_softmax(z)
+        logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
 
         token = jnp.where(state.done, pad, token)
         logprob = jnp.where(state.done, 0.0, logprob)
@@ -153,13 +163,17 @@ def _decode(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, ro
         )
 
     def one_turn(state):
-        positions = lengths + state.n - 1
-        hidden, cache = lm.step(state.token[:, None], positions[:, None], state.cache)
-        return add_token(state._replace(cache=cache), hidden[:, 0])
+        tokens = state.token[:, None]
+        positions = (lengths + state.n - 1)[:, None]
+        hidden, cache = lm.step(tokens, positions, state.cache)
+        state = state._replace(cache=cache)
+        return add_token(state, hidden[:, 0])
 
     cache = lm.init_cache(b, min(t + room, lm.cfg.max_len))
-    hidden, cache = lm.step(prompt, jnp.broadcast_to(jnp.arange(t)[None], (b, t)), cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
+    hidden, cache = lm.step(prompt, positions, cache)
+    last = (lengths - 1)[:, None, None]
+    last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
     if copies > 1:  # a prompt is read once, and its cache [l b ...] repeated
         last = jnp.repeat(last, copies, axis=0)
         lengths = jnp.repeat(lengths, copies, axis=0)
@@ -227,18 +241,24 @@ def prompt_batch(
         raise ValueError(f"temperature={cfg.temperature} draws: give a key")
 
     b = len(prompts)
-    lengths = np.ones(1 << (b - 1).bit_length(), np.int32)
+    rows = 1 << (b - 1).bit_length()
+    lengths = np.ones(rows, np.int32)
     lengths[:b] = [len(p) for p in prompts]
-    padded = np.zeros((len(lengths), bucket(int(lengths.max()), max_len)), np.int32)
+    columns = bucket(int(lengths.max()), max_len)
+    padded = np.zeros((rows, columns), np.int32)
     for row, prompt in zip(padded, prompts):
         row[: len(prompt)] = prompt
+
+    if key is None:
+        key = jax.random.key(0)
+    eos = -1 if cfg.eos_id is None else cfg.eos_id
     return PromptBatch(
         prompt=padded,
         lengths=lengths,
-        active=np.arange(len(lengths)) < b,
+        active=np.arange(rows) < b,
         limit=np.int32(new),
-        eos=np.int32(-1 if cfg.eos_id is None else cfg.eos_id),
-        key=jax.random.key(0) if key is None else key,
+        eos=np.int32(eos),
+        key=key,
         sampling=cfg.sampling(lm.cfg.vocab_size),
     )
 
@@ -246,7 +266,8 @@ def prompt_batch(
 def cut_rollout(out: tuple, rows: int, cfg: SampleConfig) -> Rollout:
     "The rows and columns that were asked for, out of the whole bucket on the device."
     tokens, lengths, logprobs = (np.asarray(a)[:rows] for a in out)
-    return Rollout(tokens[:, : cfg.max_new_tokens], lengths, logprobs[:, : cfg.max_new_tokens])
+    new = cfg.max_new_tokens
+    return Rollout(tokens[:, :new], lengths, logprobs[:, :new])
 
 
 def rollout(
@@ -294,7 +315,8 @@ def sequence_logprobs(
     mask: Bool[Array, "b t"] | None = None,  # tokens that count; None: all
 ) -> Float[Array, "b t"]:
     "Log-probability of each token in nats; 0 for the first of a row and where masked."
-    own = jnp.pad(-lm.token_nats(tokens[:, :-1], tokens[:, 1:]), ((0, 0), (1, 0)))
+    nats = lm.token_nats(tokens[:, :-1], tokens[:, 1:])
+    own = jnp.pad(-nats, ((0, 0), (1, 0)))
     return own if mask is None else jnp.where(mask, own, 0.0)
 
 

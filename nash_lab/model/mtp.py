@@ -45,14 +45,17 @@ class MTPHead(nnx.Module):
     "One depth: a norm-and-projection (sequential only), a block, and a norm."
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        norm = lambda: RMSNorm(cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
-        chained = cfg.mtp == "sequential"
-        project = lambda: Linear((2 * cfg.width,), (cfg.width,), std=cfg.init_std, rngs=rngs)
-        self.hidden_norm = norm() if chained else None
-        self.token_norm = norm() if chained else None
-        self.project = project() if chained else None
+        norm = cfg.width, cfg.norm_eps, cfg.norm
+        if cfg.mtp == "sequential":
+            self.hidden_norm = RMSNorm(*norm, rngs=rngs)
+            self.token_norm = RMSNorm(*norm, rngs=rngs)
+            self.project = Linear((2 * cfg.width,), (cfg.width,), std=cfg.init_std, rngs=rngs)
+        else:
+            self.hidden_norm = None
+            self.token_norm = None
+            self.project = None
         self.block = Block(cfg, rngs=rngs)
-        self.norm = norm()
+        self.norm = RMSNorm(*norm, rngs=rngs)
         self.ends = StreamEnds(cfg.width, cfg.mhc, rngs=rngs) if cfg.residual == "mhc" else None
 
     def __call__(
@@ -78,7 +81,8 @@ class MTPHead(nnx.Module):
 def head_at(heads: MTPHead, k: int) -> MTPHead:
     "The head of depth k, from 1, out of the stack."
     graph, weights = nnx.split(heads)
-    return nnx.merge(graph, jax.tree.map(lambda w: w[k - 1], weights))
+    own = jax.tree.map(lambda w: w[k - 1], weights)
+    return nnx.merge(graph, own)
 
 
 def look_ahead(
@@ -101,14 +105,15 @@ def look_ahead(
         where = dict(positions=positions, segments=segments, key=own_key)
         where["depth"] = jnp.int32(cfg.layers + k - 1)
 
-        def run(head, h, after, where=where):
+        def run_head(head, h, after, where=where):
             h, _, aux = head(h, after, **where)
             return h, aux
 
         if cfg.remat != "none":
-            run = nnx.remat(run, policy=REMATS[cfg.remat])
+            run_head = nnx.remat(run_head, policy=REMATS[cfg.remat])
         before = h if cfg.mtp == "sequential" else hidden
-        h, aux = run(head_at(heads, k), before, embed(ahead(tokens, k)))
+        after = embed(ahead(tokens, k))
+        h, aux = run_head(head_at(heads, k), before, after)
         states.append(h)
         losses.append(aux)
     return states, add_aux(*losses)

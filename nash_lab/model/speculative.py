@@ -6,7 +6,7 @@ kept, one row decodes 1.15 times as fast and eight rows 0.94 times."""
 
 # %% auto #0
 __all__ = ['probabilities', 'draw_token', 'accept_drafts', 'SpecState', 'read_slots',
-           'write_slots', 'speculative_round', 'SpecStats', 'speculate']
+           'write_slots', 'row_chances', 'speculative_round', 'SpecStats', 'speculate']
 
 # %% ../../nbs/model/22_speculative.ipynb #c003
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from nash_lab.model.generate import (
     filtered_logits,
     prompt_batch,
 )
-from .transformer import LM, draft, init_draft
+from .transformer import LM, draft
 
 # %% ../../nbs/model/22_speculative.ipynb #c006
 def probabilities(z: Float[Array, "m v"], cfg: Sampling) -> Float[Array, "m v"]:
@@ -49,8 +49,10 @@ def draw_token(
     "One token a row, where the cumulated p passes `chance`; never one with p = 0."
     edge = jnp.cumsum(p, axis=-1)
     total = edge[:, -1:]
-    at = jnp.minimum(chance[:, None] * total, total * (1 - 2**-22))  # a product may round up
-    return (edge > at).astype(jnp.int8).argmax(-1).astype(jnp.int32)
+    below = total * (1 - 2**-22)  # a product may round up
+    at = jnp.minimum(chance[:, None] * total, below)
+    passed = (edge > at).astype(jnp.int8)
+    return passed.argmax(-1).astype(jnp.int32)
 
 
 def accept_drafts(
@@ -61,16 +63,20 @@ def accept_drafts(
 ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
     "How many leading drafts stay, and the token after them (2211.17192, algorithm 1)."
     depths = drafts.shape[1]
-    p_draft = jnp.take_along_axis(p[:, :depths], drafts[..., None], -1)[..., 0]
-    q_draft = jnp.take_along_axis(q, drafts[..., None], -1)[..., 0]
-    kept = jnp.cumprod(chances[:, :-1] * q_draft < p_draft, axis=1).sum(1).astype(jnp.int32)
+    ids = drafts[..., None]
+    p_draft = jnp.take_along_axis(p[:, :depths], ids, -1)[..., 0]
+    q_draft = jnp.take_along_axis(q, ids, -1)[..., 0]
+    good = chances[:, :-1] * q_draft < p_draft
+    kept = jnp.cumprod(good, axis=1).sum(1).astype(jnp.int32)
 
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # q = 0 after the last draft: the residual is p
-    p_here = jnp.take_along_axis(p, kept[:, None, None], 1)[:, 0]
-    q_here = jnp.take_along_axis(q, kept[:, None, None], 1)[:, 0]
+    here = kept[:, None, None]
+    p_here = jnp.take_along_axis(p, here, 1)[:, 0]
+    q_here = jnp.take_along_axis(q, here, 1)[:, 0]
     residual = jnp.maximum(p_here - q_here, 0.0)
     some = residual.sum(-1, keepdims=True) > 0  # p = q up to rounding leaves nothing but p
-    return kept, draw_token(chances[:, -1], jnp.where(some, residual, p_here))
+    left = jnp.where(some, residual, p_here)
+    return kept, draw_token(chances[:, -1], left)
 
 # %% ../../nbs/model/22_speculative.ipynb #c010
 class SpecState(NamedTuple):
@@ -94,13 +100,21 @@ def read_slots(a: Array, slots: Int[Array, "b m"]) -> Array:
 
 def write_slots(a: Array, slots: Int[Array, "b m"], new: Array) -> Array:
     "The buffer [b s ...] with `new` [b m ...] at these positions."
-    return a.at[jnp.arange(a.shape[0])[:, None], slots].set(new.astype(a.dtype))
+    rows = jnp.arange(a.shape[0])[:, None]
+    return a.at[rows, slots].set(new.astype(a.dtype))
+
+
+def row_chances(keys: Array, turn: Int[Array, ""], count: int) -> Float[Array, "b c"]:
+    "`count` numbers in [0, 1) for each row; at once: on a CPU each call is a loop of its own."
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, turn))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
 
 def speculative_round(
-    lm: LM,
     s: SpecState,
-    chances: Float[Array, "b c"],  # uniform in [0, 1), c = 2 D + 1
+    *,
+    lm: LM,
+    keys: Array,  # one JAX key a row, [b]
     cfg: Sampling,
     end: Int[Array, "b"],  # position of the last token that may be drawn
     eos: Int[Array, ""],  # -1 for none
@@ -108,11 +122,13 @@ def speculative_round(
 ) -> SpecState:
     "Draft D tokens, check them in one trunk step, and move every live row behind what it keeps."
     depths = len(s.heads)
+    chances = row_chances(keys, s.turn, 2 * depths + 1)
     next_slots = jnp.arange(depths + 1)[None]
 
     # draft
-    window = jnp.maximum(s.at - 2 * depths, 0)[:, None] + jnp.arange(2 * depths)[None]
-    last = s.at - 1 - window[:, 0]  # a window from 0 may reach beyond at - 1, unseen there
+    first = jnp.maximum(s.at - 2 * depths, 0)
+    window = first[:, None] + jnp.arange(2 * depths)[None]
+    last = s.at - 1 - first  # a window from 0 may reach beyond at - 1, unseen there
     trunk = read_slots(s.hidden, window)
     h = trunk
     tokens = s.tokens
@@ -120,10 +136,13 @@ def speculative_round(
     qs = []
     for k, cache in enumerate(s.heads, 1):
         before = h if lm.cfg.mtp == "sequential" else trunk
-        h, cache = draft(lm, k, before, read_slots(tokens, window + k), window, cache)
-        q = probabilities(lm.logits(read_slots(h, last[:, None])[:, 0]), cfg)
+        after = read_slots(tokens, window + k)
+        h, cache = draft(lm, k, before, after, window, cache)
+        here = read_slots(h, last[:, None])[:, 0]
+        q = probabilities(lm.logits(here), cfg)
         guess = draw_token(chances[:, k - 1], q)
-        tokens = write_slots(tokens, s.at[:, None] + k, guess[:, None])
+        slot = s.at[:, None] + k
+        tokens = write_slots(tokens, slot, guess[:, None])
         heads.append(cache)
         qs.append(q)
 
@@ -132,27 +151,32 @@ def speculative_round(
     hidden, cache = lm.step(read_slots(tokens, slots), slots, s.cache)
     columns = [lm.logits(hidden[:, i]) for i in range(depths + 1)]
     z = jnp.stack(columns, 1)  # one by one: a CPU packs the head anew for two columns
-    p = probabilities(z.reshape(-1, z.shape[-1]), cfg).reshape(z.shape)
+    p = probabilities(z.reshape(-1, z.shape[-1]), cfg)
+    p = p.reshape(z.shape)
 
     # accept
     drafts = read_slots(tokens, slots[:, 1:])
-    kept, token = rule(p, jnp.stack(qs, 1), drafts, chances[:, depths:])
-    tokens = write_slots(tokens, (s.at + kept + 1)[:, None], token[:, None])
+    q = jnp.stack(qs, 1)
+    kept, token = rule(p, q, drafts, chances[:, depths:])
+    after_kept = s.at + kept + 1
+    tokens = write_slots(tokens, after_kept[:, None], token[:, None])
     fresh = read_slots(tokens, slots + 1)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(z), fresh[..., None], -1)[..., 0]
+    logprobs = jax.nn.log_softmax(z)
+    logprobs = jnp.take_along_axis(logprobs, fresh[..., None], -1)[..., 0]
 
     # advance
     hit = (fresh == eos) & (next_slots <= kept[:, None])
-    new = jnp.where(hit.any(1), hit.argmax(1), kept) + 1
+    ended = hit.any(1)
+    new = jnp.where(ended, hit.argmax(1), kept) + 1
     at = jnp.minimum(s.at + new, end)
     live = (~s.done).astype(jnp.int32)
     did = jnp.stack([jnp.full_like(kept, depths), kept, jnp.ones_like(kept)])
     return SpecState(
         tokens=tokens,
-        logprobs=write_slots(s.logprobs, slots + 1, logprob),
+        logprobs=write_slots(s.logprobs, slots + 1, logprobs),
         hidden=write_slots(s.hidden, slots, hidden),
         at=jnp.where(s.done, s.at, at),
-        done=s.done | (at == end) | hit.any(1),
+        done=s.done | (at == end) | ended,
         cache=cache,
         heads=heads,
         counts=s.counts + live[None] * did,
@@ -170,33 +194,35 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
     end = lengths - 1 + limit
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(b))
 
-    def uniform(turn, count):
-        one = lambda key: jax.random.uniform(jax.random.fold_in(key, turn), (count,))
-        return jax.vmap(one)(row_keys)
-
-    def buffer(a):
-        return jnp.pad(a, ((0, 0), (0, slots - t)) + ((0, 0),) * (a.ndim - 2))
-
+    # prefill of the trunk, and the first token
     everywhere = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     hidden, cache = lm.step(prompt, everywhere, lm.init_cache(b, slots))
-    z = lm.logits(read_slots(hidden, (lengths - 1)[:, None])[:, 0])
-    token = draw_token(uniform(0, 1)[:, 0], probabilities(z, cfg))[:, None]
+    last = read_slots(hidden, (lengths - 1)[:, None])[:, 0]
+    z = lm.logits(last)
+    chances = row_chances(row_keys, 0, 1)[:, 0]
+    token = draw_token(chances, probabilities(z, cfg))[:, None]
     logprob = jnp.take_along_axis(jax.nn.log_softmax(z), token, -1)
-    tokens = write_slots(buffer(prompt), lengths[:, None], token)
 
+    at = lengths[:, None]
+    tokens = jnp.pad(prompt, ((0, 0), (0, slots - t)))
+    tokens = write_slots(tokens, at, token)
+    logprobs = write_slots(jnp.zeros((b, slots), jnp.float32), at, logprob)
+
+    # prefill of the heads
+    attention = lm.mtp.block.attention
     h = hidden
     heads = []
-    for k, head_cache in enumerate(init_draft(lm, b, slots), 1):
+    for k in range(1, depths + 1):
         before = h if lm.cfg.mtp == "sequential" else hidden
-        h, head_cache = draft(
-            lm, k, before, read_slots(tokens, everywhere + k), everywhere, head_cache
-        )
+        after = read_slots(tokens, everywhere + k)
+        empty = attention.init_cache(b, slots, jnp.dtype(lm.cfg.compute_dtype))
+        h, head_cache = draft(lm, k, before, after, everywhere, empty)
         heads.append(head_cache)
 
     s = SpecState(
         tokens=tokens,
-        logprobs=write_slots(jnp.zeros((b, slots), jnp.float32), lengths[:, None], logprob),
-        hidden=buffer(hidden),
+        logprobs=logprobs,
+        hidden=jnp.pad(hidden, ((0, 0), (0, slots - t), (0, 0))),
         at=lengths,
         done=~active | (token[:, 0] == eos) | (lengths == end),
         cache=cache,
@@ -205,15 +231,16 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
         turn=jnp.int32(1),
     )
 
-    def one_round(s):
-        chances = uniform(s.turn, 2 * depths + 1)  # at once: on a CPU each call is its own loop
-        return speculative_round(lm, s, chances, cfg, end, eos, rule)
-
+    one_round = partial(
+        speculative_round, lm=lm, keys=row_keys, cfg=cfg, end=end, eos=eos, rule=rule
+    )
     s = jax.lax.while_loop(lambda s: ~s.done.all(), one_round, s)
+
     active = active.astype(jnp.int32)
     drawn = (s.at - lengths + 1) * active
-    within = jnp.arange(room)[None] < drawn[:, None]
-    new = lengths[:, None] + jnp.arange(room)[None]
+    steps = jnp.arange(room)[None]
+    within = steps < drawn[:, None]
+    new = lengths[:, None] + steps
     tokens = jnp.where(within, read_slots(s.tokens, new), jnp.maximum(eos, 0))
     logprobs = jnp.where(within, read_slots(s.logprobs, new), 0.0)
     return (tokens, drawn, logprobs), s.counts * active[None]
@@ -226,16 +253,8 @@ class SpecStats(NamedTuple):
     accepted: int  # of these, kept by the rule
     calls: int  # trunk steps after the prefill
     tokens: int  # drawn in those
-
-    @property
-    def acceptance(self) -> float:
-        "Share of drafts that were kept."
-        return self.accepted / max(self.proposed, 1)
-
-    @property
-    def tokens_per_call(self) -> float:
-        "Tokens per trunk step; 1 is plain decoding."
-        return self.tokens / max(self.calls, 1)
+    acceptance: float  # share of drafts that were kept
+    tokens_per_call: float  # 1 is plain decoding
 
 
 def speculate(
@@ -253,4 +272,12 @@ def speculate(
     out, counts = _speculate(*nnx.split(lm), *batch, room=room, rule=rule)
     drawn = cut_rollout(out, len(prompts), cfg)
     proposed, accepted, calls = np.asarray(counts).sum(1).tolist()
-    return drawn, SpecStats(proposed, accepted, calls, int(drawn.lengths.sum()) - len(prompts))
+    tokens = int(drawn.lengths.sum()) - len(prompts)
+    return drawn, SpecStats(
+        proposed=proposed,
+        accepted=accepted,
+        calls=calls,
+        tokens=tokens,
+        acceptance=accepted / max(proposed, 1),
+        tokens_per_call=tokens / max(calls, 1),
+    )

@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['DECAYED', 'MOMENTS', 'by_path', 'matrix_axes', 'matrix_stack', 'relaxed', 'muon',
            'GroupRule', 'OptimConfig', 'decay_mask', 'schedule', 'factored_rms', 'kept_in',
-           'Average', 'average_weights', 'ema_params', 'label_of', 'update_rule', 'optimizer',
+           'Average', 'average_weights', 'ema_params', 'rule_names', 'update_rule', 'optimizer',
            'tree_bytes']
 
 # %% ../../nbs/train/41_optim.ipynb #c003
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ..core.configs import check_choices, check_range, check_that
-from .parallel import path_name, stacked
+from ..core.configs import check_choices, check_range
+from .parallel import in_stack, path_name
 
 # %% ../../nbs/train/41_optim.ipynb #c011
 def by_path(rule: Callable, tree: Any, *rest: Any) -> Any:
@@ -38,7 +39,7 @@ def by_path(rule: Callable, tree: Any, *rest: Any) -> Any:
 def matrix_axes(path: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
     "Input and output axes of a block's weight; those in front count matrices. None: no matrix."
     names = path.removesuffix("/value").split("/")
-    if names[-1] != "weight" or not stacked(path):
+    if names[-1] != "weight" or not in_stack(path):
         return None
     first = 2 if "ffn" in names and ndim == 4 else 1  # [l, e, d, f]: one matrix an expert
     inputs = 2 if names[-2] == "o" else 1
@@ -53,7 +54,7 @@ def matrix_stack(path: str, x: Array) -> Array:
     "A parameter as [count, rows, columns], or [count, *shape of one] where it is no matrix."
     axes = matrix_axes(path, x.ndim)
     if axes is None:
-        return x if stacked(path) else x[None]
+        return x if in_stack(path) else x[None]
     rows, columns = (math.prod(x.shape[i] for i in part) for part in axes)
     return x.reshape(-1, rows, columns)
 
@@ -61,14 +62,13 @@ def matrix_stack(path: str, x: Array) -> Array:
 def relaxed(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     "`tx` under standard dtype and rank promotion, whatever the global setting."
 
-    def under_standard(function):
-        def wrapped(*args, **kwargs):
-            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                return function(*args, **kwargs)
+    def under_standard(function, *args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
 
-        return wrapped
-
-    return optax.GradientTransformation(*map(under_standard, tx))
+    init = partial(under_standard, tx.init)
+    update = partial(under_standard, tx.update)
+    return optax.GradientTransformation(init, update)
 
 
 def muon(rate: Callable, momentum: float, weight_decay: float) -> optax.GradientTransformation:
@@ -159,9 +159,6 @@ def schedule(cfg: OptimConfig, steps: int) -> Callable:
     if warm + decay > steps:
         raise ValueError(f"optim.warmup_steps={warm} and {decay} more do not fit into {steps=}")
 
-    def cool_down(step):
-        return peak - (peak - final) * jnp.sqrt(jnp.clip(step / decay, 0.0, 1.0))
-
     pieces = [optax.linear_schedule(0.0, peak, max(warm, 1))]
     starts = [warm]
     if cfg.schedule == "cosine":
@@ -169,8 +166,10 @@ def schedule(cfg: OptimConfig, steps: int) -> Callable:
     else:
         pieces.append(optax.constant_schedule(peak))
     if cfg.schedule == "wsd":
-        pieces.append(cool_down)
         starts.append(steps - decay)
+        pieces.append(
+            lambda step: peak - (peak - final) * jnp.sqrt(jnp.clip(step / decay, 0.0, 1.0))
+        )
     joined = optax.join_schedules(pieces, starts)
     return lambda count: joined(count + 1)
 
@@ -179,19 +178,20 @@ def factored_rms() -> optax.GradientTransformation:
     "Adafactor's direction (1804.04235, algorithm 4) for every matrix of every layer by itself."
     one = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
-    def init_factors(params):
-        return by_path(lambda path, p: jax.vmap(one.init)(matrix_stack(path, p)), params)
-
     def update_factors(grads, state, params):
-        def update_leaf(path, g, p, s):
-            direction, s = jax.vmap(one.update)(matrix_stack(path, g), s, matrix_stack(path, p))
-            return direction.reshape(g.shape), s
+        g = by_path(matrix_stack, grads)
+        p = by_path(matrix_stack, params)
+        pairs = jax.tree.map(jax.vmap(one.update), g, state, p)
+        directions = jax.tree.map(lambda g, pair: pair[0].reshape(g.shape), grads, pairs)
+        state = jax.tree.map(lambda _, pair: pair[1], grads, pairs)
+        return directions, state
 
-        pairs = by_path(update_leaf, grads, params, state)
-        directions = jax.tree.map(lambda _, pair: pair[0], grads, pairs)
-        return directions, jax.tree.map(lambda _, pair: pair[1], grads, pairs)
-
-    return relaxed(optax.GradientTransformation(init_factors, update_factors))
+    return relaxed(
+        optax.GradientTransformation(
+            lambda params: jax.tree.map(jax.vmap(one.init), by_path(matrix_stack, params)),
+            update_factors,
+        )
+    )
 
 # %% ../../nbs/train/41_optim.ipynb #c033
 MOMENTS = ("mu", "nu")  # fields of optax states that are as large as the parameters
@@ -227,17 +227,23 @@ class Average(NamedTuple):
 def average_weights(beta: float) -> optax.GradientTransformation:
     "Leave updates alone and keep the running mean of the weights they lead to."
 
-    def init_average(params):
-        return Average(jnp.int32(0), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
-
     def update_average(updates, state, params):
         count = state.count + 1
         share = (1 - beta) / (1 - jnp.float32(beta) ** count)
-        move = lambda mean, new: mean + share * (new.astype(jnp.float32) - mean)
-        weights = jax.tree.map(move, state.weights, optax.apply_updates(params, updates))
+        weights = jax.tree.map(
+            lambda mean, new: mean + share * (new.astype(jnp.float32) - mean),
+            state.weights,
+            optax.apply_updates(params, updates),
+        )
         return updates, Average(count, weights)
 
-    return relaxed(optax.GradientTransformation(init_average, update_average))
+    # jnp.array copies: the average may not share a donated buffer with the weights
+    copy = partial(jax.tree.map, lambda p: jnp.array(p, jnp.float32))
+    return relaxed(
+        optax.GradientTransformation(
+            lambda params: Average(jnp.int32(0), copy(params)), update_average
+        )
+    )
 
 
 def ema_params(opt_state: Any) -> Any:
@@ -246,20 +252,28 @@ def ema_params(opt_state: Any) -> Any:
     return next((x.weights for x in found if isinstance(x, Average)), None)
 
 # %% ../../nbs/train/41_optim.ipynb #c044
-def label_of(cfg: OptimConfig, path: str, ndim: int) -> str:
-    "The rule of a parameter, such as 'adamw', or '1:muon' in the second group."
-    if path.endswith("/balance"):
-        return "balance"
-    name = cfg.name
-    group = ""
-    for i, rule in enumerate(cfg.groups):
-        if fnmatchcase(path, rule.pattern):
-            name = rule.name or cfg.name
-            group = f"{i}:"
-            break
-    if name == "muon" and matrix_axes(path, ndim) is None:
-        name = "adamw"
-    return group + name
+def rule_names(cfg: OptimConfig, params: Any) -> Any:
+    "The tree of rules such as 'adamw', or '1:muon' in the second group. ValueError as below."
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    paths = [path_name(keys).removesuffix("/value") for keys, _ in leaves]
+    for rule in cfg.groups:
+        if not any(fnmatchcase(path, rule.pattern) for path in paths):
+            fits = f"fits none of the paths, such as {paths[0]!r}"
+            raise ValueError(f"GroupRule.pattern={rule.pattern!r}: {fits}")
+
+    labels = []
+    for path, (_, x) in zip(paths, leaves):
+        name = cfg.name
+        group = ""
+        for i, rule in enumerate(cfg.groups):
+            if fnmatchcase(path, rule.pattern):
+                name = rule.name or cfg.name
+                group = f"{i}:"
+                break
+        if name == "muon" and matrix_axes(path, x.ndim) is None:
+            name = "adamw"
+        labels.append("balance" if path.endswith("/balance") else group + name)
+    return jax.tree.unflatten(tree, labels)
 
 
 def update_rule(
@@ -300,20 +314,9 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
             rule = update_rule(own, steps, name, group.learning_rate_scale, mask)
             rules[f"{i}:{name}"] = rule
 
-    def label_tree(params):
-        paths = []
-        by_path(lambda path, _: paths.append(path), params)
-        for rule in cfg.groups:
-            if not any(fnmatchcase(path, rule.pattern) for path in paths):
-                fits = f"fits none of the paths, such as {paths[0]!r}"
-                raise ValueError(f"GroupRule.pattern={rule.pattern!r}: {fits}")
-        return by_path(lambda path, x: label_of(cfg, path, x.ndim), params)
-
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    clip = optax.masked(
-        clip, lambda params: by_path(lambda path, _: not path.endswith("/balance"), params)
-    )
-    links = [clip, optax.multi_transform(rules, label_tree)]
+    trained = partial(by_path, lambda path, _: not path.endswith("/balance"))
+    links = [optax.masked(clip, trained), optax.multi_transform(rules, partial(rule_names, cfg))]
     if cfg.ema:
         links.append(average_weights(cfg.ema))
     return relaxed(optax.chain(*links))
