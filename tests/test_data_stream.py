@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from nash_lab.data.corpus import PackedTokens, pack
-from nash_lab.data.filters import clean, fault, near_keys, shingles, similarity
+from nash_lab.data.filters import clean, fault, near_keys, similarity
 from nash_lab.data.loader import LoaderConfig, as_batch, loader
 from nash_lab.data.sources import Source, SourceConfig, parse_source
 from nash_lab.data.stream import Documents, StreamConfig, merge_states, stream_documents, stream_loader
@@ -324,10 +324,10 @@ def test_near_copies_of_real_questions_are_found(data):
     for q in questions[:200]:
         words = q.split()
         words[rng.randrange(len(words))] = 'another'
-        if similarity(shingles(q), shingles(' '.join(words))) > .8: total, found = total + 1, found + (hit(' '.join(words)) == q)
+        if similarity(q, ' '.join(words)) > .8: total, found = total + 1, found + (hit(' '.join(words)) == q)
     assert total > 150 and found / total > .85
     strangers = [json.loads(o)['question'] for o in (data/'gsm8k/train.jsonl').read_text().splitlines()][2000:2400]
-    wrong = [q for q in strangers if (o := hit(q)) and similarity(shingles(q), shingles(o)) < .5]
+    wrong = [q for q in strangers if (o := hit(q)) and similarity(q, o) < .5]
     assert not wrong
 
 def test_a_mixture_of_real_sources(data, tmp_path):

@@ -155,4 +155,4 @@ def test_positions_that_lack_a_lane_or_a_log_are_refused(tok, rows):
     half = stream_loader(cfg, tok, shard=0, shards=2).get_state()
     with pytest.raises(ValueError, match='no lane 1'): stream_loader(cfg, tok).set_state(half)
     with pytest.raises(ValueError, match=r'batches \[0, 1\]'): merge_states([half, half | dict(batch=1)])
-    with pytest.raises(ValueError, match='3 bytes, expected 1 x 14'): Memory(1, 3).refill('AAAA', 1)
+    with pytest.raises(ValueError, match='3 bytes, expected 1 x 14'): Memory(1, 3, 'AAAA', 1)

@@ -7,7 +7,7 @@ them."""
 # %% auto #0
 __all__ = ['CONTROL', 'INVISIBLE', 'REMOVED', 'REPETITIVE', 'WORDLESS', 'BROKEN', 'SHORT',
            'SHINGLE', 'SIGNATURE', 'clean', 'fault', 'shingles', 'similarity', 'bands',
-           'signature', 'near_keys', 'exact_key', 'Memory', 'Log', 'Filter']
+           'near_keys', 'exact_key', 'Memory', 'Log', 'Filter']
 
 # %% ../../nbs/data/27_filters.ipynb #c003
 import base64
@@ -79,13 +79,15 @@ def shingles(text: str) -> UInt64[np.ndarray, "s"]:
     return np.unique(hashes ^ hashes >> np.uint64(29))
 
 
-def similarity(a: UInt64[np.ndarray, "s"], b: UInt64[np.ndarray, "u"]) -> float:
+def similarity(one: str, two: str) -> float:
     "J, the share of sequences that two texts have in common."
+    a = shingles(one)
+    b = shingles(two)
     both = np.intersect1d(a, b)
     either = np.union1d(a, b)
     return len(both) / max(1, len(either))
 
-# %% ../../nbs/data/27_filters.ipynb #c016
+# %% ../../nbs/data/27_filters.ipynb #c018
 SIGNATURE = 128  # m: numbers of a signature, an error of about 1 / sqrt(m) in an estimate of J
 
 
@@ -98,19 +100,14 @@ def bands(threshold: float) -> tuple[int, int]:
     return lsh.b, lsh.r
 
 
-def signature(text: str) -> UInt64[np.ndarray, "m"]:
-    "The MinHash of the character sequences of a text."
+def near_keys(text: str, threshold: float) -> bytes:
+    "The beta keys of a text, eight bytes each: a near duplicate has one of them too."
     from datasketch import MinHash
 
     sketch = MinHash(num_perm=SIGNATURE, seed=1, scheme="affine64", hashfunc=int)
     sketch.update_batch(shingles(text))
-    return sketch.hashvalues
-
-
-def near_keys(text: str, threshold: float) -> bytes:
-    "The beta keys of a text, eight bytes each: a near duplicate has one of them too."
     count, size = bands(threshold)
-    rows = signature(text)[: count * size].reshape(count, size)
+    rows = sketch.hashvalues[: count * size].reshape(count, size)
     keys = [exact_key(bytes([i]) + row.tobytes()) for i, row in enumerate(rows)]
     return b"".join(keys)
 
@@ -119,7 +116,7 @@ def exact_key(data: bytes) -> bytes:
     "Eight bytes of a hash: of a million texts two agree by chance with probability 3e-8."
     return hashlib.blake2b(data, digest_size=8).digest()
 
-# %% ../../nbs/data/27_filters.ipynb #c020
+# %% ../../nbs/data/27_filters.ipynb #c022
 class Memory:
     "Keys of the newest `window` kept texts, as a log from which it can be rebuilt."
 
@@ -127,35 +124,38 @@ class Memory:
         self,
         keys: int,  # eight-byte keys of each text
         window: int,  # texts that are remembered
+        log: str = "",  # from `Log.to_text`, to go on from
+        count: int = 0,  # entries there had ever been
     ):
+        "ValueError for a log of another length."
         self.window = window
         self.entry = 6 + 8 * keys  # bytes: source, epoch, keys
         self.log = deque()  # of entries
-        self.count = 0  # entries there have ever been
         self.last = {}  # key -> number of its newest entry
 
-    def seen(
-        self,
-        keys: bytes,  # of a text, eight bytes each
-        source: int,  # the text's, below 2**16
-        epoch: int,  # the pass over the source
-    ) -> bool:
-        "Whether one of the keys was kept from another source, or in this pass over this one."
-        here = struct.pack("<HI", source, epoch)
-        for i in range(0, len(keys), 8):
-            at = self.last.get(keys[i : i + 8])
+        data = base64.b64decode(log)
+        expected = min(count, window)
+        if len(data) != expected * self.entry:
+            what = f"{len(data)} bytes, expected {expected} x {self.entry}"
+            raise ValueError(f"log of duplicates: {what}")
+        self.count = count - expected
+        for i in range(0, len(data), self.entry):
+            self.append(data[i : i + self.entry])
+
+    def seen(self, entry: bytes) -> bool:
+        "Whether one of a text's keys was kept from another source, or in this pass over its own."
+        for i in range(6, self.entry, 8):
+            at = self.last.get(entry[i : i + 8])
             if at is None:
                 continue
+            here = entry[:6]
             owner = self.log[at - self.count + len(self.log)][:6]
             if owner == here or owner[:2] != here[:2]:  # guard: data: copies of an earlier pass
                 return True
         return False
 
-    def admit(self, keys: bytes, source: int, epoch: int) -> bytes:
-        "Append a text as in `seen` and give its entry; beyond `window` the oldest is forgotten."
-        return self._append(struct.pack("<HI", source, epoch) + keys)
-
-    def _append(self, entry: bytes) -> bytes:
+    def append(self, entry: bytes) -> None:
+        "Remember a kept text; beyond `window` the oldest is forgotten."
         self.log.append(entry)
         for i in range(6, self.entry, 8):
             self.last[entry[i : i + 8]] = self.count
@@ -166,20 +166,8 @@ class Memory:
             for i in range(6, self.entry, 8):
                 if self.last.get(old[i : i + 8]) == at:
                     del self.last[old[i : i + 8]]
-        return entry
 
-    def refill(self, text: str, count: int) -> None:
-        "Fill a new memory from `Log.to_text`, of `count` entries ever; ValueError for another log."
-        data = base64.b64decode(text)
-        expected = min(count, self.window)
-        if len(data) != expected * self.entry:
-            what = f"{len(data)} bytes, expected {expected} x {self.entry}"
-            raise ValueError(f"log of duplicates: {what}")
-        self.count = count - expected
-        for i in range(0, len(data), self.entry):
-            self._append(data[i : i + self.entry])
-
-# %% ../../nbs/data/27_filters.ipynb #c024
+# %% ../../nbs/data/27_filters.ipynb #c026
 class Log:
     "The entries behind a memory as they are saved: bytes, the newest `window` of them."
 
@@ -209,7 +197,7 @@ class Log:
         newest = data[-self.window * self.entry :]
         return base64.b64encode(newest).decode()
 
-# %% ../../nbs/data/27_filters.ipynb #c027
+# %% ../../nbs/data/27_filters.ipynb #c029
 class Filter:
     "What becomes of each text of a stream: kept, perhaps changed, or left out under a cause."
 
@@ -230,10 +218,10 @@ class Filter:
         self.max_chars = max_chars
         self.dedup = dedup
         self.similarity = similarity
-        keys = 0 if dedup == "none" else 1
+        self.keys = 0 if dedup == "none" else 1
         if dedup == "minhash":
-            keys, _ = bands(similarity)
-        self.memory = Memory(keys, window)
+            self.keys, _ = bands(similarity)
+        self.memory = Memory(self.keys, window)
 
     def __call__(
         self,
@@ -260,6 +248,8 @@ class Filter:
             keys = near_keys(text, self.similarity)
         else:
             keys = exact_key(utf8(text))
-        if self.memory.seen(keys, source, epoch):
+        entry = struct.pack("<HI", source, epoch) + keys
+        if self.memory.seen(entry):
             return "", f"{self.dedup} duplicate", b""
-        return text, cause, self.memory.admit(keys, source, epoch)
+        self.memory.append(entry)
+        return text, cause, entry

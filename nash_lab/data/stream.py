@@ -12,9 +12,9 @@ import hashlib
 import json
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import grain
 import numpy as np
@@ -23,14 +23,14 @@ from absl import flags
 from ..core.configs import check_choices, check_range, check_that, to_json
 from ..core.text import Tokenizer, utf8
 from .corpus import BadRecord, CorpusReport, Document, split_of
-from .filters import Filter, Log
-from .loader import as_batch, refuse_other
+from .filters import Filter, Log, Memory
+from .loader import Batches, as_batch, refuse_other
 from .sources import Source, SourceConfig, fingerprint
 from .tokenizer import PAD
 
 # %% ../../nbs/data/29_stream.ipynb #c006
 class Mixture:
-    "Which source gives the next text: the one that owes most; a position of k numbers."
+    "The number of the source that gives the next text, again and again: of the one that owes most."
 
     def __init__(self, weights: Sequence[float]):
         "ValueError unless there are weights and all are positive; any unit will do."
@@ -40,10 +40,13 @@ class Mixture:
         self.given = [0] * len(self.weights)
         self.open = [True] * len(self.weights)
 
-    def next_source(self) -> int | None:
-        "The open source with the largest deficit, of equals the heaviest; None after the last."
+    def __iter__(self) -> "Mixture":
+        return self
+
+    def __next__(self) -> int:
+        "The open source with the largest deficit, of equals the heaviest."
         if not any(self.open):
-            return None
+            raise StopIteration
         live = [w * still for w, still in zip(self.weights, self.open)]
         total = sum(live)
         N = sum(self.given)
@@ -146,16 +149,53 @@ class Documents:
         return self
 
     def __next__(self) -> tuple[int, str]:
-        "Number of the source, and text."
-        while True:
-            i = self.mixture.next_source()
-            if i is None:
-                raise StopIteration
-            text = _next_text(self, i)
+        "Number of the source, and text; ValueError names a row or a source that gives none."
+        cfg = self.cfg
+        for i in self.mixture:
+            source = self.sources[i]
+            counts = self.counts[i]
+            try:
+                value = next(source)
+            except StopIteration:
+                _check_pass(self, i, ended=True)
+                self.mixture.retire(i)
+                continue
+            if source.epoch > self.kept[i] + 1 or counts["rows"] % 1000 == 0:
+                _check_pass(self, i, ended=False)
+            counts["rows"] += 1
+
+            wrong = ""
+            if isinstance(value, BadRecord):
+                wrong = str(value)
+            elif not isinstance(value, str):
+                wrong = f"{source.cfg.column!r} is {type(value).__name__}, not str"
+            else:
+                try:
+                    data = utf8(value)
+                except ValueError as error:
+                    wrong = f"{source.cfg.column!r} {error}"
+            if wrong:
+                self.bad[i] = f"{source.last_place()}: {wrong}"
+                if cfg.on_error == "error":
+                    raise ValueError(self.bad[i])
+                counts["not text"] += 1
+                continue
+            if cfg.holdout and split_of(hashlib.sha256(data).digest(), cfg.holdout) != cfg.split:
+                counts["other split"] += 1
+                continue
+
+            text, cause, entry = self.filter(value, i, source.epoch)
+            self.entries += entry
+            if cause:
+                counts[cause] += 1
             if text:
-                self.mixture.count(i, len(utf8(text)))
+                size = len(utf8(text))
+                self.kept[i] = source.epoch
+                counts["documents"] += 1
+                counts["bytes"] += size
+                self.mixture.count(i, size)
                 return i, text
-            self.mixture.retire(i)
+        raise StopIteration
 
     def get_state(self) -> dict:
         "The position as plain JSON; the log of the filter is kept apart."
@@ -174,58 +214,13 @@ class Documents:
         self.mixture.set_state(state["mixture"])
         self.counts = [Counter(counts) for counts in state["counts"]]
         self.kept = list(state["kept"])
-        memory = self.filter.memory
-        memory.refill(log, state["logged"])  # guard: data: memory of copies in a position
+        memory = Memory(self.filter.keys, self.cfg.window, log, state["logged"])
+        self.filter.memory = memory  # guard: data: memory of copies in a position
 
     def read_so_far(self) -> dict:
         "Counts and epoch of each source."
         epochs = [source.epoch for source in self.sources]
         return dict(counts=[dict(counts) for counts in self.counts], epochs=epochs)
-
-
-def _next_text(docs: Documents, i: int) -> str:
-    "The next kept text of source i, empty at its end; ValueError as `_judge` and `_check_pass`."
-    source = docs.sources[i]
-    counts = docs.counts[i]
-    for value in source:
-        if source.epoch > docs.kept[i] + 1 or counts["rows"] % 1000 == 0:
-            _check_pass(docs, i, ended=False)
-        counts["rows"] += 1
-        text, cause, entry = _judge(docs, i, value)
-        docs.entries += entry
-        if cause:
-            counts[cause] += 1
-        if text:
-            docs.kept[i] = source.epoch
-            counts["documents"] += 1
-            counts["bytes"] += len(utf8(text))
-            return text
-    _check_pass(docs, i, ended=True)
-    return ""
-
-
-def _judge(docs: Documents, i: int, value: Any) -> tuple[str, str, bytes]:
-    "Text (empty: left out), cause and log entry of a row; ValueError names one that is no text."
-    cfg = docs.cfg
-    source = docs.sources[i]
-    wrong = ""
-    if isinstance(value, BadRecord):
-        wrong = str(value)
-    elif not isinstance(value, str):
-        wrong = f"{source.cfg.column!r} is {type(value).__name__}, not str"
-    else:
-        try:
-            data = utf8(value)
-        except ValueError as error:
-            wrong = f"{source.cfg.column!r} {error}"
-    if wrong:
-        docs.bad[i] = f"{source.last_place()}: {wrong}"
-        if cfg.on_error == "error":
-            raise ValueError(docs.bad[i])
-        return "", "not text", b""
-    if cfg.holdout and split_of(hashlib.sha256(data).digest(), cfg.holdout) != cfg.split:
-        return "", "other split", b""
-    return docs.filter(value, i, source.epoch)
 
 
 def _check_pass(docs: Documents, i: int, ended: bool) -> None:
@@ -291,7 +286,10 @@ class Lane:
             self.used = state["used"]
             self.logged = state["at"]["logged"]
 
-    def next_rows(self) -> tuple[np.ndarray, np.ndarray]:
+    def __iter__(self) -> "Lane":
+        return self
+
+    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
         "Ids [b u] of the next rows and which are real, u = t + 1; after the end padding."
         t = self.cfg.seq_len
         need = self.rows * t + 1  # one more than the inputs: the last target
@@ -421,7 +419,7 @@ class _LaneIterator(grain.DatasetIterator):
     def __next__(self) -> dict:
         lane = self._lanes[0]
         self._lanes.rotate(-1)
-        ids, real = lane.next_rows()
+        ids, real = next(lane)
         state, entries = lane.get_state()
         return dict(ids=ids, real=real, state=json.dumps(state), entries=entries)
 
@@ -435,8 +433,8 @@ class _LaneIterator(grain.DatasetIterator):
 FREE_SETTINGS = ("epochs", "workers", "prefetch", "on_error", "max_bad_share")  # between two runs
 
 
-class StreamLoader:
-    "An iterator of batches with an exact position; made by `stream_loader`."
+class StreamLoader(Batches):
+    "Batches straight from sources; made by `stream_loader`."
 
     def __init__(
         self,
@@ -466,9 +464,6 @@ class StreamLoader:
         self._entry = docs.filter.memory.entry
         self.set_state(dict(batch=0, lanes=first, stream=self.stream))
 
-    def __iter__(self) -> "StreamLoader":
-        return self
-
     def __next__(self) -> dict[str, np.ndarray]:
         "The next batch; ChildProcessError when a worker died, within a second or two."
         try:
@@ -481,9 +476,10 @@ class StreamLoader:
         if not any(rows["real"].any() for rows in made):
             raise StopIteration
         self.batch += 1
-        self._at = [json.loads(rows["state"]) for rows in made]
         for log, rows in zip(self._logs, made):
             log.append(rows["entries"])
+        at = [json.loads(rows["state"]) for rows in made]
+        self.mark = (self.batch, at, [(log, log.total) for log in self._logs])
         ids = np.concatenate([rows["ids"] for rows in made])[self.part]
         real = np.concatenate([rows["real"] for rows in made])[self.part]
         return as_batch(ids, real, self.cfg.documents, self.tokenizer.eos_id)
@@ -493,7 +489,8 @@ class StreamLoader:
         names = []
         for source in self.cfg.sources:
             names.append(f"{source.name}:{source.subset}" if source.subset else source.name)
-        read = [at["read"] for at in self._at]
+        _, lanes, _ = self.mark
+        read = [at["read"] for at in lanes]
         found = {}
         for i, name in enumerate(names):
             label = name if names.count(name) == 1 else f"{name}#{i}"
@@ -504,24 +501,14 @@ class StreamLoader:
             found[label]["epoch"] = min(lane["epochs"][i] for lane in read)
         return found
 
-    def bookmark(self) -> Callable[[], dict]:
-        "The position of now, to be written out later; asking costs nothing, so ask at every step."
-        epoch = min(counts["epoch"] for counts in self.counters().values())
-        state = dict(batch=self.batch, epoch=epoch, stream=dict(self.stream))
-        totals = [log.total for log in self._logs]
-        now = list(zip(self.lanes, self._at, self._logs, totals))
-
-        def write_out():
-            lanes = {}
-            for lane, at, log, total in now:
-                lanes[str(lane)] = at | {"log": log.to_text(total)}
-            return state | dict(lanes=lanes)
-
-        return write_out
-
-    def get_state(self) -> dict:
+    def get_state(self, mark: tuple | None = None) -> dict:
         "The position as plain JSON: of each lane, with the log of its filter, and its stream."
-        return self.bookmark()()
+        batch, places, logs = mark or self.mark
+        lanes = {}
+        for lane, at, (log, total) in zip(self.lanes, places, logs):
+            lanes[str(lane)] = at | {"log": log.to_text(total)}
+        epoch = min(min(at["read"]["epochs"]) for at in places)
+        return dict(batch=batch, epoch=epoch, stream=dict(self.stream), lanes=lanes)
 
     def set_state(self, state: dict) -> None:
         "Resume at a position of `get_state` or `merge_states`; ValueError for another stream."
@@ -535,16 +522,13 @@ class StreamLoader:
         if self.close:
             self.close()
         self.batch = state["batch"]
-        self._at = [{key: at[key] for key in ("at", "used", "read")} for at in states]
         self._logs = [Log(self._entry, self.cfg.window, at["log"]) for at in states]
+        at = [{key: lane[key] for key in ("at", "used", "read")} for lane in states]
+        self.mark = (self.batch, at, [(log, log.total) for log in self._logs])
         self._iterator = LaneRows(self.cfg, self.tokenizer, self.lanes, states).prefetch()
         # ends the thread or the workers once, at the latest with the program
-        self.close = weakref.finalize(self, _end_once, self._iterator)
-
-
-def _end_once(iterator: grain.DatasetIterator) -> None:
-    iterator.close()
-    iterator.close = lambda: None  # Grain's `__del__` closes again, when its modules may be gone
+        self.close = weakref.finalize(self, self._iterator.close)
+        self._iterator.close = lambda: None  # called by Grain's `__del__`, which may come too late
 
 
 def stream_loader(
