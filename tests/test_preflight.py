@@ -24,14 +24,14 @@ def test_report_on_this_machine():
     assert all(word in text for word in ("train", "prefill", "decode", "args GiB", "temp GiB", "TFLOP", "compile s"))
 
 def test_a_chip_that_is_too_small(monkeypatch):
-    monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=1e-4))
+    monkeypatch.setattr(pf, "chip_of", lambda target: replace(CHIPS["v6e"], hbm=1e-4))
     code, text = preflight_text(replace(SMALL, programs=("train",)))
     assert code == 1 and "does not fit" in text and "what to change" in text and "--model.remat block" not in text.splitlines()[1]
 
 def test_search_finds_remat_or_pieces(monkeypatch):
     "With room for half of what the plain step takes, something else fits; what fits is compiled, not guessed"
     full = preflight(replace(SMALL, programs=("train",), batch_size=16))
-    monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=0.6 * full.needed_gib))
+    monkeypatch.setattr(pf, "chip_of", lambda target: replace(CHIPS["v6e"], hbm=0.6 * full.needed_gib))
     best, tried = first_that_fits(replace(SMALL, batch_size=16, tries=8))
     assert best is not None and best.needed_gib <= 0.6 * full.needed_gib and best.config != full.config and len(tried) <= 8
     assert best.config.optim == SMALL.optim  # the update rule is the last thing to change
