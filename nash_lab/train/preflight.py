@@ -8,10 +8,10 @@ __all__ = ['ITEM_BYTES', 'IN_PLACE', 'NO_TRAFFIC', 'SHARED_MODULES', 'GIB', 'CHI
            'UPDATE_CROSSINGS', 'FSDP_TRANSFERS', 'DATA_TRANSFERS', 'TP_TRANSFERS', 'report',
            'product_flops', 'hbm_bytes', 'Op', 'parse_hlo', 'fused_ops', 'fused_bytes',
            'frame_modules', 'trip_count', 'traffic', 'row_costs', 'Chip', 'Target',
-           'PreflightConfig', 'sharded_program', 'Program', 'wanted_bytes', 'compile_program',
-           'worker', 'chip_of', 'chips_of', 'PreflightReport', 'preflight', 'Estimate',
-           'kept_bytes', 'estimate', 'candidate_settings', 'first_that_fits', 'setting_flags',
-           'advice', 'report_text', 'preflight_text']
+           'PreflightConfig', 'sharded_program', 'Program', 'compile_program', 'worker', 'chip_of',
+           'chips_of', 'PreflightReport', 'preflight', 'Estimate', 'kept_bytes', 'estimate',
+           'candidate_settings', 'first_that_fits', 'setting_flags', 'advice', 'report_text',
+           'preflight_text']
 
 # %% ../../nbs/train/45_preflight.ipynb #c003
 import json
@@ -326,21 +326,21 @@ def row_costs(
     graphdef, params = model_shapes(cfg)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def loss(params, tokens, key):
+    def row_loss(params, tokens, key):
         return nnx.merge(graphdef, params).objective(tokens, tokens, dropout_key=key)[0]
 
     saved = []
     for rows in (2, 1):
         tokens = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
         pullback = jax.eval_shape(
-            lambda params, tokens, key: jax.vjp(lambda p: loss(p, tokens, key), params)[1],
+            lambda params, tokens, key: jax.vjp(lambda p: row_loss(p, tokens, key), params)[1],
             params,
             tokens,
             key,
         )
         saved.append(tree_bytes(pullback))
     two_rows, one_row = saved
-    flops = product_flops(jax.make_jaxpr(jax.grad(loss))(params, tokens, key))
+    flops = product_flops(jax.make_jaxpr(jax.grad(row_loss))(params, tokens, key))
     return one_row, two_rows - one_row, flops
 
 # %% ../../nbs/train/45_preflight.ipynb #c033
@@ -490,18 +490,6 @@ class Program:
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def wanted_bytes(
-    message: str,  # of the compiler
-) -> float:
-    "Bytes named in an out-of-memory message; ValueError with the first line of any other."
-    found = re.search(r"([\d.]+)([KMGT])\)? exceeds|Used ([\d.]+)([KMGT]) of", message)
-    if "RESOURCE_EXHAUSTED" not in message or not found:
-        lines = [line for line in message.splitlines() if line.strip()] or ["no message"]
-        raise ValueError(f"the compiler failed: {lines[0][:300]}")
-    amount, unit = [group for group in found.groups() if group]
-    return float(amount) * UNITS[unit]
-
-# %% ../../nbs/train/45_preflight.ipynb #c047
 def compile_program(
     cfg: PreflightConfig,
     name: str,  # train, prefill or decode
@@ -526,10 +514,16 @@ def compile_program(
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
+        said = str(error)
+        found = re.search(r"([\d.]+)([KMGT])\)? exceeds|Used ([\d.]+)([KMGT]) of", said)
+        if "RESOURCE_EXHAUSTED" not in said or not found:
+            lines = [line for line in said.splitlines() if line.strip()] or ["no message"]
+            raise ValueError(f"the compiler failed: {lines[0][:300]}") from None
+        amount, unit = [group for group in found.groups() if group]
         return replace(
             counted,
             arguments=bytes_per_device(args),
-            temporaries=wanted_bytes(str(error)),
+            temporaries=float(amount) * UNITS[unit],
             seconds=time.time() - start,
             error="the temporaries alone do not fit",
         )
@@ -560,7 +554,7 @@ def compile_program(
         modules=dict(modules),
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c053
+# %% ../../nbs/train/45_preflight.ipynb #c051
 def worker():
     "The other process: a config on stdin, its programs or an error on the last line of stdout."
     job = json.load(sys.stdin)
@@ -579,7 +573,7 @@ def worker():
         answer = {"error": str(error)}
     print("\n" + json.dumps(answer))
 
-# %% ../../nbs/train/45_preflight.ipynb #c055
+# %% ../../nbs/train/45_preflight.ipynb #c053
 def chip_of(target: str) -> Chip:
     "Peaks of one chip of a target; `local` is the first device of this machine."
     if target in TARGETS:
@@ -663,7 +657,7 @@ def preflight(cfg: PreflightConfig) -> PreflightReport:
     programs = [from_json(Program, program) for program in answer["programs"]]
     return PreflightReport(cfg, chip, tuple(programs))
 
-# %% ../../nbs/train/45_preflight.ipynb #c059
+# %% ../../nbs/train/45_preflight.ipynb #c057
 class Estimate(NamedTuple):
     "GiB on each chip and seconds of a train step, without compiling."
 
@@ -688,7 +682,7 @@ def kept_bytes(
     state = jax.eval_shape(optimizer(optim, 10**6).init, params)
     return tree_bytes(params), tree_bytes(state)
 
-# %% ../../nbs/train/45_preflight.ipynb #c060
+# %% ../../nbs/train/45_preflight.ipynb #c058
 # How often an array crosses the memory. Activations: written, read, the same in the backward
 # pass, and once or twice more for what is computed again.
 ACTIVATION_CROSSINGS = {"none": 4, "dots": 5, "block": 6}
@@ -750,7 +744,7 @@ def estimate(
         seconds=chip.seconds(flops, moved) + linked / chip.link,
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c066
+# %% ../../nbs/train/45_preflight.ipynb #c064
 def candidate_settings(
     cfg: PreflightConfig,
 ) -> list[tuple[PreflightConfig, Estimate]]:
@@ -806,7 +800,7 @@ def first_that_fits(
             return found, tried
     return None, tried
 
-# %% ../../nbs/train/45_preflight.ipynb #c070
+# %% ../../nbs/train/45_preflight.ipynb #c068
 def setting_flags(
     cfg: PreflightConfig,  # a setting
 ) -> str:
