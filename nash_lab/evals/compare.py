@@ -6,8 +6,8 @@ intervals hide."""
 
 # %% auto #0
 __all__ = ['COUNTS', 'FORMAT', 'mcnemar', 'sign_flip', 'holm', 'EvalConfig', 'run_task',
-           'score_programs', 'evaluate_tasks', 'describe_report', 'Paired', 'Comparison',
-           'read_report', 'check_same', 'compare', 'describe_comparison']
+           'evaluate_tasks', 'describe_report', 'Paired', 'Comparison', 'compare',
+           'describe_comparison']
 
 # %% ../../nbs/evals/55_compare.ipynb #c003
 import hashlib
@@ -28,11 +28,10 @@ from ..core.text import Tokenizer
 from nash_lab.evals.code_tasks import (
     CODE_EVAL,
     Attempts,
-    choose_attempts,
-    data_folder,
+    Data,
     load_task,
-    pass_at_k,
     quiet,
+    score_programs,
 )
 from .lm_eval import Responder, front_of, lm_eval_model
 from .sandbox import Limits
@@ -122,11 +121,8 @@ def run_task(
     "One task's part of the report, as JSON values."
     from lm_eval.evaluator import evaluate
 
-    folder = data_folder(cfg.data)
-    limit = cfg.limit[0]
-    if len(cfg.limit) > 1:
-        limit = cfg.limit[cfg.names.index(name)]
-    loaded = load_task(name, folder, shots=cfg.shots, seed=cfg.seed, attempts=cfg.attempts)
+    limit = cfg.limit[cfg.names.index(name) % len(cfg.limit)]  # one for all tasks, or one for each
+    loaded = load_task(name, cfg.data, shots=cfg.shots, seed=cfg.seed, attempts=cfg.attempts)
     before = model.counts.copy()
     CODE_EVAL.limits = cfg.limits
     CODE_EVAL.log.clear()
@@ -164,7 +160,10 @@ def run_task(
     settings = {"shots": loaded.task.config.num_fewshot, "max_new_tokens": cfg.max_new_tokens}
     if loaded.code:
         settings["attempts"] = to_json(cfg.attempts)
-        score_programs(items, records, model, cfg)
+        programs, passed = zip(*CODE_EVAL.log)
+        scored = score_programs(model, records, programs, passed, cfg.attempts, cfg.limits)
+        for i, item in enumerate(items):
+            item["scores"] = {metric: float(values[i]) for metric, values in scored.items()}
 
     metrics = {}
     lower = []
@@ -175,11 +174,8 @@ def run_task(
         if higher_is_better.get(metric.split(",")[0]) is False:
             lower.append(metric)
 
-    left_out = {}
-    files = {}
-    if loaded.data:
-        left_out.update(loaded.data.left_out)
-        files = loaded.data.files
+    data = loaded.data or Data({}, {}, {})
+    left_out = dict(data.left_out)
     beyond = len(loaded.task.eval_docs) - len(items)
     if beyond:
         left_out["beyond the limit"] = beyond
@@ -192,33 +188,9 @@ def run_task(
         "version": str(loaded.task.VERSION),
         "settings": settings,
         "counts": counts,
-        "files": files,
+        "files": data.files,
         "items": items,
     }
-
-
-def score_programs(
-    items: list[dict],  # one a problem; their scores are replaced
-    records: Sequence[dict],  # of lm-eval
-    model: Responder,
-    cfg: EvalConfig,
-):
-    "pass@k of every problem, and the best of its attempts when there are several."
-    programs, passed = zip(*CODE_EVAL.log)
-    for item, good in zip(items, passed):
-        item["scores"] = {}
-        for k in cfg.attempts.k:
-            item["scores"][f"pass@{k}"] = pass_at_k(len(good), sum(good), k)
-    if cfg.attempts.samples == 1:
-        return
-
-    docs = [record["doc"] for record in records]
-    contexts = [record["arguments"][0][0] for record in records]
-    answers = [item["answers"] for item in items]
-    chosen = choose_attempts(model, docs, contexts, answers, programs, passed, cfg.limits)
-    for how, values in chosen.items():
-        for item, value in zip(items, values):
-            item["scores"][f"best of {cfg.attempts.samples} by {how}"] = float(value)
 
 # %% ../../nbs/evals/55_compare.ipynb #c023
 FORMAT = "nash_lab eval 1"
@@ -301,32 +273,6 @@ class Comparison:
     left_out: tuple[str, ...]  # tasks and metrics that only one report has
 
 
-def read_report(path: str | Path) -> dict:
-    "A report of `evaluate_tasks` from its file. FileNotFoundError or ValueError names the file."
-    report = read_json(path)
-    found = report.get("format") if isinstance(report, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path}: format {found!r}, expected {FORMAT!r}")
-    return report
-
-
-def check_same(
-    task: str,  # in both reports
-    a: dict,  # its part in A
-    b: dict,  # its part in B
-):
-    "ValueError with the first thing in which two evaluations of a task differ."
-    for key in ("version", "settings"):
-        if a[key] != b[key]:
-            raise ValueError(f"{task}: {key} differ: {a[key]} and {b[key]}")
-    if len(a["items"]) != len(b["items"]):
-        raise ValueError(f"{task}: {len(a['items'])} and {len(b['items'])} problems")
-    for x, y in zip(a["items"], b["items"]):
-        for key in ("id", "problem", "prompt"):
-            if x[key] != y[key]:
-                raise ValueError(f"{task}: item {x['id']}: another {key} in the second report")
-
-
 def compare(
     a: dict | str | Path,  # a report or its file
     b: dict | str | Path,
@@ -334,12 +280,30 @@ def compare(
     level: float = 0.05,  # a verdict has a smaller adjusted p-value
 ) -> Comparison:
     "Which is better, on what they share. ValueError when they share nothing or asked other things."
-    reports = [given if isinstance(given, dict) else read_report(given) for given in (a, b)]
+    reports = []
+    for given in (a, b):
+        report = given
+        if not isinstance(given, dict):
+            report = read_json(given)
+            found = report.get("format") if isinstance(report, dict) else None
+            if found != FORMAT:
+                raise ValueError(f"{given}: format {found!r}, expected {FORMAT!r}")
+        reports.append(report)
     tasks_a = reports[0]["tasks"]
     tasks_b = reports[1]["tasks"]
-    for task in tasks_a:
-        if task in tasks_b:
-            check_same(task, tasks_a[task], tasks_b[task])
+    for task in [name for name in tasks_a if name in tasks_b]:
+        one = tasks_a[task]
+        other = tasks_b[task]
+        for key in ("version", "settings"):
+            if one[key] != other[key]:
+                raise ValueError(f"{task}: {key} differ: {one[key]} and {other[key]}")
+        if len(one["items"]) != len(other["items"]):
+            raise ValueError(f"{task}: {len(one['items'])} and {len(other['items'])} problems")
+        for x, y in zip(one["items"], other["items"]):
+            for key in ("id", "problem", "prompt"):
+                if x[key] != y[key]:
+                    raise ValueError(f"{task}: item {x['id']}: another {key} in the second report")
+
     metrics = []
     for report in reports:
         pairs = [(task, m) for task, part in report["tasks"].items() for m in part["metrics"]]

@@ -8,9 +8,8 @@ __all__ = ['PROCESSORS', 'CHECKED', 'NO_NEW_PRIVS', 'PARENT_DEATH_SIGNAL', 'SECC
            'LANDLOCK_CREATE', 'LANDLOCK_ADD', 'LANDLOCK_RESTRICT', 'READ_FILE', 'LIST_FOLDER',
            'REFUSED', 'LAST', 'LOAD', 'EQUAL', 'ABOVE', 'BITS', 'RETURN', 'ALLOW', 'DENY', 'KILL',
            'CONVENTION', 'UNNAMED_FILE', 'WRITING', 'THREAD', 'NON_BLOCKING', 'call_numbers',
-           'kernel', 'prctl', 'set_limits', 'landlock', 'become_user', 'only_if', 'filter_program',
-           'seccomp', 'close_box', 'exception_line', 'plain_list', 'run_candidate', 'send_line',
-           'run_box']
+           'kernel', 'prctl', 'become_user', 'only_if', 'filter_program', 'close_box',
+           'exception_line', 'plain_list', 'run_candidate', 'send_line', 'run_box']
 
 # %% ../../nbs/evals/50_confine.ipynb #c003
 import builtins
@@ -70,58 +69,11 @@ def prctl(
     kernel(number, option, value, extra, 0, 0)
 
 # %% ../../nbs/evals/50_confine.ipynb #c010
-def set_limits(
-    memory_mb: int,  # address space, which bounds memory from above
-    cpu_s: int,  # seconds of processor time; a second later the kernel kills
-    files: int,  # open descriptors
-    threads: int | None,  # of this user; None: the user has other processes, leave it alone
-):
-    "Resource limits of this process and its heirs. ValueError for one above the limit in force."
-    limits = {
-        "AS": memory_mb << 20,
-        "NOFILE": files,
-        "FSIZE": 0,
-        "CORE": 0,
-        "MEMLOCK": 0,
-        "MSGQUEUE": 0,
-    }
-    for name, value in limits.items():
-        if hasattr(resource, f"RLIMIT_{name}"):
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
-    if threads is not None:
-        resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
-
-# %% ../../nbs/evals/50_confine.ipynb #c014
 NO_NEW_PRIVS, PARENT_DEATH_SIGNAL, SECCOMP = 38, 1, 22  # options of prctl
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on all processors
 READ_FILE, LIST_FOLDER = 0b0100, 0b1000
 
-
-def landlock(
-    readable: list[str],  # files and folders that stay readable; missing ones are left out
-):
-    "Refuses every access to files but reading below `readable`. OSError without Landlock."
-    prctl(NO_NEW_PRIVS, 1)
-    version = kernel(LANDLOCK_CREATE, None, 0, 1)
-    kinds = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # read, write, make, remove, ...
-    handled = struct.pack("Q", (1 << kinds) - 1)
-    if version >= 4:
-        handled += struct.pack("Q", 0b11)  # TCP: bind and connect
-    if version >= 6:
-        handled += struct.pack("Q", 0b11)  # abstract sockets, and signals to processes outside
-    rules = kernel(LANDLOCK_CREATE, handled, len(handled), 0)
-
-    for path in readable:
-        if os.path.exists(path):
-            fd = os.open(path, os.O_PATH)
-            allowed = READ_FILE | LIST_FOLDER if os.path.isdir(path) else READ_FILE
-            kernel(LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, fd), 0)
-            os.close(fd)
-    kernel(LANDLOCK_RESTRICT, rules, 0)
-    os.close(rules)
-
-# %% ../../nbs/evals/50_confine.ipynb #c018
+# %% ../../nbs/evals/50_confine.ipynb #c012
 def become_user(
     uid: int,  # user and group id, of nobody
 ):
@@ -151,7 +103,7 @@ def become_user(
                     places[i] = moved[folder] + place[len(folder) :]
                     break
 
-# %% ../../nbs/evals/50_confine.ipynb #c022
+# %% ../../nbs/evals/50_confine.ipynb #c016
 REFUSED = {}
 REFUSED["network"] = "socket 41 198 connect 42 203 bind 49 200"  # guard: sandbox: network
 REFUSED["children"] = (  # guard: sandbox: children
@@ -189,7 +141,7 @@ REFUSED["changing files"] = """
     removexattr 197 14 lremovexattr 198 15 fremovexattr 199 16"""
 LAST = 450  # the newest call known to these tables
 
-# %% ../../nbs/evals/50_confine.ipynb #c024
+# %% ../../nbs/evals/50_confine.ipynb #c018
 LOAD, EQUAL, ABOVE, BITS, RETURN = 0x20, 0x15, 0x25, 0x45, 0x06  # classic BPF instructions
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 CONVENTION = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # in which a call was made
@@ -254,33 +206,46 @@ def filter_program(
     code += only_if(call["ioctl"], 1, EQUAL, NON_BLOCKING, True, errno.ENOTTY)
     return [*code, (RETURN, 0, 0, ALLOW)]
 
-
-def seccomp(
-    threads: bool,  # may the box have threads?
-):
-    "Refuses the calls of `filter_program` from now on. OSError without seccomp in the kernel."
-    prctl(NO_NEW_PRIVS, 1)
-    program = filter_program(os.uname().machine, os.getpid(), threads)
-    code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
-    buffer = ctypes.create_string_buffer(code)
-    head = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
-    head = ctypes.create_string_buffer(head)
-    prctl(SECCOMP, 2, ctypes.addressof(head))  # mode 2: a filter
-
-# %% ../../nbs/evals/50_confine.ipynb #c031
+# %% ../../nbs/evals/50_confine.ipynb #c023
 def close_box(
-    limits: dict,  # keywords of `set_limits`
-    readable: list[str] | None,  # for `landlock`; None without it
-    uid: int | None,  # for `become_user`; None keeps the user
-    filtered: bool,  # seccomp?
-    parent: int | None,  # its process id; None where it cannot be seen from here
-    packages: list[str],  # folders to import from, beside the standard library
+    limits: dict[str, int | None],  # memory_mb, cpu_s, files, and threads of the user or None
+    readable: list[str] | None = None,  # all that stays readable; None: Landlock is not asked
+    uid: int | None = None,  # for `become_user`; None keeps the user
+    filtered: bool = False,  # seccomp?
+    parent: int | None = None,  # its process id; None where it cannot be seen from here
+    packages: tuple[str, ...] = (),  # folders to import from, beside the standard library
 ):
     "Applies the guards that are asked for. OSError or ValueError with the reason."
     sys.path += packages
-    set_limits(**limits)
+    bounds = dict.fromkeys(("FSIZE", "CORE", "MEMLOCK", "MSGQUEUE"), 0)
+    bounds["AS"] = limits["memory_mb"] << 20  # address space, which bounds memory from above
+    bounds["NOFILE"] = limits["files"]
+    if limits["threads"] is not None:  # else the user has other processes too
+        bounds["NPROC"] = limits["threads"]
+    for name, value in bounds.items():
+        if hasattr(resource, f"RLIMIT_{name}"):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    seconds = limits["cpu_s"]
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # a signal, then the end
+
     if readable is not None:  # guard: sandbox: reading files
-        landlock(readable)
+        prctl(NO_NEW_PRIVS, 1)
+        version = kernel(LANDLOCK_CREATE, None, 0, 1)
+        kinds = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # read, write, make, remove, ...
+        handled = struct.pack("Q", (1 << kinds) - 1)
+        if version >= 4:
+            handled += struct.pack("Q", 0b11)  # TCP: bind and connect
+        if version >= 6:
+            handled += struct.pack("Q", 0b11)  # abstract sockets, and signals to processes outside
+        rules = kernel(LANDLOCK_CREATE, handled, len(handled), 0)
+        for path in filter(os.path.exists, readable):
+            fd = os.open(path, os.O_PATH)
+            allowed = READ_FILE | LIST_FOLDER if os.path.isdir(path) else READ_FILE
+            kernel(LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, fd), 0)
+            os.close(fd)
+        kernel(LANDLOCK_RESTRICT, rules, 0)
+        os.close(rules)
+
     if uid is not None:
         become_user(uid)
     if parent is not None:
@@ -288,9 +253,15 @@ def close_box(
         if os.getppid() != parent:
             os._exit(1)
     if filtered:
-        seccomp(threads=uid is not None)
+        prctl(NO_NEW_PRIVS, 1)
+        program = filter_program(os.uname().machine, os.getpid(), threads=uid is not None)
+        code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+        buffer = ctypes.create_string_buffer(code)
+        head = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
+        head = ctypes.create_string_buffer(head)
+        prctl(SECCOMP, 2, ctypes.addressof(head))  # mode 2: a filter
 
-# %% ../../nbs/evals/50_confine.ipynb #c033
+# %% ../../nbs/evals/50_confine.ipynb #c031
 def exception_line(
     error: BaseException,  # whatever the code raised; its own methods may misbehave
 ) -> str:
@@ -347,7 +318,7 @@ def run_candidate(
         return {"status": status, "error": exception_line(error), "values": []}
     return {"status": "passed", "error": "", "values": values}
 
-# %% ../../nbs/evals/50_confine.ipynb #c039
+# %% ../../nbs/evals/50_confine.ipynb #c037
 def send_line(
     fd: int,  # a pipe to the parent
     message: dict,

@@ -6,8 +6,8 @@ HuggingFace model to 1e-3, and greedy answers are equal."""
 
 # %% auto #0
 __all__ = ['FIRST', 'LENGTH_NAMES', 'front_of', 'split_pair', 'target_scores', 'score_pairs',
-           'windows', 'cut_at', 'continue_until', 'read_settings', 'Answers', 'fit_prompt',
-           'Responder', 'score_texts', 'lm_eval_model']
+           'windows', 'cut_at', 'read_settings', 'Answers', 'fit_prompt', 'Responder',
+           'score_texts', 'lm_eval_model']
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c003
 import hashlib
@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from flax import nnx
-from jaxtyping import Array
 from tqdm import tqdm
 
 from ..core.configs import to_json
@@ -167,36 +166,7 @@ def cut_at(
 
 FIRST = 32  # tokens of the first stretch; every following one is twice as long
 
-
-def continue_until(
-    lm: LM,
-    prompts: Sequence[list[int]],  # ids
-    limits: Sequence[int],  # new tokens of each at most; with the prompt, they fit the window
-    finished: Callable[[int, list[int]], bool],  # has row i with its new tokens found its end?
-    how: SampleConfig,  # its max_new_tokens is not used
-    key: Array,  # of the draws
-) -> list[list[int]]:
-    "New tokens of every prompt; what stands behind the end is for the caller to cut."
-    new = [[] for _ in prompts]
-    live = list(range(len(prompts)))
-    for stretch in itertools.count():
-        live = [i for i in live if len(new[i]) < limits[i]]
-        if not live:
-            return new
-        room = min(limits[i] - len(new[i]) for i in live)
-        cfg = replace(how, max_new_tokens=min(FIRST << stretch, room))
-        so_far = [prompts[i] + new[i] for i in live]
-        drawn = rollout(lm, so_far, cfg, jax.random.fold_in(key, stretch))
-
-        going_on = []
-        for i, ids in zip(live, unpad(drawn.tokens, drawn.lengths)):
-            new[i] += ids
-            ended = ids[-1] == how.eos_id or finished(i, new[i])
-            if not ended:
-                going_on.append(i)
-        live = going_on
-
-# %% ../../nbs/evals/53_lm_eval.ipynb #c034
+# %% ../../nbs/evals/53_lm_eval.ipynb #c033
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -221,7 +191,7 @@ def read_settings(
         raise ValueError(f"generation setting {min(rest)!r} is not known here")
     return until, length, SampleConfig(1, temperature, **sampling)
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c037
+# %% ../../nbs/evals/53_lm_eval.ipynb #c036
 class Answers:
     "What a model has answered so far."
 
@@ -262,7 +232,7 @@ class Answers:
                     print(json.dumps({"key": names[i], "answer": reply}), file=file, flush=True)
         return [self.known[k] for k in keys]
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c040
+# %% ../../nbs/evals/53_lm_eval.ipynb #c039
 def fit_prompt(
     prompt: list[int],  # ids
     wanted: int,  # new tokens the task asks for
@@ -272,7 +242,7 @@ def fit_prompt(
     kept = prompt[-(window - min(wanted, window // 2)) :]
     return kept, min(wanted, window - len(kept))
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c043
+# %% ../../nbs/evals/53_lm_eval.ipynb #c042
 class Responder:
     "A model and its tokenizer behind the three requests of lm-eval, in text."
 
@@ -296,7 +266,7 @@ class Responder:
         self.most_new = most_new
         self.counts = Counter()
         self.front = front_of(tokenizer) if front is None else list(front)
-        self.front_text = "".join(map(tokenizer.piece, self.front))
+        self.front_text = "".join(tokenizer.pieces[i] for i in self.front)
 
         # What an empty context is: the front, a BOS that training has seen, or the end of a text.
         self.empty = tokenizer.eos_id
@@ -372,29 +342,48 @@ class Responder:
             group = groups.setdefault(json.dumps(settings, sort_keys=True), [])
             group.append((i, self.encode_text(context)))
 
+        batches = []
         for settings, group in groups.items():
+            group.sort(key=lambda pair: -len(pair[1]))
+            for start in range(0, len(group), self.batch_size):
+                batches.append((settings, group[start : start + self.batch_size]))
+
+        for settings, batch in batches:
             until, wanted, how = read_settings(json.loads(settings))
             wanted = min(wanted, self.most_new or wanted)
             how = replace(how, eos_id=self.tokenizer.eos_id)
-            group.sort(key=lambda pair: -len(pair[1]))
-            for start in range(0, len(group), self.batch_size):
-                batch = group[start : start + self.batch_size]
-                fits = [fit_prompt(ids, wanted, self.lm.cfg.max_len) for _, ids in batch]
-                prompts, limits = zip(*fits)
-                self.counts["batches"] += 1
-                key = jax.random.fold_in(self.key, self.counts["batches"])
-                new = continue_until(
-                    self.lm,
-                    prompts,
-                    limits,
-                    lambda _, ids: cut_at(decode(ids), until) != decode(ids),
-                    how,
-                    key,
-                )
-                for (i, _), ids in zip(batch, new):
-                    yield i, cut_at(decode(ids), until)
+            prompts = []
+            limits = []
+            for _, ids in batch:
+                kept, room = fit_prompt(ids, wanted, self.lm.cfg.max_len)
+                prompts.append(kept)
+                limits.append(room)
+            self.counts["batches"] += 1
+            key = jax.random.fold_in(self.key, self.counts["batches"])
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c050
+            # Stretch by stretch; rows that have found their stop drop out in between.
+            new = [[] for _ in batch]
+            live = list(range(len(batch)))
+            for stretch in itertools.count():
+                live = [k for k in live if len(new[k]) < limits[k]]
+                if not live:
+                    break
+                room = min(limits[k] - len(new[k]) for k in live)
+                cfg = replace(how, max_new_tokens=min(FIRST << stretch, room))
+                so_far = [prompts[k] + new[k] for k in live]
+                drawn = rollout(self.lm, so_far, cfg, jax.random.fold_in(key, stretch))
+                going_on = []
+                for k, ids in zip(live, unpad(drawn.tokens, drawn.lengths)):
+                    new[k] += ids
+                    text = decode(new[k])
+                    if ids[-1] != how.eos_id and cut_at(text, until) == text:
+                        going_on.append(k)
+                live = going_on
+
+            for (i, _), ids in zip(batch, new):
+                yield i, cut_at(decode(ids), until)
+
+# %% ../../nbs/evals/53_lm_eval.ipynb #c051
 def score_texts(
     model: Responder,
     texts: Sequence[str],  # documents, not empty
@@ -419,7 +408,7 @@ def score_texts(
         high=high,
     )
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c053
+# %% ../../nbs/evals/53_lm_eval.ipynb #c054
 def lm_eval_model(model: Responder) -> Any:
     "The model for lm_eval.simple_evaluate(model=...). ValueError when lm-eval is not installed."
     try:

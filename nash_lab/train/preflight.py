@@ -7,10 +7,9 @@
 __all__ = ['ITEM_BYTES', 'IN_PLACE', 'NO_TRAFFIC', 'SHARED_MODULES', 'GIB', 'CHIPS', 'TARGETS',
            'PROGRAMS', 'UNITS', 'ACTIVATION_CROSSINGS', 'WEIGHT_CROSSINGS', 'MOMENT_CROSSINGS',
            'UPDATE_CROSSINGS', 'FSDP_TRANSFERS', 'DATA_TRANSFERS', 'TP_TRANSFERS', 'report',
-           'product_flops', 'hbm_bytes', 'Op', 'parse_hlo', 'fused_ops', 'fused_bytes', 'op_bytes',
-           'frame_modules', 'traffic', 'trip_count', 'row_loss', 'saved_bytes', 'row_flops',
-           'Chip', 'Target', 'PreflightConfig', 'train_program', 'serve_program', 'Program',
-           'wanted_bytes', 'compile_program', 'worker', 'compile_for', 'local_chip', 'chip_of',
+           'product_flops', 'hbm_bytes', 'Op', 'parse_hlo', 'fused_ops', 'fused_bytes',
+           'frame_modules', 'trip_count', 'traffic', 'row_costs', 'Chip', 'Target',
+           'PreflightConfig', 'sharded_program', 'Program', 'compile_program', 'worker', 'chip_of',
            'chips_of', 'PreflightReport', 'preflight', 'Estimate', 'kept_bytes', 'estimate',
            'candidate_settings', 'first_that_fits', 'setting_flags', 'advice', 'report_text',
            'preflight_text']
@@ -215,25 +214,6 @@ NO_TRAFFIC = {
     *("after-all", "partition-id", "opt-barrier"),
 }
 
-
-def op_bytes(
-    op: Op,
-    shapes: dict[str, str],  # of all names in its computation
-    computations: dict[str, list[Op]],  # all of the program
-) -> float:
-    "Bytes that one instruction reads and writes."
-    if op.kind in NO_TRAFFIC or op.kind.endswith(("-done", "-update")):
-        return 0.0
-    if op.kind == "fusion":
-        return fused_bytes(fused_ops(op, computations))
-    if op.kind == "copy-start":
-        return hbm_bytes(op.shape)  # its result is a pair of target and source
-    if op.kind in ("dynamic-slice", "gather"):
-        return 2 * hbm_bytes(op.shape)
-    if op.kind in IN_PLACE:
-        return 2 * hbm_bytes(shapes.get(op.operands[IN_PLACE[op.kind]], ""))
-    return hbm_bytes(op.shape) + sum(hbm_bytes(shapes.get(name, "")) for name in op.operands)
-
 # %% ../../nbs/train/45_preflight.ipynb #c017
 SHARED_MODULES = ("model/layers",)  # count for the module that calls them
 
@@ -272,35 +252,6 @@ def frame_modules(
     return modules
 
 # %% ../../nbs/train/45_preflight.ipynb #c018
-def traffic(
-    text: str,  # of an optimized program
-) -> dict[tuple[str, str], float]:
-    "Bytes to and from main memory, by module and kind of instruction, loops run to their end."
-    computations, entry = parse_hlo(text)
-    modules = frame_modules(text)
-    total = defaultdict(float)
-
-    stack = [(entry, 1)]
-    while stack:
-        computation, times = stack.pop()
-        ops = computations.get(computation, [])
-        shapes = {op.name: op.shape for op in ops}
-        for op in ops:
-            called = re.findall(r"(?:to_apply|calls|body)=%?([\w.\-]+)", op.rest)
-            if op.kind == "while":
-                stack.append((called[0], times * trip_count(op, computations)))
-            elif op.kind in ("call", "async-start"):
-                stack.append((called[0], times))
-            elif op.kind == "conditional":
-                sides = re.findall(r"%([\w.\-]+)", op.rest.partition("metadata")[0])
-                stack += [(side, times) for side in sides]
-            else:
-                frame = re.search(r"stack_frame_id=(\d+)|$", op.rest)[1]
-                module = modules.get(frame, "other")
-                total[module, op.kind] += times * op_bytes(op, shapes, computations)
-    return dict(total)
-
-
 def trip_count(
     loop: Op,
     computations: dict[str, list[Op]],  # all of the program
@@ -319,46 +270,79 @@ def trip_count(
                 return int(limit.operands[0])
     return 1
 
-# %% ../../nbs/train/45_preflight.ipynb #c024
-def row_loss(cfg: ModelConfig) -> tuple[Callable, tuple]:
-    "The loss of rows as a function of (params, tokens, key); shapes of params and key."
-    graphdef, params = model_shapes(cfg)
+# %% ../../nbs/train/45_preflight.ipynb #c019
+def traffic(
+    text: str,  # of an optimized program
+) -> dict[tuple[str, str], float]:
+    "Bytes to and from main memory, by module and kind of instruction, loops run to their end."
+    computations, entry = parse_hlo(text)
+    modules = frame_modules(text)
+    total = defaultdict(float)
 
-    def loss_of_rows(params, tokens, key):
-        lm = nnx.merge(graphdef, params)
-        return lm.objective(tokens, tokens, dropout_key=key)[0]
+    stack = [(entry, 1)]
+    while stack:
+        computation, times = stack.pop()
+        ops = computations.get(computation, [])
+        size = {op.name: hbm_bytes(op.shape) for op in ops}
+        for op in ops:
+            called = re.findall(r"(?:to_apply|calls|body)=%?([\w.\-]+)", op.rest)
+            if op.kind == "while":
+                stack.append((called[0], times * trip_count(op, computations)))
+                continue
+            if op.kind in ("call", "async-start"):
+                stack.append((called[0], times))
+                continue
+            if op.kind == "conditional":
+                sides = re.findall(r"%([\w.\-]+)", op.rest.partition("metadata")[0])
+                stack += [(side, times) for side in sides]
+                continue
 
-    return loss_of_rows, (params, jax.eval_shape(lambda: jax.random.key(0)))
+            if op.kind in NO_TRAFFIC or op.kind.endswith(("-done", "-update")):
+                moved = 0.0
+            elif op.kind == "fusion":
+                moved = fused_bytes(fused_ops(op, computations))
+            elif op.kind == "copy-start":
+                moved = size[op.name]  # its result is a pair of target and source
+            elif op.kind in ("dynamic-slice", "gather"):
+                moved = 2 * size[op.name]
+            elif op.kind in IN_PLACE:
+                moved = 2 * size.get(op.operands[IN_PLACE[op.kind]], 0.0)
+            else:
+                moved = size[op.name] + sum(size.get(name, 0.0) for name in op.operands)
+            frame = re.search(r"stack_frame_id=(\d+)|$", op.rest)[1]
+            total[modules.get(frame, "other"), op.kind] += times * moved
+    return dict(total)
 
 # %% ../../nbs/train/45_preflight.ipynb #c025
 GIB = 2**30
 
 
 @lru_cache(maxsize=256)
-def saved_bytes(
+def row_costs(
     cfg: ModelConfig,  # its remat policy decides
-    rows: int,  # of a micro-batch
     seq_len: int,  # tokens of a row
-) -> int:
-    "Bytes the forward pass leaves for the backward pass, weights included, before fusion."
-    loss, (params, key) = row_loss(cfg)
-    tokens = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+) -> tuple[int, int, float]:
+    """Bytes that the forward pass of one row leaves for the backward pass, weights included, before
+    fusion; those of each further row; operations of both passes of a row, recomputed ones too."""
+    graphdef, params = model_shapes(cfg)
+    key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def pullback(params, tokens, key):
-        return jax.vjp(lambda p: loss(p, tokens, key), params)[1]
+    def row_loss(params, tokens, key):
+        return nnx.merge(graphdef, params).objective(tokens, tokens, dropout_key=key)[0]
 
-    return tree_bytes(jax.eval_shape(pullback, params, tokens, key))
-
-
-@lru_cache(maxsize=256)
-def row_flops(
-    cfg: ModelConfig,  # its remat policy decides what is computed twice
-    seq_len: int,  # tokens of a row
-) -> float:
-    "Operations of forward and backward pass of one row, recomputed ones included."
-    loss, (params, key) = row_loss(cfg)
-    tokens = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
-    return product_flops(jax.make_jaxpr(jax.grad(loss))(params, tokens, key))
+    saved = []
+    for rows in (2, 1):
+        tokens = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+        pullback = jax.eval_shape(
+            lambda params, tokens, key: jax.vjp(lambda p: row_loss(p, tokens, key), params)[1],
+            params,
+            tokens,
+            key,
+        )
+        saved.append(tree_bytes(pullback))
+    two_rows, one_row = saved
+    flops = product_flops(jax.make_jaxpr(jax.grad(row_loss))(params, tokens, key))
+    return one_row, two_rows - one_row, flops
 
 # %% ../../nbs/train/45_preflight.ipynb #c033
 @dataclass(frozen=True)
@@ -428,36 +412,29 @@ class PreflightConfig:
         check_that(self, "batch_size", divides, f"a multiple of accumulate={self.accumulate}")
 
 # %% ../../nbs/train/45_preflight.ipynb #c040
-def train_program(
+def sharded_program(
     cfg: PreflightConfig,
+    name: str,  # train, prefill or decode
     mesh: jax.sharding.Mesh,
-) -> tuple[Callable, tuple]:
-    "The train step of a run, jitted, and the shapes of its arguments."
+) -> tuple[Callable, tuple, int]:
+    "A jitted program of a run, the shapes of its arguments, and the tokens of one call."
     graphdef, params = model_shapes(cfg.model, lambda lm: place_rows(lm, mesh))
-    tx = optimizer(cfg.optim, 10**6)
-    state = jax.eval_shape(lambda p: fresh_state(p, tx), params)
-    shardings = state_shardings(state, mesh, zero=cfg.mesh.zero)
-    step = make_train_step(graphdef, tx, cfg.accumulate, cfg.accumulate_dtype)
+    if name == "train":
+        tx = optimizer(cfg.optim, 10**6)
+        state = jax.eval_shape(lambda p: fresh_state(p, tx), params)
+        shardings = state_shardings(state, mesh, zero=cfg.mesh.zero)
+        step = make_train_step(graphdef, tx, cfg.accumulate, cfg.accumulate_dtype)
 
-    check_rows(cfg.batch_size // cfg.accumulate, mesh)
-    batch = batch_shapes(cfg.batch_size, cfg.seq_len, cfg.documents)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    on_all = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    args = (
-        placed(state, shardings),
-        placed(batch, batch_sharding(mesh)),
-        placed(key, on_all),
-    )
-    return shard_step(step, shardings), args
-
-
-def serve_program(
-    cfg: PreflightConfig,
-    mesh: jax.sharding.Mesh,
-    length: int,  # new tokens of a row: a prompt, or 1
-) -> tuple[Callable, tuple]:
-    "New tokens into the cache and logits of the last one, jitted, and the shapes of its arguments."
-    graphdef, params = model_shapes(cfg.model, lambda lm: place_rows(lm, mesh))
+        check_rows(cfg.batch_size // cfg.accumulate, mesh)
+        batch = batch_shapes(cfg.batch_size, cfg.seq_len, cfg.documents)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        on_all = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        args = (
+            placed(state, shardings),
+            placed(batch, batch_sharding(mesh)),
+            placed(key, on_all),
+        )
+        return shard_step(step, shardings), args, cfg.batch_size * cfg.seq_len
 
     def next_logits(params, tokens, positions, cache):
         lm = nnx.merge(graphdef, params)
@@ -465,6 +442,7 @@ def serve_program(
         return lm.logits(hidden[:, -1]), cache
 
     check_rows(cfg.serve_rows, mesh)
+    length = cfg.prompt_len if name == "prefill" else 1
     tokens = jax.ShapeDtypeStruct((cfg.serve_rows, length), jnp.int32)
     tokens = placed(tokens, batch_sharding(mesh))
     cache = jax.eval_shape(
@@ -478,7 +456,8 @@ def serve_program(
         tokens,  # positions have the same shape
         placed(cache, specs),
     )
-    return jax.jit(next_logits, donate_argnums=3, out_shardings=(None, specs)), args
+    serve = jax.jit(next_logits, donate_argnums=3, out_shardings=(None, specs))
+    return serve, args, cfg.serve_rows * length
 
 # %% ../../nbs/train/45_preflight.ipynb #c043
 @dataclass(frozen=True)
@@ -512,18 +491,6 @@ class Program:
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def wanted_bytes(
-    message: str,  # of the compiler
-) -> float:
-    "Bytes named in an out-of-memory message; ValueError with the first line of any other."
-    found = re.search(r"([\d.]+)([KMGT])\)? exceeds|Used ([\d.]+)([KMGT]) of", message)
-    if "RESOURCE_EXHAUSTED" not in message or not found:
-        lines = [line for line in message.splitlines() if line.strip()] or ["no message"]
-        raise ValueError(f"the compiler failed: {lines[0][:300]}")
-    amount, unit = [group for group in found.groups() if group]
-    return float(amount) * UNITS[unit]
-
-# %% ../../nbs/train/45_preflight.ipynb #c047
 def compile_program(
     cfg: PreflightConfig,
     name: str,  # train, prefill or decode
@@ -532,17 +499,12 @@ def compile_program(
 ) -> Program:
     "Compiles one program and counts; ValueError when the mesh does not fit or the compiler fails."
     mesh = make_mesh(cfg.mesh, devices)
+    program, args, tokens = sharded_program(cfg, name, mesh)
     per_token = flops_per_token(cfg.model, cfg.seq_len)
-    if name == "train":
-        fn, args = train_program(cfg, mesh)
-        tokens = cfg.batch_size * cfg.seq_len
-    else:
-        length = cfg.prompt_len if name == "prefill" else 1
-        fn, args = serve_program(cfg, mesh, length)
-        tokens = cfg.serve_rows * length
+    if name != "train":
         per_token /= 3  # the forward pass alone; the backward pass costs twice as much
 
-    traced = fn.trace(*args)
+    traced = program.trace(*args)
     counted = Program(
         name=name,
         tokens=tokens,
@@ -553,10 +515,16 @@ def compile_program(
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
+        said = str(error)
+        found = re.search(r"([\d.]+)([KMGT])\)? exceeds|Used ([\d.]+)([KMGT]) of", said)
+        if "RESOURCE_EXHAUSTED" not in said or not found:
+            lines = [line for line in said.splitlines() if line.strip()] or ["no message"]
+            raise ValueError(f"the compiler failed: {lines[0][:300]}") from None
+        amount, unit = [group for group in found.groups() if group]
         return replace(
             counted,
             arguments=bytes_per_device(args),
-            temporaries=wanted_bytes(str(error)),
+            temporaries=float(amount) * UNITS[unit],
             seconds=time.time() - start,
             error="the temporaries alone do not fit",
         )
@@ -587,7 +555,7 @@ def compile_program(
         modules=dict(modules),
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c053
+# %% ../../nbs/train/45_preflight.ipynb #c051
 def worker():
     "The other process: a config on stdin, its programs or an error on the last line of stdout."
     job = json.load(sys.stdin)
@@ -606,54 +574,11 @@ def worker():
         answer = {"error": str(error)}
     print("\n" + json.dumps(answer))
 
-# %% ../../nbs/train/45_preflight.ipynb #c054
-def compile_for(
-    cfg: PreflightConfig,  # with a TPU as its target
-) -> list[Program]:
-    "Compiles for a TPU in another process; ValueError in one line when that cannot be done."
-    where = f"target {cfg.target!r}"
-    if find_spec("libtpu") is None:
-        raise ValueError(f"{where} needs libtpu, which is not installed (pip install libtpu)")
-
-    with TemporaryDirectory() as dump:
-        flags = os.environ.get("XLA_FLAGS", "").split()
-        known = [
-            flag for flag in flags if not flag.startswith("--xla_cpu")
-        ]  # libtpu stops at others
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": TARGETS[cfg.target].kind,
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "XLA_FLAGS": " ".join([*known, f"--xla_dump_to={dump}", "--xla_dump_hlo_as_text"]),
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-        }
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", "from nash_lab.train.preflight import worker; worker()"],
-                input=json.dumps({"config": to_json(cfg), "dump": dump}),
-                env=env,
-                capture_output=True,
-                text=True,
-                timeout=cfg.timeout_s,
-            )
-        except subprocess.TimeoutExpired:
-            late = f"the compiler took more than {cfg.timeout_s=} seconds"
-            raise ValueError(f"{where}: {late}") from None
-
-    said = done.stderr if done.returncode else done.stdout
-    last = (said.strip().splitlines() or ["no answer"])[-1]
-    if done.returncode:
-        raise ValueError(f"{where}: the compiler's process failed: {last[:300]}")
-    answer = json.loads(last)
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return [from_json(Program, program) for program in answer["programs"]]
-
-# %% ../../nbs/train/45_preflight.ipynb #c056
-def local_chip() -> Chip:
-    "What is known of the first device of this machine."
+# %% ../../nbs/train/45_preflight.ipynb #c053
+def chip_of(target: str) -> Chip:
+    "Peaks of one chip of a target; `local` is the first device of this machine."
+    if target in TARGETS:
+        return CHIPS[TARGETS[target].chip]
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -661,11 +586,6 @@ def local_chip() -> Chip:
         if kind in device.device_kind:
             return replace(CHIPS[name], hbm=memory / GIB)
     return Chip(memory / GIB, peak_flops(device.device_kind) or math.inf)
-
-
-def chip_of(target: str) -> Chip:
-    "Peaks of one chip of a target."
-    return CHIPS[TARGETS[target].chip] if target in TARGETS else local_chip()
 
 
 def chips_of(cfg: PreflightConfig) -> int:
@@ -695,13 +615,50 @@ class PreflightReport:
 def preflight(cfg: PreflightConfig) -> PreflightReport:
     "Compiles every program of `cfg` and counts; ValueError in one line when that cannot be done."
     cfg.mesh.sizes(chips_of(cfg))  # refuses a mesh that does not make the chips of the target
+    chip = chip_of(cfg.target)
     if cfg.target == "local":
         programs = [compile_program(cfg, name, jax.devices()) for name in cfg.programs]
-    else:
-        programs = compile_for(cfg)
-    return PreflightReport(cfg, chip_of(cfg.target), tuple(programs))
+        return PreflightReport(cfg, chip, tuple(programs))
+    where = f"target {cfg.target!r}"
+    if find_spec("libtpu") is None:
+        raise ValueError(f"{where} needs libtpu, which is not installed (pip install libtpu)")
 
-# %% ../../nbs/train/45_preflight.ipynb #c060
+    with TemporaryDirectory() as dump:
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        flags = [flag for flag in flags if not flag.startswith("--xla_cpu")]  # libtpu stops there
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": TARGETS[cfg.target].kind,
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "XLA_FLAGS": " ".join([*flags, f"--xla_dump_to={dump}", "--xla_dump_hlo_as_text"]),
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", "from nash_lab.train.preflight import worker; worker()"],
+                input=json.dumps({"config": to_json(cfg), "dump": dump}),
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=cfg.timeout_s,
+            )
+        except subprocess.TimeoutExpired:
+            late = f"the compiler took more than {cfg.timeout_s=} seconds"
+            raise ValueError(f"{where}: {late}") from None
+
+    said = done.stderr if done.returncode else done.stdout
+    last = (said.strip().splitlines() or ["no answer"])[-1]
+    if done.returncode:
+        raise ValueError(f"{where}: the compiler's process failed: {last[:300]}")
+    answer = json.loads(last)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    programs = [from_json(Program, program) for program in answer["programs"]]
+    return PreflightReport(cfg, chip, tuple(programs))
+
+# %% ../../nbs/train/45_preflight.ipynb #c057
 class Estimate(NamedTuple):
     "GiB on each chip and seconds of a train step, without compiling."
 
@@ -726,7 +683,7 @@ def kept_bytes(
     state = jax.eval_shape(optimizer(optim, 10**6).init, params)
     return tree_bytes(params), tree_bytes(state)
 
-# %% ../../nbs/train/45_preflight.ipynb #c061
+# %% ../../nbs/train/45_preflight.ipynb #c058
 # How often an array crosses the memory. Activations: written, read, the same in the backward
 # pass, and once or twice more for what is computed again.
 ACTIVATION_CROSSINGS = {"none": 4, "dots": 5, "block": 6}
@@ -758,19 +715,15 @@ def estimate(
         gradients *= 2.0 if cfg.accumulate_dtype == "float32" else 1.5
 
     # The second row costs what a row costs: weights are saved once, whatever the rows.
-    saved_row = {}
-    for remat in ("none", model.remat):
-        config = replace(model, remat=remat)
-        one_row = saved_bytes(config, 1, cfg.seq_len)
-        two_rows = saved_bytes(config, 2, cfg.seq_len)
-        saved_row[remat] = two_rows - one_row
-    saved = rows * saved_row[model.remat]
+    _, all_of_row, _ = row_costs(replace(model, remat="none"), cfg.seq_len)
+    _, saved_row, row_flops = row_costs(model, cfg.seq_len)
+    saved = rows * saved_row
     if model.remat != "none":
-        one_block = saved_row["none"] / model.layers  # all of it is there while it is made again
+        one_block = all_of_row / model.layers  # all of it is there while it is made again
         saved += rows * one_block / tp
 
-    flops = row_flops(model, cfg.seq_len) * rows * cfg.accumulate / tp
-    activations = ACTIVATION_CROSSINGS[model.remat] * rows * saved_row["none"] / tp
+    flops = row_flops * rows * cfg.accumulate / tp
+    activations = ACTIVATION_CROSSINGS[model.remat] * rows * all_of_row / tp
     moved = cfg.accumulate * (activations + WEIGHT_CROSSINGS * weights)
     moved += MOMENT_CROSSINGS * moments
     moved += UPDATE_CROSSINGS * weights
@@ -792,7 +745,7 @@ def estimate(
         seconds=chip.seconds(flops, moved) + linked / chip.link,
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c067
+# %% ../../nbs/train/45_preflight.ipynb #c064
 def candidate_settings(
     cfg: PreflightConfig,
 ) -> list[tuple[PreflightConfig, Estimate]]:
@@ -848,7 +801,7 @@ def first_that_fits(
             return found, tried
     return None, tried
 
-# %% ../../nbs/train/45_preflight.ipynb #c071
+# %% ../../nbs/train/45_preflight.ipynb #c068
 def setting_flags(
     cfg: PreflightConfig,  # a setting
 ) -> str:
