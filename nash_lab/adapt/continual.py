@@ -7,9 +7,9 @@ every time (three seeds, [studies/learning](../studies/91_learning.ipynb))."""
 
 # %% auto #0
 __all__ = ['Policy', 'REJECTED', 'Kept', 'read_as', 'ReplayBuffer', 'paired_change', 'CodeProbe',
-           'TextGate', 'SkillGate', 'Suite', 'load_suite', 'TextScore', 'SkillScore', 'SuiteReport',
-           'evaluate_suite', 'Rejected', 'Check', 'GateDecision', 'decide', 'gated_update',
-           'ContinualConfig', 'continual']
+           'TextGate', 'SkillGate', 'Suite', 'load_suite', 'TextScore', 'SkillScore',
+           'SuiteReport', 'evaluate_suite', 'Rejected', 'Check', 'GateDecision', 'decide',
+           'gated_update', 'ContinualConfig', 'continual']
 
 # %% ../../nbs/adapt/63_continual.ipynb #c003
 import hashlib
@@ -326,7 +326,7 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
 
     encode = encoder(tokenizer, suite.before)
 
-    def answer(prompts):
+    def greedy_answers(prompts):
         tokens, lengths = generate(
             lm,
             [encode(p) for p in prompts],
@@ -342,7 +342,7 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
 
     skills = []
     for gate in suite.skills:
-        found = run_probes(answer, gate.probes, suite.batch_size)
+        found = run_probes(greedy_answers, gate.probes, suite.batch_size)
         passed = tuple(item.passed for item in found.items)
         answers = tuple(item.answer for item in found.items)
         skills.append(SkillScore(gate.name, found.share, found.low, found.high, passed, answers))

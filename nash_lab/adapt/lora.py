@@ -310,14 +310,14 @@ def extract_adapter(lm: LM, tuned: LM, cfg: LoRAConfig) -> Adapter:
 def explained(lm: LM, tuned: LM, adapter: Adapter, scale: float = 1.0) -> float:
     "Share of the squared difference of all weights that the adapter makes; 1 without a difference."
 
-    def distance(one, two):
+    def squared_distance(one, two):
         leaves = zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (one, two)))
         return sum(float(jnp.vdot(x - y, x - y)) for x, y in leaves)
 
-    whole = distance(tuned, lm)
+    whole = squared_distance(tuned, lm)
     if not whole:
         return 1.0
-    left = distance(tuned, merge_adapter(lm, adapter, scale))
+    left = squared_distance(tuned, merge_adapter(lm, adapter, scale))
     return 1 - left / whole
 
 # %% ../../nbs/adapt/61_lora.ipynb #c053
