@@ -5,13 +5,16 @@ bit for bit; logits agree with `transformers` within 1e-4."""
 
 # %% auto #0
 __all__ = ['TENSORS', 'FAMILIES', 'ARCHITECTURES', 'ROPE_FIELDS', 'TOKENIZER_FILES', 'TensorName',
-           'to_theirs', 'to_ours', 'rope_of', 'read_config', 'write_config', 'named_weights',
-           'load_hf', 'save_hf', 'import_run', 'chat_text']
+           'rearrange', 'read_config', 'write_config', 'named_weights', 'load_hf', 'save_hf',
+           'import_run', 'chat_text']
 
 # %% ../../nbs/adapt/60_hf.ipynb #c003
 import json
+import math
+import re
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,33 +81,17 @@ TENSORS = (
 )
 
 
-def to_theirs(weight: np.ndarray, axes: str) -> np.ndarray:
-    "One layer's weight with the axes of the file; `axes` as in the table."
-    ours, theirs = axes.split(" -> ")
-    letters = theirs.replace("(", "").replace(")", "").split()
-    turned = np.transpose(weight, [ours.split().index(letter) for letter in letters])
+def rearrange(array: np.ndarray, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
+    "The array with axes `source` as one with axes `target`; `sizes` are those of the letters."
+    order = re.findall(r"\w", source)
+    letters = re.findall(r"\w", target)
+    split = array.reshape([sizes[letter] for letter in order])
+    turned = split.transpose([order.index(letter) for letter in letters])
 
     shape = []
-    flat = False  # inside parentheses
-    for group, size in zip(theirs.split(), turned.shape):
-        if flat:
-            shape[-1] *= size
-        else:
-            shape.append(size)
-        if group.startswith("("):
-            flat = True
-        if group.endswith(")"):
-            flat = False
-    return np.ascontiguousarray(turned.reshape(shape))
-
-
-def to_ours(weight: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarray:
-    "The weight with our axes, of `shape`; the inverse of `to_theirs`."
-    ours, theirs = axes.split(" -> ")
-    letters = theirs.replace("(", "").replace(")", "").split()
-    sizes = dict(zip(ours.split(), shape))
-    split = weight.reshape([sizes[letter] for letter in letters])
-    return np.transpose(split, [letters.index(letter) for letter in ours.split()])
+    for group in re.findall(r"\(.+?\)|\w", target):
+        shape.append(math.prod(sizes[letter] for letter in re.findall(r"\w", group)))
+    return turned.reshape(shape)
 
 # %% ../../nbs/adapt/60_hf.ipynb #c010
 FAMILIES = {  # model_type: what its architecture adds to the plain model
@@ -123,27 +110,6 @@ ROPE_FIELDS = {  # of each scaling, beside factor and original length
 }
 
 
-def rope_of(config: dict) -> RopeConfig:
-    "The rotary positions of a config.json. ValueError for a scaling that is not known here."
-    new = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or new
-    theta = float(config.get("rope_theta", new.get("rope_theta", 10_000.0)))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind not in ROPE_FIELDS:
-        raise ValueError(f"rope_scaling: {kind!r}, expected default, {' or '.join(ROPE_FIELDS)}")
-    length = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    fields = {name: float(scaling[name]) for name in ROPE_FIELDS[kind] if scaling.get(name)}
-    return RopeConfig(
-        theta=theta,
-        scaling=kind,
-        factor=float(scaling["factor"]),
-        original_len=int(length),
-        **fields,
-    )
-
-
 def read_config(config: dict, dtype: str = "float32") -> ModelConfig:
     "The model of a config.json; `dtype` is that of activations. ValueError names the key."
     family = config.get("model_type")
@@ -158,6 +124,25 @@ def read_config(config: dict, dtype: str = "float32") -> ModelConfig:
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise ValueError(f"{key}=True, this library reads models without it")
+
+    # rope_theta and rope_scaling, or both in rope_parameters
+    new = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or new
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    rope = RopeConfig(theta=float(config.get("rope_theta", new.get("rope_theta", 10_000.0))))
+    if kind != "default":
+        if kind not in ROPE_FIELDS:
+            known = " or ".join(ROPE_FIELDS)
+            raise ValueError(f"rope_scaling: {kind!r}, expected default, {known}")
+        length = scaling.get("original_max_position_embeddings")
+        rope = RopeConfig(
+            theta=rope.theta,
+            scaling=kind,
+            factor=float(scaling["factor"]),
+            original_len=int(length or config["max_position_embeddings"]),
+            **{name: float(scaling[name]) for name in ROPE_FIELDS[kind] if scaling.get(name)},
+        )
+
     heads = config["num_attention_heads"]
     return ModelConfig(
         vocab_size=config["vocab_size"],
@@ -169,7 +154,7 @@ def read_config(config: dict, dtype: str = "float32") -> ModelConfig:
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         max_len=config["max_position_embeddings"],
         residual="plain",
-        rope=rope_of(config),
+        rope=rope,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         compute_dtype=dtype,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -285,7 +270,9 @@ def load_hf(folder: str | Path, dtype: str = "float32") -> LM:
                 if tensor.size != slot.size:
                     shape = list(tensor.shape)
                     raise ValueError(f"{name}: shape {shape}, expected {slot.size} numbers")
-                slot[...] = to_ours(np.asarray(tensor, np.float32), row.axes, slot.shape)
+                ours, theirs = row.axes.split(" -> ")
+                sizes = dict(zip(ours.split(), slot.shape))
+                slot[...] = rearrange(np.asarray(tensor, np.float32), theirs, ours, sizes)
                 left.discard(name)
             *above, last = row.ours.split("/")
             parent = params
@@ -342,7 +329,10 @@ def save_hf(
 
     for name in sorted(tensors):
         axes, leaf, layer = tensors[name]
-        array = to_theirs(np.asarray(leaf[layer].astype(dtype)), axes)
+        ours, theirs = axes.split(" -> ")
+        array = np.asarray(leaf[layer].astype(dtype))
+        array = rearrange(array, ours, theirs, dict(zip(ours.split(), array.shape)))
+        array = np.ascontiguousarray(array)  # of a view, the file would get the old order
         if group and size + array.nbytes > shard_bytes:
             write_part()
             group = {}
@@ -420,13 +410,10 @@ def chat_text(folder: str | Path, messages: list[dict], *, answer: bool = True) 
     def raise_exception(message):
         raise TemplateError(message)
 
-    def tojson(value, **options):
-        return json.dumps(value, ensure_ascii=False, **options)
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     try:
         program = environment.from_string(template)

@@ -8,15 +8,16 @@ of the work of full training, a fresh adapter is the base bit for bit, and the f
 # %% auto #0
 __all__ = ['Adapter', 'NAMES', 'STACKS', 'ADAPTER_TENSORS', 'ADAPTER_CONFIG', 'BEYOND_LORA',
            'Factors', 'delta', 'LoRAConfig', 'Shape', 'linear_layers', 'shape_of', 'target_shapes',
-           'init_adapter', 'Adapted', 'fitting', 'attach', 'merge_adapter', 'next_token',
-           'make_adapter_step', 'combine', 'extract_adapter', 'explained', 'peft_name',
-           'write_peft', 'peft_config', 'read_peft', 'read_adapters', 'save_merged']
+           'init_adapter', 'Adapted', 'fitting', 'attach', 'merge_adapter', 'adapter_update',
+           'combine', 'extract_adapter', 'explained', 'peft_name', 'write_peft', 'peft_config',
+           'read_peft', 'read_adapters', 'save_merged']
 
 # %% ../../nbs/adapt/61_lora.ipynb #c003
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from ..model.transformer import LM
 from ..run.checkpoint import Checkpoints
 from ..train.pretrain import write_run
 from ..train.settings import own_tokenizer, saved_config
-from ..train.step import PLAIN, apply_gradient
+from ..train.step import PLAIN, TrainState, apply_gradient
 
 # %% ../../nbs/adapt/61_lora.ipynb #c008
 class Factors(NamedTuple):
@@ -235,39 +236,38 @@ def merge_adapter(
     return lm
 
 # %% ../../nbs/adapt/61_lora.ipynb #c035
-def next_token(lm: LM, batch: dict, key: PRNGKeyArray) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    "The sum that pretraining minimises, and the number of counted targets."
-    data = dict(batch)
-    total, terms = lm.objective(*[data.pop(k) for k in PLAIN], dropout_key=key, **data)
-    return total, terms["count"]
-
-
-def make_adapter_step(
+@partial(jax.jit, static_argnames=("graphdef", "tx", "cfg", "loss"), donate_argnames="state")
+def adapter_update(
+    state: TrainState,  # of the adapter
+    params: dict,  # of the base
+    batch: dict[str, Array],
+    key: PRNGKeyArray,
+    *,
     graphdef: nnx.GraphDef,  # of the base
     tx: optax.GradientTransformation,  # sees the adapter only
     cfg: LoRAConfig,  # scale and dropout
-    loss: Callable = next_token,  # (lm, batch, key) -> (sum, count)
-) -> Callable:
-    """A jitted step (state, base params, batch, key) -> (state, metrics) on an adapter.
+    loss: Callable | None = None,  # (lm, batch, key) -> (sum, count); None: as in pretraining
+) -> tuple[TrainState, dict[str, Array]]:
+    "One step on an adapter. A non-finite loss or gradient changes neither adapter nor moments."
+    key = jax.random.fold_in(key, state.step)
 
-    The state is donated. A non-finite loss or gradient changes neither adapter nor moments.
-    """
+    def mean_loss(adapter):
+        base = nnx.merge(graphdef, params)
+        dropout_key = named_key(key, "adapter")
+        lm = attach(base, adapter, cfg.scale, rate=cfg.dropout, key=dropout_key)
+        base_key = named_key(key, "base")
+        if loss is not None:
+            total, count = loss(lm, batch, base_key)
+        else:
+            data = dict(batch)
+            plain = [data.pop(name) for name in PLAIN]
+            total, terms = lm.objective(*plain, dropout_key=base_key, **data)
+            count = terms["count"]
+        return total / jnp.maximum(count, 1)
 
-    def step(state, params, batch, key):
-        key = jax.random.fold_in(key, state.step)
-
-        def mean_loss(adapter):
-            base = nnx.merge(graphdef, params)
-            dropout_key = named_key(key, "adapter")
-            lm = attach(base, adapter, cfg.scale, rate=cfg.dropout, key=dropout_key)
-            total, count = loss(lm, batch, named_key(key, "base"))
-            return total / jnp.maximum(count, 1)
-
-        value, grads = jax.value_and_grad(mean_loss)(state.params)
-        state, norm = apply_gradient(tx, state, value, grads)
-        return state, {"loss": value, "grad_norm": norm, "skipped": state.skipped}
-
-    return jax.jit(step, donate_argnums=0)
+    value, grads = jax.value_and_grad(mean_loss)(state.params)
+    state, norm = apply_gradient(tx, state, value, grads)
+    return state, {"loss": value, "grad_norm": norm, "skipped": state.skipped}
 
 # %% ../../nbs/adapt/61_lora.ipynb #c045
 def combine(parts: Sequence[tuple[Adapter, float | Array]]) -> Adapter:
@@ -310,14 +310,14 @@ def extract_adapter(lm: LM, tuned: LM, cfg: LoRAConfig) -> Adapter:
 def explained(lm: LM, tuned: LM, adapter: Adapter, scale: float = 1.0) -> float:
     "Share of the squared difference of all weights that the adapter makes; 1 without a difference."
 
-    def distance(one, two):
+    def squared_distance(one, two):
         leaves = zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (one, two)))
         return sum(float(jnp.vdot(x - y, x - y)) for x, y in leaves)
 
-    whole = distance(tuned, lm)
+    whole = squared_distance(tuned, lm)
     if not whole:
         return 1.0
-    left = distance(tuned, merge_adapter(lm, adapter, scale))
+    left = squared_distance(tuned, merge_adapter(lm, adapter, scale))
     return 1 - left / whole
 
 # %% ../../nbs/adapt/61_lora.ipynb #c053

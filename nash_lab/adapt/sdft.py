@@ -7,10 +7,9 @@ much (three seeds, [studies/learning](../studies/91_learning.ipynb))."""
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'Divergence', 'LogProbs', 'Logits', 'AnswerMask', 'PromptStart',
-           'teacher_prompt', 'divergence', 'top_tokens', 'loss_mask', 'answer_means', 'reverse_kl',
-           'join_answers', 'answer_states', 'importance', 'SDFTConfig', 'Learner', 'model_with',
-           'sdft_update', 'Prompts', 'answer_batch', 'Example', 'read_examples', 'encoder',
-           'encode_examples', 'plan_batches', 'SDFTResult', 'distil']
+           'teacher_prompt', 'divergence', 'loss_mask', 'answer_means', 'reverse_kl',
+           'join_answers', 'answer_states', 'SDFTConfig', 'Learner', 'model_with', 'sdft_update',
+           'Example', 'encoder', 'Prompts', 'plan_batches', 'SDFTResult', 'distil']
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c003
 import math
@@ -18,7 +17,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,14 +28,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from .lora import Adapter, LoRAConfig, attach, init_adapter, merge_adapter
-from ..core.configs import check_choices, check_range, check_that, from_json
-from ..core.files import read_rows
+from ..core.configs import check_choices, check_range, check_that
 from ..core.keys import named_key
 from ..core.text import Tokenizer
 from ..model.block import map_chunks
-from ..model.generate import Rollout, SampleConfig, rollout, unpad
+from ..model.generate import SampleConfig, rollout, unpad
 from ..model.transformer import LM
-from ..run.rundir import plain
+from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer, schedule
 from ..train.step import TrainState, accumulate_gradients, apply_gradient, fresh_state
 
@@ -69,9 +66,24 @@ def divergence(
     teacher: LogProbs,  # no gradient flows there
     kind: Divergence = "reverse",
     mix: float = 0.5,  # m, js only: near 0 it goes like forward, near 1 like reverse
+    top_k: int = 0,  # on the teacher's k likeliest tokens and all others together; 0: on all
 ) -> Float[Array, "*m"]:
     "Nats between two distributions, at every position. ValueError for another kind."
     teacher = jax.lax.stop_gradient(teacher)
+    if 0 < top_k < teacher.shape[-1]:
+        _, top = jax.lax.top_k(teacher, top_k)
+        nowhere = jnp.zeros(teacher.shape, bool)
+        inside = jnp.put_along_axis(nowhere, top, True, -1, inplace=False)
+
+        def merge_others(logprobs):
+            outside = jnp.where(inside, -jnp.inf, logprobs)
+            rest = jax.nn.logsumexp(outside, -1, keepdims=True)
+            kept = jnp.take_along_axis(logprobs, top, -1)
+            return jnp.concatenate([kept, rest], -1)
+
+        student = merge_others(student)
+        teacher = merge_others(teacher)
+
     if kind == "reverse":
         return _kl(student, teacher)
     if kind == "forward":
@@ -81,24 +93,7 @@ def divergence(
     mixture = jnp.logaddexp(student + math.log1p(-mix), teacher + math.log(mix))
     return mix * _kl(teacher, mixture) + (1 - mix) * _kl(student, mixture)
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c024
-def top_tokens(student: LogProbs, teacher: LogProbs, k: int) -> tuple[LogProbs, LogProbs]:
-    "Both on the teacher's k likeliest tokens and, last, all others together; k=0 keeps all tokens."
-    if not 0 < k < teacher.shape[-1]:
-        return student, teacher
-    _, top = jax.lax.top_k(jax.lax.stop_gradient(teacher), k)
-    nowhere = jnp.zeros(teacher.shape, bool)
-    inside = jnp.put_along_axis(nowhere, top, True, -1, inplace=False)
-
-    def reduce(logprobs):
-        outside = jnp.where(inside, -jnp.inf, logprobs)
-        rest = jax.nn.logsumexp(outside, -1, keepdims=True)
-        kept = jnp.take_along_axis(logprobs, top, -1)
-        return jnp.concatenate([kept, rest], -1)
-
-    return reduce(student), reduce(teacher)
-
-# %% ../../nbs/adapt/62_sdft.ipynb #c027
+# %% ../../nbs/adapt/62_sdft.ipynb #c026
 def loss_mask(
     lengths: Int[np.ndarray, "b"],  # tokens of each answer, the EOS counted
     width: int,  # columns
@@ -112,7 +107,7 @@ def loss_mask(
     at = np.arange(width)[None]
     return (at >= first[:, None]) & (at < lengths[:, None])
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c030
+# %% ../../nbs/adapt/62_sdft.ipynb #c029
 Logits = Float[Array, "*b a v"]
 AnswerMask = Bool[Array, "*b a"]  # tokens that count
 
@@ -139,7 +134,7 @@ def reverse_kl(
     count = counted.sum().astype(jnp.float32)
     return means.sum() / jnp.maximum(count, 1)
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c034
+# %% ../../nbs/adapt/62_sdft.ipynb #c033
 def join_answers(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], width: int
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
@@ -166,19 +161,7 @@ def answer_states(
     hidden = lm.hidden(tokens, **where)
     return jnp.take_along_axis(hidden, at[:, :, None], axis=1)
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c038
-def importance(
-    learner: Float[Array, "b a"],  # log-probabilities by the model that is trained
-    sampler: Float[Array, "b a"],  # by the model that wrote the answer
-    mask: AnswerMask,
-    cap: float = 2.0,  # largest ratio of a token
-) -> Float[Array, "b"]:
-    "Mean ratio of probabilities of each answer: a constant that multiplies its loss."
-    ratio = jnp.exp(jax.lax.stop_gradient(learner) - sampler)
-    means, _ = answer_means(jnp.minimum(ratio, cap), mask)
-    return means
-
-# %% ../../nbs/adapt/62_sdft.ipynb #c044
+# %% ../../nbs/adapt/62_sdft.ipynb #c043
 PromptStart = Literal["eos", "bos", "none"]
 
 
@@ -232,7 +215,7 @@ class SDFTConfig:
         check_that(self, "template", good, expected)
         schedule(self.optim, self.steps)
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c046
+# %% ../../nbs/adapt/62_sdft.ipynb #c045
 class Learner(NamedTuple):
     "What an update maps to its successor."
 
@@ -253,12 +236,12 @@ def model_with(
     lm = nnx.merge(graphdef, base)
     return attach(lm, params, cfg.lora.scale, rate=cfg.lora.dropout, key=key)
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c048
+# %% ../../nbs/adapt/62_sdft.ipynb #c047
 @partial(jax.jit, static_argnames=("graphdef", "cfg"), donate_argnames="learner")
 def sdft_update(
     learner: Learner,
     base: dict,  # as in `model_with`
-    batch: dict[str, Array],  # from `answer_batch`
+    batch: dict[str, Array],  # rows, answers and mask, as `distil` makes them
     key: PRNGKeyArray,  # of an adapter's dropout
     *,
     graphdef: nnx.GraphDef,
@@ -283,10 +266,9 @@ def sdft_update(
             teacher_logits = teacher.logits(teacher_part)
             s = jax.nn.log_softmax(logits / cfg.temperature)
             t = jax.nn.log_softmax(teacher_logits / cfg.temperature)
-            s, t = top_tokens(s, t, cfg.top_k)
             logprobs = jax.nn.log_softmax(logits)  # as the sampler reports them, at temperature 1
             drawn = jnp.take_along_axis(logprobs, answer[..., None], -1)
-            return divergence(s, t, cfg.divergence, cfg.mix), drawn[..., 0]
+            return divergence(s, t, cfg.divergence, cfg.mix, cfg.top_k), drawn[..., 0]
 
         parts = (student_states, jax.lax.stop_gradient(teacher_states), rows["answer"])
         distances, logprobs = map_chunks(score_part, parts, student.cfg.loss_chunk)
@@ -295,7 +277,9 @@ def sdft_update(
         means, counted = answer_means(distances, rows["mask"])
         weights = jnp.ones_like(means)
         if cfg.ratio_cap:
-            weights = importance(logprobs, rows["logprobs"], rows["mask"], cfg.ratio_cap)
+            # the learner's probability over the sampler's, as a constant factor of the answer
+            ratio = jnp.exp(jax.lax.stop_gradient(logprobs) - rows["logprobs"])
+            weights, _ = answer_means(jnp.minimum(ratio, cfg.ratio_cap), rows["mask"])
         count = counted.sum().astype(jnp.float32)
         return (weights * means).sum(), (means.sum(), count)
 
@@ -320,36 +304,7 @@ def sdft_update(
     }
     return Learner(train, phi), metrics
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c050
-class Prompts(NamedTuple):
-    "One example as token ids."
-
-    student: list[int]  # x
-    teacher: list[int]  # x with c
-
-
-def answer_batch(
-    chosen: Sequence[Prompts],
-    drawn: Rollout,  # their answers
-    widths: tuple[int, int],  # columns of the student's and the teacher's rows, answers included
-    cfg: SDFTConfig,  # which tokens are scored
-) -> dict[str, np.ndarray]:
-    "What `sdft_update` learns from."
-    answers = unpad(drawn.tokens, drawn.lengths)
-    columns = drawn.tokens.shape[1]
-    batch = {
-        "answer": drawn.tokens,
-        "logprobs": drawn.logprobs,
-        "mask": loss_mask(drawn.lengths, columns, cfg.skip_tokens, cfg.skip_share),
-    }
-    for who, width in zip(Prompts._fields, widths):
-        prompts = [getattr(p, who) for p in chosen]
-        rows, last = join_answers(prompts, answers, width)
-        batch[who] = rows
-        batch[f"{who}_last"] = last
-    return batch
-
-# %% ../../nbs/adapt/62_sdft.ipynb #c059
+# %% ../../nbs/adapt/62_sdft.ipynb #c056
 @dataclass(frozen=True)
 class Example:
     "A prompt and a good answer to it. ValueError when one of them is empty."
@@ -362,12 +317,7 @@ class Example:
         for name in ("prompt", "demonstration"):
             check_that(self, name, bool(getattr(self, name).strip()), "some text")
 
-
-def read_examples(path: str | Path) -> list[Example]:
-    "Rows of prompt and demonstration. ValueError and FileNotFoundError as `read_rows`."
-    return read_rows(path, partial(from_json, Example), "examples")
-
-# %% ../../nbs/adapt/62_sdft.ipynb #c060
+# %% ../../nbs/adapt/62_sdft.ipynb #c057
 def encoder(tokenizer: Tokenizer, first: PromptStart = "eos") -> Callable[[str], list[int]]:
     "Prompt -> ids, with a token in front. ValueError for a token that the tokenizer does not have."
     if first == "none":
@@ -377,56 +327,68 @@ def encoder(tokenizer: Tokenizer, first: PromptStart = "eos") -> Callable[[str],
         raise ValueError(f"the tokenizer has no {first.upper()} token to begin a prompt with")
     return lambda text: [start, *tokenizer.encode(text)]
 
+# %% ../../nbs/adapt/62_sdft.ipynb #c059
+class Prompts(NamedTuple):
+    "One example as token ids."
 
-def encode_examples(
-    lm: LM,
-    examples: Sequence[Example],
-    cfg: SDFTConfig,  # template, and room for the answer
-    encode: Callable[[str], list[int]],  # from `encoder`, or a chat's turn
-) -> list[Prompts]:
-    "Both prompts of each example. ValueError for none, or for one that does not fit."
-    if not examples:
-        raise ValueError("no examples to learn from")
-    room = lm.cfg.max_len - cfg.max_new_tokens
-    encoded = []
-    for n, e in enumerate(examples, 1):
-        shown = e.shown or teacher_prompt(e.prompt, e.demonstration, cfg.template)
-        both = Prompts(encode(e.prompt), encode(shown))
-        student = len(both.student)
-        teacher = len(both.teacher)
-        if student == 0 or max(student, teacher) > room:
-            raise ValueError(
-                f"example {n}: {student} and {teacher} tokens in the prompts and "
-                f"max_new_tokens={cfg.max_new_tokens}, "
-                f"expected at most max_len={lm.cfg.max_len} together"
-            )
-        encoded.append(both)
-    return encoded
+    student: list[int]  # x
+    teacher: list[int]  # x with c
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c062
+
 def plan_batches(
-    encode: Callable[[Sequence[Example]], list[Prompts]],
+    lm: LM,  # for the room it has
     examples: Sequence[Example],
     buffer: Any,  # of old examples: recall(n, rng) and a length; None: there is none
     cfg: SDFTConfig,
+    encode: Callable[[str], list[int]],  # from `encoder`, or a chat's turn
     rng: np.random.Generator,  # of the order and the old examples
-) -> tuple[list[list[Prompts]], int]:
-    "The prompts of every update, and how many of each are replayed."
-    prompts = encode(examples)
+) -> tuple[list[list[Prompts]], int, dict[str, int]]:
+    """The prompts of every update, how many are replayed, and the widths of both kinds of rows.
+
+    ValueError for no examples, or one that does not fit into the model.
+    """
+    if not examples:
+        raise ValueError("no examples to learn from")
+
+    def encode_all(some):
+        encoded = []
+        for n, e in enumerate(some, 1):
+            shown = e.shown or teacher_prompt(e.prompt, e.demonstration, cfg.template)
+            both = Prompts(encode(e.prompt), encode(shown))
+            student = len(both.student)
+            teacher = len(both.teacher)
+            if student == 0 or max(student, teacher) > lm.cfg.max_len - cfg.max_new_tokens:
+                raise ValueError(
+                    f"example {n}: {student} and {teacher} tokens in the prompts and "
+                    f"max_new_tokens={cfg.max_new_tokens}, "
+                    f"expected at most max_len={lm.cfg.max_len} together"
+                )
+            encoded.append(both)
+        return encoded
+
+    prompts = encode_all(examples)
     replayed = round(cfg.replay_ratio * cfg.batch_size) if buffer else 0
     new = cfg.batch_size - replayed
-    batches, waiting = [], []
+    batches = []
+    waiting = []
     for _ in range(cfg.steps):
         while len(waiting) < new:
             waiting += rng.permutation(len(prompts)).tolist()
         batch = [prompts[i] for i in waiting[:new]]
         waiting = waiting[new:]
         if replayed:
-            batch += encode(buffer.recall(replayed, rng))
+            batch += encode_all(buffer.recall(replayed, rng))
         batches.append(batch)
-    return batches, replayed
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c065
+    # one width for all batches, so one compiled program
+    widths = {}
+    for who in Prompts._fields:
+        longest = max(len(getattr(p, who)) for batch in batches for p in batch)
+        rounded = 8 * math.ceil(longest / 8)
+        widths[who] = min(rounded + cfg.max_new_tokens, lm.cfg.max_len)
+    return batches, replayed, widths
+
+# %% ../../nbs/adapt/62_sdft.ipynb #c062
 class SDFTResult(NamedTuple):
     "A trained model and how it came about."
 
@@ -456,15 +418,7 @@ def distil(
 
     order = jax.random.key_data(named_key(key, "order"))
     rng = np.random.default_rng(np.asarray(order))
-    encode_all = partial(encode_examples, lm, cfg=cfg, encode=encode)
-    batches, replayed = plan_batches(encode_all, examples, buffer, cfg, rng)
-
-    # one width for all batches, so one compiled program
-    widths = []
-    for who in Prompts._fields:
-        longest = max(len(getattr(p, who)) for batch in batches for p in batch)
-        rounded = 8 * math.ceil(longest / 8)
-        widths.append(min(rounded + cfg.max_new_tokens, lm.cfg.max_len))
+    batches, replayed, widths = plan_batches(lm, examples, buffer, cfg, encode, rng)
 
     # theta and phi start as copies of the same parameters
     graphdef = nnx.graphdef(lm)
@@ -490,23 +444,22 @@ def distil(
     records = []
     for step, chosen in enumerate(tqdm(batches, desc="sdft", unit="step", disable=None), 1):
         # y ~ student(x): the demonstration is not visible
-        params = learner.train.params
-        if cfg.author == "teacher":
-            params = learner.teacher
+        params = learner.teacher if cfg.author == "teacher" else learner.train.params
         author = model_with(graphdef, base, params, cfg)
         prompts = [getattr(p, cfg.author) for p in chosen]
         answer_key = named_key(jax.random.fold_in(key, step), "answers")
         drawn = rollout(author, prompts, sampling, answer_key)
 
         # both score y, theta takes an optimizer step, phi follows
-        batch = answer_batch(chosen, drawn, widths, cfg)
+        answers = unpad(drawn.tokens, drawn.lengths)
+        columns = drawn.tokens.shape[1]
+        scored = loss_mask(drawn.lengths, columns, cfg.skip_tokens, cfg.skip_share)
+        batch = {"answer": drawn.tokens, "logprobs": drawn.logprobs, "mask": scored}
+        for who, width in widths.items():
+            rows, last = join_answers([getattr(p, who) for p in chosen], answers, width)
+            batch |= {who: rows, f"{who}_last": last}
         learner, metrics = sdft_update(
-            learner,
-            base,
-            batch,
-            dropout_key,
-            graphdef=graphdef,
-            cfg=static_cfg,
+            learner, base, batch, dropout_key, graphdef=graphdef, cfg=static_cfg
         )
 
         ended = [eos_id in row[:n] for row, n in zip(drawn.tokens, drawn.lengths)]
@@ -517,7 +470,7 @@ def distil(
             "ended": float(np.mean(ended)),
             "replayed": replayed,
         }
-        records.append(plain(record))
+        records.append(as_record(record))
         for hook in hooks:
             hook(records[-1], current_model)
     adapter = learner.train.params if cfg.tune == "lora" else None

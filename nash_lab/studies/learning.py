@@ -11,8 +11,8 @@ __all__ = ['DIGITS', 'OPERATORS', 'MEANINGS', 'RIVALS', 'NATIVE', 'EXPERT', 'TEM
            'prompt_of', 'read_answer', 'Symbols', 'lesson', 'answer_rows', 'train_on_rows',
            'LearningConfig', 'base_model', 'questions', 'demonstrations', 'answer_prompts',
            'share_right', 'measure_skills', 'sdft_config', 'given_answers', 'learning_curve',
-           'skill_suite', 'skill_shares', 'wrong_examples', 'skill_chain', 'study_seeds',
-           'first_at', 'curves_of', 'curve_table', 'chain_shares', 'run_study']
+           'skill_suite', 'skill_shares', 'skill_chain', 'study_seeds', 'arm_points',
+           'chain_shares', 'run_study']
 
 # %% ../../nbs/studies/91_learning.ipynb #c003
 import hashlib
@@ -377,8 +377,8 @@ def learning_curve(base: LM, cfg: LearningConfig, way: str, rate: float, seed: i
 
     if way in DISTILLED:
         settings = sdft_config(cfg, rate, seed, **DISTILLED[way])
-        hook = lambda record, current_model: look(record["step"], current_model)
-        distil(base, Symbols(), examples, settings, hooks=[hook])
+        hooks = [lambda record, current_model: look(record["step"], current_model)]
+        distil(base, Symbols(), examples, settings, hooks=hooks)
         return points
 
     pairs = given_answers(base, examples, SUPERVISED[way], seed)
@@ -425,12 +425,6 @@ def skill_shares(lm: LM, cfg: LearningConfig) -> dict[str, float]:
     return shares
 
 
-def wrong_examples(cfg: LearningConfig, seed: int) -> list[Example]:
-    "Demonstrations that teach the wrong thing: X answered with the nines complement."
-    asked = questions(["X"], cfg.examples, seed)
-    return [Example(prompt_of(*q), spell(right_answer("N", q[1]), EXPERT)) for q in asked]
-
-
 def skill_chain(base: LM, cfg: LearningConfig, rate: float, seed: int, folder: Path) -> dict:
     "Three skills with replay and gates, a planted bad update, and the skills without either."
     settings = sdft_config(cfg, rate, seed)
@@ -457,10 +451,13 @@ def skill_chain(base: LM, cfg: LearningConfig, rate: float, seed: int, folder: P
         free = distil(free, words, examples, settings).lm
         free_shares.append(skill_shares(free, cfg))
 
+    # the planted fault: X answered with the nines complement, at ten times the rate
+    asked = questions(["X"], cfg.examples, seed)
+    wrong = [Example(prompt_of(*q), spell(right_answer("N", q[1]), EXPERT)) for q in asked]
     rash = replace(settings, optim=replace(settings.optim, learning_rate=10 * rate))
     suite = skill_suite(cfg, learned)
     block = folder / f"{seed}-bad"
-    lm, bad = gated_update(lm, words, wrong_examples(cfg, seed), rash, suite, buffer, block)
+    lm, bad = gated_update(lm, words, wrong, rash, suite, buffer, block)
     verdict = {
         "accepted": bad.accepted,
         "before": bad.weights_before,
@@ -477,7 +474,7 @@ def skill_chain(base: LM, cfg: LearningConfig, rate: float, seed: int, folder: P
         "after_bad": skill_shares(lm, cfg),
     }
 
-# %% ../../nbs/studies/91_learning.ipynb #c037
+# %% ../../nbs/studies/91_learning.ipynb #c035
 def study_seeds(cfg: LearningConfig) -> list[dict]:
     "Results of every seed, from cfg.out or made now. ValueError when it has other settings."
     path = Path(cfg.out)
@@ -526,51 +523,20 @@ def study_seeds(cfg: LearningConfig) -> list[dict]:
         write_json(path, {"config": settings, "seeds": seeds})
     return seeds
 
-# %% ../../nbs/studies/91_learning.ipynb #c039
-def first_at(points: Sequence[dict], new: float = 0.95) -> dict | None:
-    "The first measurement at which the new skill is there; None when it never is."
-    for point in points:
-        if point["new"] >= new:
-            return point
-    return None
-
-
-def curves_of(seeds: Sequence[dict], way: str, rate: float) -> list[list[dict]]:
-    "The measurements of one training, seed by seed."
-    runs = [run for seed in seeds for run in seed["arms"]]
-    return [run["points"] for run in runs if (run["arm"], run["rate"]) == (way, rate)]
-
-
-def curve_table(cfg: LearningConfig, seeds: Sequence[dict]) -> str:
-    "Old skills and distance at equal new skill, and at the end."
-
-    def mean_and_deviation(points, name):
-        values = [p[name] for p in points]
-        if len(values) == 1:
-            return f"{values[0]:.2f}"
-        return f"{np.mean(values):.2f} ({np.std(values, ddof=1):.2f})"
-
-    lines = [
-        f"{'':24}{'at new >= 0.95':^36}{'at the end':^24}",
-        f"{'arm':14}{'rate':10}{'updates':>9}{'old':>14}{'KL':>13}{'old':>14}{'KL':>13}",
-    ]
-    for way, rate in cfg.trainings():
-        curves = curves_of(seeds, way, rate)
-        first = [first_at(points) for points in curves]
-        last = [points[-1] for points in curves]
-        line = f"{way:14}{rate:<10g}"
-        if all(first):
-            updates = np.mean([p["step"] for p in first])
-            old = mean_and_deviation(first, "old")
-            kl = mean_and_deviation(first, "kl")
-            line += f"{updates:9.0f}{old:>14}{kl:>13}"
-        else:
-            line += f"{'not there':>9}{'':27}"
-        old = mean_and_deviation(last, "old")
-        kl = mean_and_deviation(last, "kl")
-        line += f"{old:>14}{kl:>13}"
-        lines.append(line)
-    return "\n".join(lines)
+# %% ../../nbs/studies/91_learning.ipynb #c037
+def arm_points(
+    seeds: Sequence[dict], way: str, rate: float, new: float = 0.95
+) -> tuple[list[dict | None], list[dict]]:
+    "Of each seed, the first measurement with the new skill there, None without, and the last."
+    first = []
+    last = []
+    for seed in seeds:
+        for run in seed["arms"]:
+            if (run["arm"], run["rate"]) == (way, rate):
+                there = [point for point in run["points"] if point["new"] >= new]
+                first.append(there[0] if there else None)
+                last.append(run["points"][-1])
+    return first, last
 
 
 def chain_shares(seeds: Sequence[dict], kind: str) -> np.ndarray:
@@ -585,14 +551,41 @@ def chain_shares(seeds: Sequence[dict], kind: str) -> np.ndarray:
 def run_study(cfg: LearningConfig) -> str:
     "Run the study, or read it where it is finished, and return its report."
     seeds = study_seeds(cfg)
+
+    def mean_and_deviation(points, name):
+        values = [p[name] for p in points]
+        if len(values) == 1:
+            return f"{values[0]:.2f}"
+        return f"{np.mean(values):.2f} ({np.std(values, ddof=1):.2f})"
+
+    lines = [
+        f"{'':24}{'at new >= 0.95':^36}{'at the end':^24}",
+        f"{'arm':14}{'rate':10}{'updates':>9}{'old':>14}{'KL':>13}{'old':>14}{'KL':>13}",
+    ]
+    for way, rate in cfg.trainings():
+        first, last = arm_points(seeds, way, rate)
+        line = f"{way:14}{rate:<10g}"
+        if all(first):
+            updates = np.mean([p["step"] for p in first])
+            old = mean_and_deviation(first, "old")
+            kl = mean_and_deviation(first, "kl")
+            line += f"{updates:9.0f}{old:>14}{kl:>13}"
+        else:
+            line += f"{'not there':>9}{'':27}"
+        old = mean_and_deviation(last, "old")
+        kl = mean_and_deviation(last, "kl")
+        line += f"{old:>14}{kl:>13}"
+        lines.append(line)
+
     kept = {}  # of their best, what the earlier skills have at the end
     for kind in ("gated", "free"):
         shares = chain_shares(seeds, kind)[:, :, :3]
         kept[kind] = (shares[:, -1] / np.maximum(shares.max(1), 1e-9)).mean()
     refused = sum(not seed["sequence"]["bad"]["accepted"] for seed in seeds)
-    return (
-        f"{curve_table(cfg, seeds)}\n\n"
-        f"of their best, the earlier skills of a chain have kept {kept['gated']:.2f} with replay "
+    lines.append(
+        f"\nof their best, the earlier skills of a chain have kept {kept['gated']:.2f} with replay "
         f"and gates, {kept['free']:.2f} without; the planted bad update was refused in {refused} "
-        f"of {len(seeds)} seeds\n{cfg.out}"
+        f"of {len(seeds)} seeds"
     )
+    lines.append(cfg.out)
+    return "\n".join(lines)
