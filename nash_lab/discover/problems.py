@@ -7,10 +7,10 @@ out to the last digit, and nothing that a model writes can raise"""
 __all__ = ['SLACK', 'LETTERS', 'COMPLAINTS', 'OBJECTIVES', 'Runner', 'PROBLEMS', 'StepFunction',
            'CirclePacking', 'StringMatch', 'JSONFields', 'Distance', 'plain_numbers',
            'erdos_overlap', 'autocorrelation1', 'autocorrelation2', 'packing_radius_sum',
-           'json_inside', 'letters', 'levels', 'character_tokenizer', 'State', 'printable',
-           'Problem', 'value_of', 'Objective', 'random_steps', 'step_function', 'circle_packing',
-           'string_match', 'json_fields', 'distance', 'staged', 'code_inside', 'code_tests',
-           'code_problem', 'code_problems', 'problem_by_name']
+           'json_inside', 'numbers_inside', 'letters', 'levels', 'character_tokenizer', 'State',
+           'printable', 'Problem', 'value_of', 'Objective', 'step_function', 'circle_packing',
+           'string_match', 'json_fields', 'near_target', 'code_tests', 'code_problems',
+           'problem_by_name']
 
 # %% ../../nbs/discover/70_problems.ipynb #c003
 import gzip
@@ -139,6 +139,11 @@ def json_inside(text: str) -> Any:
     if not starts or end < min(starts):
         raise ValueError("no JSON list or object in the answer")
     return parse_json(text[min(starts) : end + 1])
+
+
+def numbers_inside(text: str, ndim: int, most: int, name: str) -> list:
+    "The list of numbers, or of rows of numbers, in a chatty answer. ValueError without one."
+    return (plain_numbers(json_inside(text), ndim, most, name) + 0.0).tolist()  # + 0.0: no -0.0
 
 # %% ../../nbs/discover/70_problems.ipynb #c028
 LETTERS = string.ascii_letters  # a is level 0, Z level 51
@@ -306,17 +311,6 @@ OBJECTIVES = {
 }
 
 # %% ../../nbs/discover/70_problems.ipynb #c045
-def random_steps(seed: int, steps: int, top: int) -> list[float]:
-    "Uniform noise of 0.4 around one half, multiples of 1/top, until rescaling leaves it below 1."
-    rng = np.random.default_rng(seed)
-    while True:
-        noise = rng.uniform(-0.4, 0.4, steps)
-        h = np.clip(0.5 + noise - noise.mean(), 0, 1)
-        h = np.round(h * top) / top
-        if 0 < h.max() <= 2 * h.mean():
-            return h.tolist()
-
-# %% ../../nbs/discover/70_problems.ipynb #c048
 def step_function(
     objective: Literal["erdos", "autocorrelation1", "autocorrelation2"] = "erdos",
     steps: int = 32,  # n of a letter answer; a JSON answer has any number up to `most`
@@ -341,32 +335,46 @@ def step_function(
         value = goal.value(heights)
         return 1 / value if goal.minimise else value
 
-    def parse_heights(text):
-        if form == "letters":
-            return [level / top for level in levels(text, steps, top)]
-        heights = plain_numbers(json_inside(text), 1, most, "heights")
-        return (heights + 0.0).tolist()  # + 0.0: no negative zero
+    def first(seed):
+        if start == "empty":
+            return None
+        rng = np.random.default_rng(seed)
+        while True:  # noise around one half, until rescaling leaves it below 1
+            noise = rng.uniform(-0.4, 0.4, steps)
+            h = np.clip(0.5 + noise - noise.mean(), 0, 1)
+            h = np.round(h * top) / top
+            if 0 < h.max() <= 2 * h.mean():
+                return h.tolist()
 
-    def ask_for_heights(state, reward):
-        h = state.solution
-        if form == "letters":
-            parent = "-" if h is None else letters(round(x * top) for x in h)
-            return f"{parent}>"
+    name = f"{objective}-{steps}"
+    if form == "letters":
+        return Problem(
+            name,
+            parse=lambda text: [level / top for level in levels(text, steps, top)],
+            grade=grade,
+            ask=lambda state, reward: (
+                f"{letters(round(x * top) for x in state.solution or ()) or '-'}>"
+            ),
+            first=first,
+            value=goal.value,
+        )
+
+    def ask(state, reward):
         last = f"none yet {state.note}"
         if reward > 0:
-            last = f"{json.dumps(h)}, {goal.value(h):.9f}"
+            last = f"{json.dumps(state.solution)}, {goal.value(state.solution):.9f}"
         return f"{goal.task}\nBest known: {goal.best}\nLast: {last}\nAnswer with a JSON list:\n"
 
     return Problem(
-        f"{objective}-{steps}",
-        parse=parse_heights,
+        name,
+        parse=lambda text: numbers_inside(text, 1, most, "heights"),
         grade=grade,
-        ask=ask_for_heights,
-        first=(lambda seed: random_steps(seed, steps, top)) if start == "random" else None,
+        ask=ask,
+        first=first,
         value=goal.value,
     )
 
-# %% ../../nbs/discover/70_problems.ipynb #c051
+# %% ../../nbs/discover/70_problems.ipynb #c048
 def circle_packing(circles: int = 26) -> Problem:
     "Circles in the unit square, sum of radii; best known 2.635983 for 26. ValueError below one."
     if not 1 <= circles <= 1000:
@@ -377,26 +385,24 @@ def circle_packing(circles: int = 26) -> Problem:
             raise ValueError(f"{len(rows)} circles, expected {circles}")
         return packing_radius_sum(rows)
 
-    def square_grid(seed):
-        k = math.isqrt(circles - 1) + 1
-        return [[(i % k + 0.5) / k, (i // k + 0.5) / k, 0.5 / k] for i in range(circles)]
-
+    k = math.isqrt(circles - 1) + 1
+    grid = [[(i % k + 0.5) / k, (i // k + 0.5) / k, 0.5 / k] for i in range(circles)]
     task = (
         f"Pack {circles} circles into the unit square, none overlapping, "
         "with the largest sum of radii."
     )
     return Problem(
         f"packing-{circles}",
-        parse=lambda text: (plain_numbers(json_inside(text), 2, 1000, "circles") + 0.0).tolist(),
+        parse=lambda text: numbers_inside(text, 2, 1000, "circles"),
         grade=grade,
         ask=lambda state, reward: (
             f"{task}\nLast: {json.dumps(state.solution)}, {reward:.9f} {state.note}\n"
             "Answer with a JSON list of [x, y, r]:\n"
         ),
-        first=square_grid,
+        first=lambda seed: grid,
     )
 
-# %% ../../nbs/discover/70_problems.ipynb #c052
+# %% ../../nbs/discover/70_problems.ipynb #c049
 def string_match(
     target: str = "hello world", prompt: str = "Guess the text.", name: str = "string"
 ) -> Problem:
@@ -415,7 +421,7 @@ def string_match(
         ask=lambda state, reward: f"{prompt}\n{state.solution or ''}\n{reward:.2f}\n",
     )
 
-# %% ../../nbs/discover/70_problems.ipynb #c055
+# %% ../../nbs/discover/70_problems.ipynb #c052
 def json_fields(prompt: str, fields: dict[str, Any], name: str = "json") -> Problem:
     "Extract the hidden `fields` from what the prompt says. ValueError when there are none."
     if not fields:
@@ -440,21 +446,22 @@ def json_fields(prompt: str, fields: dict[str, Any], name: str = "json") -> Prob
         ),
     )
 
-# %% ../../nbs/discover/70_problems.ipynb #c058
-def distance(
+# %% ../../nbs/discover/70_problems.ipynb #c055
+def near_target(
     prompt: str,
     target: Sequence[float],
     scale: float = 1.0,  # distance at which the reward is one half
     name: str = "distance",
 ) -> Problem:
     "Come close to the hidden `target`. ValueError for a target or scale that measures nothing."
-    plain_numbers(list(target), 1, 1000, "distance: target")
+    plain_numbers(list(target), 1, 1000, "near_target: target")
     if not 0 < scale < math.inf:
-        raise ValueError(f"distance: scale={scale}, expected a positive number")
+        raise ValueError(f"near_target: scale={scale}, expected a positive number")
 
     def parse_guess(text):
-        guess = json_inside(text) if "[" in text else [parse_json(text.strip())]
-        return (plain_numbers(guess, 1, 1000, "answer") + 0.0).tolist()
+        if "[" in text:
+            return numbers_inside(text, 1, 1000, "answer")
+        return (plain_numbers([parse_json(text.strip())], 1, 1, "answer") + 0.0).tolist()
 
     def grade(guess):
         if len(guess) != len(target):
@@ -469,34 +476,6 @@ def distance(
     )
 
 # %% ../../nbs/discover/70_problems.ipynb #c061
-def staged(
-    prompt: str,
-    stages: Sequence[tuple[str, Callable[[str], bool]]],  # name and check, easiest first
-    name: str = "staged",
-) -> Problem:
-    "Pass checks in order. ValueError without stages."
-    if not stages:
-        raise ValueError(f"staged {name!r} has no stages, every answer would be right")
-
-    def reached(text):
-        for i, (_, check) in enumerate(stages):
-            try:
-                if not check(text):
-                    return i
-            except COMPLAINTS:  # a check that stumbles over the answer has not passed it
-                return i
-        return len(stages)
-
-    obstacles = [f"stopped at: {stage}" for stage, _ in stages] + [""]
-    return Problem(
-        name,
-        parse=str.strip,
-        grade=lambda text: reached(text) / len(stages),
-        ask=lambda state, reward: f"{prompt}\n{state.solution or ''}\n{reward:.2f} {state.note}\n",
-        explain=lambda text: obstacles[reached(text)],
-    )
-
-# %% ../../nbs/discover/70_problems.ipynb #c064
 Runner = Callable[[str, str], tuple[bool, str]]  # code, tests -> all passed?, what was printed
 
 
@@ -517,23 +496,7 @@ def _verdict(run: Runner, code: str, setup: str, tests: tuple[str, ...]) -> tupl
             note = f"failed: {test[:200]}\n{output[-500:]}"
     return right / len(tests), note
 
-
-def code_inside(text: str) -> str:
-    "The last fenced block of an answer, or all of it; ValueError when empty or too long."
-    if len(text) > 100_000:
-        raise ValueError(f"{len(text)} characters of code, at most 100000 are run")
-    code = text
-    parts = text.split("```")
-    if len(parts) > 1:
-        code = parts[-2 if len(parts) % 2 else -1]  # the last block may be left open
-        first, _, rest = code.partition("\n")
-        if first.strip().lower() in ("python", "py", "python3", ""):
-            code = rest
-    if not code.strip() or "\0" in code:
-        raise ValueError("no code in the answer")
-    return code.strip("\n")
-
-# %% ../../nbs/discover/70_problems.ipynb #c066
+# %% ../../nbs/discover/70_problems.ipynb #c062
 def code_tests(
     prompt: str,  # the task in words, or the head of a function
     tests: Sequence[str],  # assertions, each run on its own
@@ -548,44 +511,36 @@ def code_tests(
     if not tests:
         raise ValueError(f"code_tests {name!r} has no tests, every answer would be right")
 
-    def parse_code(text):
-        code = code_inside(text)
+    def parse(text):
+        if len(text) > 100_000:
+            raise ValueError(f"{len(text)} characters of code, at most 100000 are run")
+        code = text
+        blocks = text.split("```")
+        if len(blocks) > 1:
+            code = blocks[-2 if len(blocks) % 2 else -1]  # the last block may be left open
+            language, _, rest = code.partition("\n")
+            if language.strip().lower() in ("python", "py", "python3", ""):
+                code = rest
+        if not code.strip() or "\0" in code:
+            raise ValueError("no code in the answer")
         imports, begin, _ = head.partition(f"def {entry}(")
-        return (imports if begin in code else head) + code
+        return (imports if begin in code else head) + code.strip("\n")
 
-    def ask_for_code(state, reward):
-        shown = "\n".join(tests) if len(tests) > 1 else ""
-        last = f"\nLast attempt:\n{state.solution}\n{state.note}\n" if state.solution else ""
-        return f"{prompt}\n{shown}{last}\n"
-
+    shown = "\n".join(tests) if len(tests) > 1 else ""
+    attempt = "\nLast attempt:\n{0.solution}\n{0.note}\n"
     return Problem(
         name,
-        parse=parse_code,
+        parse=parse,
         grade=lambda code: _verdict(run, code, setup, tests)[0],
-        ask=ask_for_code,
+        ask=lambda state, reward: (
+            f"{prompt}\n{shown}{attempt.format(state) if state.solution else ''}\n"
+        ),
         explain=lambda code: _verdict(run, code, setup, tests)[1],
     )
 
-# %% ../../nbs/discover/70_problems.ipynb #c070
-def code_problem(item: dict, run: Runner) -> Problem:
-    "A row of HumanEval, MBPP or sanitized MBPP as a problem. ValueError when a field is missing."
-    if not isinstance(item, dict):
-        raise ValueError(f"expected an object, found {str(item)[:40]!r}")
-    try:
-        if "entry_point" in item:
-            head = item["prompt"]
-            entry = item["entry_point"]
-            name = str(item["task_id"]).lower()
-            return code_tests(head, [f"check({entry})"], run, item["test"], head, entry, name)
-        prompt = item["text"] if "text" in item else item["prompt"]
-        setup = item.get("test_setup_code") or "\n".join(item.get("test_imports", ()))
-        return code_tests(prompt, item["test_list"], run, setup, name=f"mbpp/{item['task_id']}")
-    except KeyError as error:
-        raise ValueError(f"neither a HumanEval nor an MBPP item: no field {error}") from None
-
-
+# %% ../../nbs/discover/70_problems.ipynb #c066
 def code_problems(path: str | Path, run: Runner) -> list[Problem]:
-    "All tasks of a .jsonl, .jsonl.gz, or .json with one list. ValueError with file and line."
+    "HumanEval, MBPP or sanitized MBPP: .jsonl, .jsonl.gz or .json. ValueError: file and line."
     data = Path(path).read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
@@ -598,12 +553,27 @@ def code_problems(path: str | Path, run: Runner) -> list[Problem]:
             continue
         try:
             item = row if is_list else parse_json(row)
-            problems.append(code_problem(item, run))
+            if not isinstance(item, dict):
+                raise ValueError(f"expected an object, found {str(item)[:40]!r}")
+            if "entry_point" in item:
+                head = item["prompt"]
+                entry = item["entry_point"]
+                name = str(item["task_id"]).lower()
+                made = code_tests(head, [f"check({entry})"], run, item["test"], head, entry, name)
+            else:
+                prompt = item["text"] if "text" in item else item["prompt"]
+                setup = item.get("test_setup_code") or "\n".join(item.get("test_imports", ()))
+                name = f"mbpp/{item['task_id']}"
+                made = code_tests(prompt, item["test_list"], run, setup, name=name)
+        except KeyError as error:
+            wrong = f"neither a HumanEval nor an MBPP item: no field {error}"
+            raise ValueError(f"{path}:{number}: {wrong}") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number}: {error}") from None
+        problems.append(made)
     return problems
 
-# %% ../../nbs/discover/70_problems.ipynb #c074
+# %% ../../nbs/discover/70_problems.ipynb #c069
 PROBLEMS = {"packing": circle_packing, "string": string_match}
 PROBLEMS |= {objective: partial(step_function, objective) for objective in OBJECTIVES}
 
@@ -612,7 +582,7 @@ StepFunction = step_function
 CirclePacking = circle_packing
 StringMatch = string_match
 JSONFields = json_fields
-Distance = distance
+Distance = near_target
 
 
 def problem_by_name(

@@ -6,11 +6,10 @@
 
 # %% auto #0
 __all__ = ['LN2', 'STEEPEST', 'ARMS', 'TOLERANCE', 'tilt_kl', 'finite_rewards', 'solve_beta',
-           'entropic_advantages', 'expected_advantages', 'Arm', 'steady_adam', 'DiscoverConfig',
-           'Rollouts', 'sample_rollouts', 'OffPolicy', 'check_policy', 'shaped_advantages',
-           'policy_loss', 'make_policy_step', 'update_policy', 'Judged', 'judge_rollout',
-           'group_advantages', 'Search', 'new_search', 'ttt_round', 'best_node', 'round_metrics',
-           'log_rows']
+           'entropic_advantages', 'Arm', 'steady_adam', 'DiscoverConfig', 'Rollouts',
+           'sample_rollouts', 'policy_loss', 'OffPolicy', 'policy_step', 'update_policy', 'Judged',
+           'judge_rollout', 'group_advantages', 'Search', 'new_search', 'ttt_round', 'best_node',
+           'round_report']
 
 # %% ../../nbs/discover/72_ttt.ipynb #c003
 import math
@@ -18,8 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib import import_module
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,7 +36,7 @@ from .archive import Archive, ArchiveConfig, Node, solution_key
 from .problems import Problem, State, value_of
 from ..model.generate import SampleConfig, bucket, rollout, sequence_logprobs
 from ..model.transformer import LM
-from ..run.rundir import plain
+from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer
 from ..train.step import TrainState, accumulate_gradients, apply_gradient, fresh_state
 
@@ -98,14 +96,6 @@ def entropic_advantages(
     e = np.exp(beta * (r - r.max()))
     mean_of_others = (e.sum() - e) / (len(e) - 1)
     return e / np.maximum(mean_of_others, 1e-12) - 1
-
-
-def expected_advantages(rewards: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    "The plain policy gradient's: deviations from the mean in standard deviations; 0 if equal."
-    r = finite_rewards(rewards)
-    if r.max() == r.min():
-        return np.zeros(len(r))
-    return (r - r.mean()) / r.std()
 
 # %% ../../nbs/discover/72_ttt.ipynb #c020
 class Arm(NamedTuple):
@@ -257,6 +247,16 @@ def sample_rollouts(
     return Rollouts(tokens, drawn, sampled, texts)
 
 # %% ../../nbs/discover/72_ttt.ipynb #c027
+def policy_loss(
+    logprobs: Float[Array, "b t"],  # of the learner
+    sampled: Float[Array, "b t"],  # of the same tokens when they were drawn
+    advantages: Float[Array, "b t"],  # 0 where nothing was drawn
+) -> Float[Array, ""]:
+    "Minus the sum over tokens of advantage times probability ratio (2601.16175)."
+    ratio = jnp.exp(jnp.where(advantages == 0, 0.0, logprobs - sampled))
+    return -jnp.sum(advantages * ratio)
+
+# %% ../../nbs/discover/72_ttt.ipynb #c030
 class OffPolicy(ValueError):
     "The sampler's log-probabilities are not the learner's."
 
@@ -269,74 +269,29 @@ def _score(lm, tokens):
     return sequence_logprobs(lm, tokens)
 
 
-def check_policy(
-    lm: LM,  # as the learner has it, base and adapter
-    rollouts: Rollouts,  # of the sampler
-    rows: int = 8,  # that are compared
-) -> float:
-    "The largest difference on a few rows, nats a token; OffPolicy when they are not one policy."
-    logprobs = np.asarray(_score(lm, rollouts.tokens[:rows]))
-    difference = np.where(rollouts.drawn[:rows], logprobs - rollouts.sampled[:rows], 0.0)
-    gap = float(np.abs(difference).max())
-    most = TOLERANCE[lm.cfg.compute_dtype]
-    if gap > most:
-        raise OffPolicy(
-            f"log-probabilities of sampler and learner differ by {gap:.3g} nats, "
-            f"rounding is below {most}"
-        )
-    return gap
-
-# %% ../../nbs/discover/72_ttt.ipynb #c030
-def shaped_advantages(
-    advantages: Float[Array, "b"],  # one a rollout
-    log_ratio: Float[Array, "b t"],  # log pi(token) - log pi_0(token)
-    drawn: Bool[Array, "b t"],  # tokens that count
-    weight: float,  # lambda
-) -> Float[Array, "b t"]:
-    "Advantage of each token (2601.16175, centred as in the reference code); 0 where not drawn."
-    count = jnp.maximum(drawn.sum(dtype=jnp.float32), 1)
-    mean = jnp.sum(jnp.where(drawn, log_ratio, 0.0)) / count
-    return jnp.where(drawn, advantages[:, None] + weight * (mean - log_ratio), 0.0)
-
-
-def policy_loss(
-    logprobs: Float[Array, "b t"],  # of the learner
-    sampled: Float[Array, "b t"],  # of the same tokens when they were drawn
-    advantages: Float[Array, "b t"],  # 0 where nothing was drawn
-) -> Float[Array, ""]:
-    "Minus the sum over tokens of advantage times probability ratio (2601.16175)."
-    ratio = jnp.exp(jnp.where(advantages == 0, 0.0, logprobs - sampled))
-    return -jnp.sum(advantages * ratio)
-
-# %% ../../nbs/discover/72_ttt.ipynb #c034
-@lru_cache(maxsize=8)
-def make_policy_step(
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnames="state")
+def policy_step(
     graphdef: nnx.GraphDef,  # of the base
     optim: OptimConfig,
     lora: LoRAConfig,
     steps: int,  # of the schedule
     micro_batches: int,
-):
-    "The jitted step (state, base, batch) -> (state, numbers); the state is donated."
-    tx = optimizer(optim, steps)
+    state: TrainState,  # adapter and moments; donated
+    weights: dict,  # of the base
+    batch: dict,  # tokens, sampled, advantages [b t]
+) -> tuple[TrainState, dict]:
+    "One step of the optimizer on the loss of a round; loss, gradient norm, skipped steps."
 
-    def policy_step(state, weights, batch):
-        def negative_objective(adapter, micro, key):
-            lm = attach(
-                nnx.merge(graphdef, weights), adapter, lora.scale, rate=lora.dropout, key=key
-            )
-            logprobs = sequence_logprobs(lm, micro["tokens"])
-            value = policy_loss(logprobs, micro["sampled"], micro["advantages"])
-            return value, value
+    def negative_objective(adapter, micro, key):
+        lm = attach(nnx.merge(graphdef, weights), adapter, lora.scale, rate=lora.dropout, key=key)
+        logprobs = sequence_logprobs(lm, micro["tokens"])
+        value = policy_loss(logprobs, micro["sampled"], micro["advantages"])
+        return value, value
 
-        key = jax.random.fold_in(jax.random.key(0), state.step)
-        value, grads = accumulate_gradients(
-            negative_objective, state.params, batch, key, micro_batches
-        )
-        state, norm = apply_gradient(tx, state, value, grads)
-        return state, {"loss": value, "grad_norm": norm, "skipped": state.skipped}
-
-    return jax.jit(policy_step, donate_argnums=0)
+    key = jax.random.fold_in(jax.random.key(0), state.step)
+    value, grads = accumulate_gradients(negative_objective, state.params, batch, key, micro_batches)
+    state, norm = apply_gradient(optimizer(optim, steps), state, value, grads)
+    return state, {"loss": value, "grad_norm": norm, "skipped": state.skipped}
 
 
 def update_policy(
@@ -346,25 +301,44 @@ def update_policy(
     advantages: Float[np.ndarray, "b"],  # one a rollout
     cfg: DiscoverConfig,
 ) -> tuple[TrainState, dict]:
-    "One step on all rollouts; mean log ratio to the base (kl), loss, gradient norm, skipped steps."
-    graphdef, weights = nnx.split(base, nnx.Param)
+    "One step on all rollouts, and its numbers. OffPolicy when another adapter sampled them."
+    # one policy in sampler and learner: compared on a few rows
+    few = rollouts.tokens[:8]
+    policy = attach(base, state.params, cfg.lora.scale)
+    gaps = np.asarray(_score(policy, few)) - rollouts.sampled[:8]
+    mismatch = float(np.abs(np.where(rollouts.drawn[:8], gaps, 0.0)).max())
+    most = TOLERANCE[base.cfg.compute_dtype]
+    if mismatch > most:
+        raise OffPolicy(
+            f"log-probabilities of sampler and learner differ by {mismatch:.3g} nats, "
+            f"rounding is below {most}"
+        )
+
+    # log pi / pi_0 of each token, base scored in micro-batches
+    graphdef, params = nnx.split(base, nnx.Param)
+    weights = nnx.to_pure_dict(params)
     micros = np.split(rollouts.tokens, cfg.accumulate)
     under_base = np.concatenate([np.asarray(_score(base, tokens)) for tokens in micros])
     difference = rollouts.sampled - under_base
     log_ratio = np.where(rollouts.drawn, difference, np.float32(0))
+
+    # each token's advantage, centred over what was drawn as in the reference code
+    count = jnp.maximum(rollouts.drawn.sum(dtype=np.float32), 1)
+    mean = jnp.sum(log_ratio) / count
+    of_rollout = jnp.asarray(advantages, jnp.float32)[:, None]
+    shaped = of_rollout + cfg.kl_weight * (mean - log_ratio)
     batch = {
         "tokens": rollouts.tokens,
         "sampled": rollouts.sampled,
-        "advantages": shaped_advantages(
-            jnp.asarray(advantages, jnp.float32), log_ratio, rollouts.drawn, cfg.kl_weight
-        ),
+        "advantages": jnp.where(rollouts.drawn, shaped, 0.0),
     }
-    step = make_policy_step(graphdef, cfg.optim, cfg.lora, cfg.steps, cfg.accumulate)
-    state, numbers = step(state, nnx.to_pure_dict(weights), batch)
+    state, numbers = policy_step(
+        graphdef, cfg.optim, cfg.lora, cfg.steps, cfg.accumulate, state, weights, batch
+    )
     kl = log_ratio.sum(dtype=np.float64) / max(rollouts.drawn.sum(), 1)
-    return state, {"kl": kl, **jax.device_get(numbers)}
+    return state, {"mismatch": mismatch, "kl": kl, **jax.device_get(numbers)}
 
-# %% ../../nbs/discover/72_ttt.ipynb #c039
+# %% ../../nbs/discover/72_ttt.ipynb #c037
 class Judged(NamedTuple):
     "One judged rollout."
 
@@ -404,7 +378,9 @@ def group_advantages(
         rewards[[judged.copy for judged in group]] = 0.0
 
     if cfg.parts.estimator == "expected":
-        advantages[known] = expected_advantages(rewards[known])
+        r = rewards[known]
+        if r.max() > r.min():
+            advantages[known] = (r - r.mean()) / r.std()
         return advantages, 0.0
     beta = 2.0
     if cfg.parts.estimator == "adaptive":
@@ -412,7 +388,7 @@ def group_advantages(
     advantages[known] = entropic_advantages(rewards[known], beta)
     return advantages, beta
 
-# %% ../../nbs/discover/72_ttt.ipynb #c042
+# %% ../../nbs/discover/72_ttt.ipynb #c040
 @dataclass
 class Search:
     "What changes from round to round."
@@ -432,7 +408,7 @@ def new_search(problem: Problem, base: LM, cfg: DiscoverConfig) -> Search:
     adapter = init_adapter(base, cfg.lora, named_key(jax.random.key(cfg.seed), "adapter"))
     return Search(archive, fresh_state(adapter, optimizer(cfg.optim, cfg.steps)))
 
-# %% ../../nbs/discover/72_ttt.ipynb #c044
+# %% ../../nbs/discover/72_ttt.ipynb #c042
 def ttt_round(
     problem: Problem,
     base: LM,  # frozen
@@ -486,7 +462,6 @@ def ttt_round(
         estimates = [group_advantages(group, cfg) for group in groups]
         advantages = np.concatenate([of_group for of_group, _ in estimates])
         numbers["beta"] = float(np.median([beta for _, beta in estimates]))
-        numbers["mismatch"] = check_policy(policy, rollouts)
         search.learned, made = update_policy(base, search.learned, rollouts, advantages, cfg)
         numbers |= made
 
@@ -495,91 +470,82 @@ def ttt_round(
         search.archive.update(parent, [(judged.state, judged.reward) for judged in group])
 
     search.time_s += time.perf_counter() - started
-    record = plain(round_metrics(problem, search, groups) | numbers)
-    rows = log_rows(problem, search.step, contexts, parents, groups, rollouts, advantages)
-    return record, rows
+    record, rows = round_report(problem, search, contexts, parents, groups, rollouts, advantages)
+    return record | as_record(numbers), rows
 
-# %% ../../nbs/discover/72_ttt.ipynb #c046
+# %% ../../nbs/discover/72_ttt.ipynb #c044
 def best_node(archive: Archive) -> Node:
     "The best state so far, the oldest of equals."
     return max(archive.live(), key=lambda node: (node.reward, -node.id))
 
 
-def round_metrics(problem: Problem, search: Search, groups: Sequence[Sequence[Judged]]) -> dict:
-    "Best so far, and shares of all rollouts of a round; rewards are of those that are not lost."
-    every = [judged for group in groups for judged in group]
-    known = [judged.reward for judged in every if not judged.lost]
-    solutions = set()
-    failures = Counter()
-    for judged in every:
-        cause, _, _ = judged.state.note.partition(":")
-        if judged.state.solution is not None:
-            solutions.add(solution_key(judged.state.solution))
-        elif judged.text.strip():
-            failures[cause] += 1
-        else:
-            failures["empty"] += 1
-
-    ties = []
-    for group in groups:
-        rewards = np.array([judged.reward for judged in group])
-        ties.append(np.mean(rewards == rewards.max()))
-
-    best = best_node(search.archive)
-    return {
-        "step": search.step,
-        "rollouts": search.step * len(every),
-        "best": best.reward,
-        "best_value": value_of(problem, best.state),
-        "round_best": max(known),
-        "mean_reward": np.mean(known),
-        "valid": (len(every) - failures.total()) / len(every),
-        "distinct": len(solutions) / len(every),
-        "copies": np.mean([judged.copy for judged in every]),
-        "ties": np.mean(ties),
-        "archive": len(search.archive.live()),
-        "lost": len(every) - len(known),
-        "failures": dict(sorted(failures.items())),
-        "time_s": search.time_s,
-    }
-
-
-def log_rows(
+def round_report(
     problem: Problem,
-    step: int,
+    search: Search,  # after the round
     contexts: Sequence[str],  # one a group, as are the next two
     parents: Sequence[int],
     groups: Sequence[Sequence[Judged]],
     rollouts: Rollouts,
     advantages: Sequence,  # one a rollout, None without training
-) -> list[dict]:
-    "A line of discovery_log.jsonl for each rollout."
+) -> tuple[dict, list[dict]]:
+    "Record of a round, rewards of those that are not lost; and a line of the log a rollout."
     rows = []
+    known = []
+    solutions = set()
+    failures = Counter()
+    ties = []
     for g, group in enumerate(groups):
+        rewards = np.array([judged.reward for judged in group])
+        ties.append(np.mean(rewards == rewards.max()))
         for n, judged in enumerate(group):
-            row = {"step": step, "group": g, "rollout": n, "problem": problem.name}
-            row |= {"prompt": contexts[g], "parent": parents[g]}
+            solution = judged.state.solution
+            if not judged.lost:
+                known.append(judged.reward)
+            if solution is not None:
+                solutions.add(solution_key(solution))
+            elif judged.text.strip():
+                cause, _, _ = judged.state.note.partition(":")
+                failures[cause] += 1
+            else:
+                failures["empty"] += 1
+
             i = len(rows)
-            numbers = {
+            row = {
+                "step": search.step,
+                "group": g,
+                "rollout": n,
+                "problem": problem.name,
+                "prompt": contexts[g],
+                "parent": parents[g],
                 "advantage": advantages[i],
                 "tokens": int(rollouts.drawn[i].sum()),
                 "logprob": rollouts.sampled[i].sum(),
-            }
-            verdict = {
                 "completion": judged.text,
-                "state": judged.state.solution,
+                "state": None,
                 "note": judged.state.note,
                 "reward": judged.reward,
                 "value": value_of(problem, judged.state),
-                "valid": judged.state.solution is not None,
+                "valid": solution is not None,
                 "copy": judged.copy,
                 "lost": judged.lost,
             }
-            rows.append(row | plain(numbers) | verdict)
-    return rows
+            rows.append(as_record(row) | {"state": solution})
 
-# %% ../../nbs/discover/72_ttt.ipynb #c059
-def __getattr__(name):  # alias until the floors are joined
-    if name in ("discover", "discover_run", "DiscoverResult"):
-        return getattr(import_module("nash_lab.discover.search"), name)
-    raise AttributeError(name)
+    best = best_node(search.archive)
+    record = {
+        "step": search.step,
+        "rollouts": search.step * len(rows),
+        "best": best.reward,
+        "best_value": value_of(problem, best.state),
+        "round_best": max(known),
+        "mean_reward": np.mean(known),
+        "valid": (len(rows) - failures.total()) / len(rows),
+        "distinct": len(solutions) / len(rows),
+        "copies": np.mean([row["copy"] for row in rows]),
+        "ties": np.mean(ties),
+        "archive": len(search.archive.live()),
+        "lost": len(rows) - len(known),
+        "failures": dict(sorted(failures.items())),
+        "time_s": search.time_s,
+    }
+    return as_record(record), rows

@@ -44,7 +44,8 @@ from ..core.processes import initialize, is_main_process
 from ..data.corpus import CorpusConfig, PackedTokens, documents
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from ..discover.consolidate import ConsolidateConfig, consolidate
-from ..discover.ttt import DiscoverConfig, discover_run
+from ..discover.search import discover_run
+from ..discover.ttt import DiscoverConfig
 from nash_lab.evals.compare import (
     EvalConfig,
     compare,
