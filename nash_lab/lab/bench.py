@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARISONS', 'CODE', 'take_turns', 'timing_rows', 'AblationConfig', 'BenchConfig',
-           'train_turn', 'forward_turn', 'load_study', 'contestants_of', 'write_rows', 'bench']
+           'train_turn', 'forward_turn', 'load_study', 'write_rows', 'bench']
 
 # %% ../../nbs/lab/83_bench.ipynb #c003
 import importlib
@@ -170,13 +170,13 @@ def train_turn(model: ModelConfig, cfg: BenchConfig) -> Callable[[], None]:
     ids = jax.random.randint(key, (cfg.batch_size, cfg.seq_len + 1), 0, model.vocab_size)
     batch = dict(tokens=ids[:, :-1], targets=ids[:, 1:], mask=jnp.ones(ids[:, 1:].shape, bool))
 
-    def train_steps():
+    def turn():
         nonlocal state
         for _ in range(cfg.steps):
             state, metrics = step(state, batch, key)
         jax.block_until_ready(metrics)
 
-    return train_steps
+    return turn
 
 # %% ../../nbs/lab/83_bench.ipynb #c016
 def forward_turn(
@@ -195,13 +195,13 @@ def forward_turn(
         token = jnp.argmax(model.logits(last), -1).astype(jnp.int32)
         return jax.lax.dynamic_update_index_in_dim(tokens, token, at, axis=1)
 
-    def decode_uncached():
+    def turn():
         tokens = jnp.pad(jnp.asarray(prompts, jnp.int32), ((0, 0), (0, new_tokens)))
         for at in range(start, start + new_tokens):
             tokens = append_token(weights, tokens, at)
         return np.asarray(tokens[:, start:])
 
-    return decode_uncached
+    return turn
 
 # %% ../../nbs/lab/83_bench.ipynb #c020
 CODE = (
@@ -221,39 +221,6 @@ def load_study(name: str) -> ModuleType:
     return importlib.import_module(f"nash_lab.studies.{name}")
 
 # %% ../../nbs/lab/83_bench.ipynb #c024
-def contestants_of(what: str, cfg: BenchConfig) -> tuple[dict[str, Callable], int]:
-    "The contestants of a comparison, the peer first, and the tokens that one turn handles."
-    match what:
-        case "residual":
-            models = {"plain": cfg.model.plain()}
-            for mode in ("sinkhorn", "lite", "identity"):
-                mhc = replace(cfg.model.mhc, h_res=mode)
-                models[f"mhc {mode}"] = replace(cfg.model, residual="mhc", mhc=mhc)
-            contestants = {name: train_turn(model, cfg) for name, model in models.items()}
-            return contestants, cfg.steps * cfg.batch_size * cfg.seq_len
-
-        case "decode":
-            lm = LM(cfg.model)
-            prompts = [[5 + i] * 8 for i in range(cfg.prompts)]
-            how = dict(max_new_tokens=cfg.new_tokens, temperature=0.0)
-            contestants = {
-                "full forward per token": forward_turn(lm, prompts, cfg.new_tokens),
-                "cached loop": partial(generate, lm, prompts, **how),
-            }
-
-        case "speculative":
-            model = load(cfg.run)
-            prompts = [model.token_ids(CODE[i % len(CODE)]) for i in range(cfg.prompts)]
-            sampling = SampleConfig(max_new_tokens=cfg.new_tokens, temperature=0)
-            _, stats = speculate(model.lm, prompts, sampling)
-            ours = f"drafts {stats.acceptance:.0%}, {stats.tokens_per_call:.2f} a call"
-            contestants = {
-                "cached loop": partial(rollout, model.lm, prompts, sampling),
-                ours: partial(speculate, model.lm, prompts, sampling),
-            }
-    return contestants, cfg.new_tokens * cfg.prompts
-
-# %% ../../nbs/lab/83_bench.ipynb #c026
 def write_rows(path: str, config: object, rows: list[dict]) -> None:
     "Write rows, configuration and device to a JSON file; nothing when `path` is empty."
     if not path:
@@ -270,15 +237,45 @@ def bench(cfg: BenchConfig) -> list[dict]:
     "Measure, print the table, and write it to cfg.out when given."
     rows = []
     for what in cfg.what:
-        if what == "ablation":
-            study = load_study(what)
-            asked = study.Config(cfg.ablation, cfg.rounds, cfg.steps, cfg.out)
-            found = study.measure_variants(asked)
-            print(study.score_table(found))
-        else:
-            contestants, tokens = contestants_of(what, cfg)
-            found = timing_rows(what, take_turns(contestants, cfg.rounds), tokens)
-        rows += found
+        match what:
+            case "residual":
+                models = {"plain": cfg.model.plain()}
+                for mode in ("sinkhorn", "lite", "identity"):
+                    mhc = replace(cfg.model.mhc, h_res=mode)
+                    models[f"mhc {mode}"] = replace(cfg.model, residual="mhc", mhc=mhc)
+                contestants = {name: train_turn(model, cfg) for name, model in models.items()}
+                tokens = cfg.steps * cfg.batch_size * cfg.seq_len
+
+            case "decode":
+                lm = LM(cfg.model)
+                prompts = [[5 + i] * 8 for i in range(cfg.prompts)]
+                how = dict(max_new_tokens=cfg.new_tokens, temperature=0.0)
+                contestants = {
+                    "full forward per token": forward_turn(lm, prompts, cfg.new_tokens),
+                    "cached loop": partial(generate, lm, prompts, **how),
+                }
+                tokens = cfg.new_tokens * cfg.prompts
+
+            case "speculative":
+                model = load(cfg.run)
+                prompts = [model.token_ids(CODE[i % len(CODE)]) for i in range(cfg.prompts)]
+                sampling = SampleConfig(max_new_tokens=cfg.new_tokens, temperature=0)
+                _, stats = speculate(model.lm, prompts, sampling)
+                ours = f"drafts {stats.acceptance:.0%}, {stats.tokens_per_call:.2f} a call"
+                contestants = {
+                    "cached loop": partial(rollout, model.lm, prompts, sampling),
+                    ours: partial(speculate, model.lm, prompts, sampling),
+                }
+                tokens = cfg.new_tokens * cfg.prompts
+
+            case "ablation":
+                study = load_study(what)
+                asked = study.Config(cfg.ablation, cfg.rounds, cfg.steps, cfg.out)
+                found = study.measure_variants(asked)
+                print(study.score_table(found))
+                rows += found
+                continue
+        rows += timing_rows(what, take_turns(contestants, cfg.rounds), tokens)
 
     print(
         f"{'comparison':<12}{'contestant':<25}{'ms a turn':>11}{'tokens/s':>11}"
