@@ -122,6 +122,13 @@ def test_buffer(tmp_path):
         for k in b.kept: counts[k.arrival] += 1
     assert counts.sum() == 1800 and counts.min() > 30 and counts.max() < 95      # mean 60, deviation 7
 
+def test_a_buffer_above_the_limit_of_one_json_value(tmp_path):
+    "50,000 examples are some 50 MB, more than `read_json` takes"
+    buffer = ReplayBuffer()
+    buffer.remember([Example(f'{i}', 'x' * 1_000_000) for i in range(18)])
+    buffer.write_to(tmp_path / 'replay.json')
+    assert (tmp_path / 'replay.json').stat().st_size > 1 << 24 and read_as(ReplayBuffer, tmp_path / 'replay.json') == buffer
+
 def test_paired_change():
     "Published examples, and an interval that does not vanish when nothing flips"
     table = lambda both, first, second, never: (np.repeat([1, 1, 0, 0], [both, first, second, never]), np.repeat([1, 0, 1, 0], [both, first, second, never]))
