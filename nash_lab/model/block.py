@@ -96,12 +96,14 @@ class ModelConfig:
 
         names = ("width", "heads", "kv_heads", "head_dim", "max_len")
         shape = {name: getattr(self, name) for name in names}
-        if self.attention == "diff1":
-            self.diff.check(**shape, version=1)
-        elif self.attention != "gqa":
-            getattr(self, ATTENTIONS[self.attention][1]).check(**shape)
+        if self.attention in ("diff1", "diff2"):
+            self.diff.check_heads(**shape, version=int(self.attention[-1]))
+        elif self.attention == "mla":
+            self.mla.check_ranks(**shape)
+        elif self.attention == "maha":
+            self.maha.check_scales(**shape)
         if self.ffn == "moe":
-            self.moe.check(ffn_width=self.ffn_width)
+            self.moe.width_of(self.ffn_width)
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -309,7 +311,7 @@ class Block(nnx.Module):
         x = self.attention_norm(x)
         where = dict(positions=positions, segments=segments, cache=cache, depth=depth)
         if cfg.attention == "maha":
-            (y, cache), attention_aux = self.attention.with_aux(x, **where)
+            (y, cache), _, attention_aux = self.attention.weighted(x, **where)
         else:
             y, cache = self.attention(x, **where)
         y = drop(y, "attention")

@@ -26,7 +26,9 @@ from ..core.configs import check_choices, check_range, check_that
 # %% ../../nbs/model/10_layers.ipynb #c006
 def wide(x: Float[Array, "*m"]) -> Float[Array, "*m"]:
     "At least fp32: half precisions are widened, float32 and float64 stay."
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    if x.dtype == jnp.float64:
+        return x
+    return x.astype(jnp.float32)
 
 
 def rms_norm(

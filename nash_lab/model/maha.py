@@ -132,9 +132,12 @@ def next_blocks(
 # %% ../../nbs/model/14_maha.ipynb #c011
 def indexed(array: Array, slots: Int[Array, "b ..."], layer: Int[Array, ""] | None = None):
     "`array.at[...]` of these slots in each row (and layer); a negative slot is out of bounds."
-    slots = jnp.where(slots < 0, array.shape[1 if layer is None else 2], slots)
     rows = jnp.expand_dims(jnp.arange(slots.shape[0]), tuple(range(1, slots.ndim)))
-    return array.at[(rows, slots) if layer is None else (layer, rows, slots)]
+    if layer is None:
+        slots = jnp.where(slots < 0, array.shape[1], slots)
+        return array.at[rows, slots]
+    slots = jnp.where(slots < 0, array.shape[2], slots)
+    return array.at[layer, rows, slots]
 
 
 def windows_of(x: Float[Array, "b n ..."], blocks: Blocks, cfg: MAHAConfig, layer=None) -> Array:

@@ -155,7 +155,10 @@ class MoE(nnx.Module):
     def routes(self, x: Float[Array, "b t d"]) -> Routes:
         "Routes of the b t tokens, in fp32."
         logits = self.router(wide(x.reshape(-1, x.shape[-1])))
-        return route(logits, None if self.balance is None else self.balance[...], self.cfg)
+        bias = None
+        if self.balance is not None:
+            bias = self.balance[...]
+        return route(logits, bias, self.cfg)
 
     def with_aux(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, ""]]:
         "The output, and in switch mode the Switch loss times its coefficient, else 0."
