@@ -1,4 +1,6 @@
 "Differential and latent attention from outside: naive loops in float64, any chunking of the cache, stacked caches, dtypes, configs."
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,11 +8,12 @@ import pytest
 from flax import nnx
 
 from nash_lab.model.attention import causal_mask
-from nash_lab.model.diff import DIFF1, DIFF2, LAMBDAS, DiffConfig, diff_attention_v1, diff_attention_v2, floored_attention
+from nash_lab.model.diff import DIFF1, DIFF2, LAMBDAS, DiffConfig, diff_attention_v1, diff_attention_v2
 from nash_lab.model.layers import RopeConfig
 from nash_lab.core.configs import from_json, to_json
 from nash_lab.core.keys import named_key
-from nash_lab.model.mla import MLA, MLAConfig, absorbed, absorbing_pays, explicit
+from nash_lab.model import mla
+from nash_lab.model.mla import MLA, MLAConfig, absorbed, explicit
 
 STABILISED = DiffConfig(stabilised=True)
 LAYERS = {
@@ -41,7 +44,7 @@ def test_functions_are_the_naive_loops(heads, groups, width, dtype, tolerance):
         k1, k2, v = normal('k1', 2, 6, groups, 8, dtype=dtype), normal('k2', 2, 6, groups, 8, dtype=dtype), normal('v', 2, 6, groups, width, dtype=dtype)
         lam = jax.nn.sigmoid(normal('lam', 2, 6, heads, dtype=dtype))
         v1 = jax.jit(diff_attention_v1)(q1, k1, q2, k2, v, lam[0, 0])
-        floored = jax.jit(floored_attention)(q1, k1, q2, k2, v, 0.8)
+        floored = jax.jit(partial(diff_attention_v1, stabilised=True))(q1, k1, q2, k2, v, 0.8)
         pairs = jnp.stack([q1, q2], 3).reshape(2, 6, 2 * heads, 8)
         v2 = jax.jit(diff_attention_v2)(pairs, k1, v, lam)
         assert v1.dtype == v2.dtype == floored.dtype == dtype and v1.shape == v2.shape == (2, 6, heads, width)
@@ -136,7 +139,17 @@ def test_latent_forms_agree_in_double_precision(t):
         ups = normal('uk', 9, 3, 5, dtype=jnp.float64), normal('uv', 9, 3, 4, dtype=jnp.float64)
         mask = causal_mask(jnp.broadcast_to(jnp.arange(9 - t, 9)[None], (2, t)), 9)
         np.testing.assert_allclose(absorbed(q, latent, *ups, mask, 0.3), explicit(q, latent, *ups, mask, 0.3), rtol=1e-10, atol=1e-12)
-    assert [n for n in range(1, 300) if absorbing_pays(n, 512, 128, 128)] == list(range(1, 171))
+
+
+@pytest.mark.parametrize('t, absorbs', [(1, True), (170, True), (171, False), (299, False)])
+def test_few_new_tokens_are_absorbed_and_many_expanded(monkeypatch, t, absorbs):
+    layer = MLA(512, 2, 2, 128, rope=RopeConfig(), std=0.1, out_std=0.1, rngs=nnx.Rngs(0), cfg=MLAConfig(kv_rank=512, rope_dim=64))
+    used = []
+    for name in ('absorbed', 'explicit'):
+        form = getattr(mla, name)
+        monkeypatch.setattr(mla, name, lambda *args, name=name, form=form: used.append(name) or form(*args))
+    jax.eval_shape(lambda x: layer(x, positions=jnp.arange(t)[None], cache=layer.init_cache(1, 512))[0], jnp.zeros((1, t, 512)))
+    assert used == ['absorbed' if absorbs else 'explicit']
 
 
 @pytest.mark.parametrize('cfg', [DiffConfig(), STABILISED, DiffConfig(kernel='xla'), MLAConfig(), MLAConfig(512, 1536, 64, 128)])

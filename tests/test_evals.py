@@ -16,7 +16,7 @@ from nash_lab.data.tokenizer import load_tokenizer
 from nash_lab.evals.compare import EvalConfig, compare, describe_comparison, describe_report, evaluate_tasks
 from nash_lab.evals.lm_eval import Answers, Responder, front_of, lm_eval_model, score_pairs, score_texts, windows
 from nash_lab.evals.code_tasks import (
-    BENCHMARKS, Attempts, best_of, choose_attempts, data_folder, load_task, pass_at_k, quiet, read_data, shown_tests)
+    BENCHMARKS, Attempts, best_of, load_task, pass_at_k, quiet, read_data, score_programs, shown_tests)
 from nash_lab.core.files import read_rows, write_json
 
 TEXT = [
@@ -233,10 +233,12 @@ def test_best_of_n_orders():
     doc = {"test_list": ["assert f(1) == 1", "assert f(2) == 4"], "test_setup_code": ""}
     short, right, empty = "f=abs", "def f(x): return x * x", ""
     tries, passed = [[empty, short, right]], [[False, False, True]]
-    found = choose_attempts(likely, [doc], ["?"], tries, tries, passed)
-    assert (found["likelihood"][0], found["tests"][0]) == (0.0, 0.0)      # both pass the shown test, the shorter one is likelier
-    doc = doc | {"test_list": doc["test_list"][::-1]}
-    assert choose_attempts(likely, [doc], ["?"], tries, tries, passed)["tests"][0] == 1.0
+    three, record = Attempts(3), {"doc": doc, "arguments": [["?"]], "resps": tries}
+    found = score_programs(likely, [record], tries, passed, three)
+    assert found["pass@1"][0] == pytest.approx(1 / 3)
+    assert (found["best of 3 by likelihood"][0], found["best of 3 by tests"][0]) == (0.0, 0.0)      # both pass the shown test, the shorter one is likelier
+    record["doc"] = doc | {"test_list": doc["test_list"][::-1]}
+    assert score_programs(likely, [record], tries, passed, three)["best of 3 by tests"][0] == 1.0
 
 
 def test_problems_that_cannot_be_asked(tmp_path):
@@ -248,7 +250,7 @@ def test_problems_that_cannot_be_asked(tmp_path):
         (lambda: load_task("gsm8k", tmp_path, shots=50), "gsm8k: 50 shots, there are 12 examples"),
         (lambda: load_task("hellaswag", tmp_path), "val_1000.jsonl: no such file of problems"),
         (lambda: load_task("no_such_task", tmp_path), "task 'no_such_task', expected gsm8k, hellaswag"),
-        (lambda: data_folder(str(tmp_path / "none")), "none: no such folder of benchmark files"),
+        (lambda: read_data("gsm8k", tmp_path / "none"), "none: no such folder of benchmark files"),
         (lambda: read_data("arc_challenge", tmp_path), "a row is not of arc_challenge: IndexError"),
         (lambda: read_data("arc_easy", tmp_path), "arc_easy_test.jsonl:1: NaN"),
         (lambda: Attempts(samples=2, k=(3,)), r"Attempts.k=\(3,\)"), (lambda: Attempts(samples=0), "Attempts.samples=0"),
@@ -327,7 +329,7 @@ def test_simple_evaluate(data):
 
 def test_the_hub_without_a_network():
     "One line, not a page of retries; a task that lm-eval has but no file here; a name that nobody has"
-    with pytest.raises(ValueError, match="gsm8k: no data from the hub: ") as said: load_task("gsm8k", None)
+    with pytest.raises(ValueError, match="gsm8k: no data from the hub: ") as said: load_task("gsm8k", "hub")
     assert "\n" not in str(said.value)
 
 

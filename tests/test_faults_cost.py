@@ -11,7 +11,7 @@ from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import pretrain as module
 from nash_lab.run.checkpoint import Checkpoints
-from nash_lab.run.guard import Guard, run_lock
+from nash_lab.run.guard import Guard, Ledger, run_lock
 from nash_lab.run.rundir import MetricsLog, read_metrics
 
 HERE = Path(__file__).parent
@@ -26,23 +26,27 @@ def test_guarded_loop_beside_a_bare_one(cfg, tmp_path, monkeypatch, capsys):
     ratios, n = [], 30
     with closing(Checkpoints(tmp_path/'run/checkpoints')) as points:
         mesh = module.make_mesh(cfg.mesh)
-        job = module.start(cfg, module.open_data(cfg, mesh)[0], None, points, mesh)
-        job.due = None
-        compiled = module.compile_step(job)
-        monkeypatch.setattr(module, 'compile_step', lambda job: compiled)
-        monkeypatch.setattr(module, 'save', lambda job: None)
+        batches, _ = module.open_data(cfg, mesh)
+        graphdef, key, at, _ = module.start(cfg, mesh, batches, points, Ledger())
+        run = module.Run(cfg=replace(cfg, steps=n + 10), mesh=mesh, graphdef=graphdef, key=key, batches=batches, validation=None, checkpoints=points,
+                         ledger=Ledger(), bar=module.tqdm(disable=True))
+        compiled, state = module.compile_step(run, at.state), at.state
+        monkeypatch.setattr(module, 'compile_step', lambda run, state: compiled)
+        monkeypatch.setattr(module, 'save_checkpoint', lambda run, at: None)
+        monkeypatch.setattr(module, 'save_and_wait', lambda run, at: None)
         def bare():
+            nonlocal state
             begin = time.monotonic()
             for i in range(n):
-                job.state, metrics = compiled(job.state, module._next_batch(job), job.key)
+                state, metrics = compiled(state, module.next_batch(run, i), key)
                 if i % 10 == 9: jax.device_get(metrics)
             return time.monotonic() - begin
         def guarded():
-            job.cfg, job.step, job.since = replace(cfg, steps=n + 10), 10, []
-            job.good, job.skipped, job.logged = module.Seen(10, 0, dict), 0, 10
+            nonlocal state
             with run_lock(tmp_path/'run'), Guard(tmp_path/'run', watchdog_s=1800.) as guard, closing(MetricsLog(tmp_path/'run/metrics.jsonl')) as log:
-                job.ledger, begin = guard.ledger, time.monotonic()
-                module.run_steps(job, lambda record: log.write(module.plain(record)), guard.signals)
+                at, begin = module.Progress(10, state, batches.bookmark()), time.monotonic()
+                at = module.training_loop(replace(run, ledger=guard.ledger), at, guard, lambda record, state: log.write(module.as_record(record)))
+                state = at.state
                 return time.monotonic() - begin
         bare(), guarded()
         for i in range(14):                                            # neither is always the first of the two
@@ -82,9 +86,8 @@ def test_manifest_on_a_disk_of_half_a_gigabyte_per_second(tmp_path, capsys):
 TRACK = """import sys, time
 from pathlib import Path
 from nash_lab.run.rundir import Trackers
-trackers = Trackers(sys.argv[2:], Path(sys.argv[1]), {})
-for step in range(20): trackers.write(dict(step=step, loss=1.0)); time.sleep(.15)
-trackers.close()
+with Trackers(sys.argv[2:], Path(sys.argv[1]), {}) as trackers:
+    for step in range(20): trackers.send(dict(step=step, loss=1.0)); time.sleep(.15)
 """
 
 class Silent(http.server.ThreadingHTTPServer):

@@ -5,7 +5,7 @@ from nash_lab.core.configs import from_json, to_json
 from nash_lab.model.moe import MoEConfig
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train.optim import by_path, ema_params, factored_rms, matrix_stack, tree_bytes
-from nash_lab.train.optim import GroupRule, OptimConfig, label_of, optimizer, schedule
+from nash_lab.train.optim import GroupRule, OptimConfig, rule_names, optimizer, schedule
 from nash_lab.train.step import fresh_state, make_train_step
 
 KINDS = {"mhc": {}, "plain": dict(residual="plain"), "moe": dict(ffn="moe", moe=MoEConfig(experts=4, top_k=2)), "maha": dict(attention="maha"),
@@ -82,7 +82,9 @@ def test_bytes_of_a_large_model():
 def test_config_round_trip():
     cfg = OptimConfig(name="muon", groups=(GroupRule("*/phi", 0.1), GroupRule("embedding", weight_decay=0.0, name="adafactor")), ema=0.99)
     assert from_json(OptimConfig, to_json(cfg)) == cfg
-    assert label_of(cfg, "embedding", 2) == "1:adafactor" and label_of(cfg, "blocks/ffn/up/weight", 3) == "muon"
+    one = np.zeros((1, 1, 1))
+    names = rule_names(cfg, {"embedding": one[0], "blocks": {"ffn": {"up": {"weight": one}}, "ffn_hyper": {"phi": one}}})
+    assert names["embedding"] == "1:adafactor" and names["blocks"]["ffn"]["up"]["weight"] == "muon"
 
 @pytest.mark.parametrize("wrong, said", [
     (lambda: OptimConfig(name="sgd"), "OptimConfig.name='sgd'"),

@@ -3,6 +3,7 @@ import ast
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+import jax
 import nbformat
 import pytest
 from pages import NBS
@@ -13,7 +14,7 @@ from nash_lab.train import preflight as pf
 from nash_lab.train.preflight import GIB
 from nash_lab.train.parallel import MeshConfig
 from nash_lab.train.preflight import (
-    CHIPS, PreflightConfig, candidate_settings, estimate, hbm_bytes, preflight, preflight_text, search_settings, traffic, wanted_bytes)
+    CHIPS, PreflightConfig, candidate_settings, estimate, hbm_bytes, preflight, preflight_text, first_that_fits, traffic)
 
 libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: nothing can be compiled for a TPU")
 SMALL = PreflightConfig(target="local", seq_len=64, prompt_len=32, batch_size=4, serve_rows=4, mesh=MeshConfig(), model=ModelConfig.tiny())
@@ -24,15 +25,15 @@ def test_report_on_this_machine():
     assert all(word in text for word in ("train", "prefill", "decode", "args GiB", "temp GiB", "TFLOP", "compile s"))
 
 def test_a_chip_that_is_too_small(monkeypatch):
-    monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=1e-4))
+    monkeypatch.setattr(pf, "chip_of", lambda target: replace(CHIPS["v6e"], hbm=1e-4))
     code, text = preflight_text(replace(SMALL, programs=("train",)))
     assert code == 1 and "does not fit" in text and "what to change" in text and "--model.remat block" not in text.splitlines()[1]
 
 def test_search_finds_remat_or_pieces(monkeypatch):
     "With room for half of what the plain step takes, something else fits; what fits is compiled, not guessed"
     full = preflight(replace(SMALL, programs=("train",), batch_size=16))
-    monkeypatch.setattr(pf, "local_chip", lambda: replace(CHIPS["v6e"], hbm=0.6 * full.needed_gib))
-    best, tried = search_settings(replace(SMALL, batch_size=16, tries=8))
+    monkeypatch.setattr(pf, "chip_of", lambda target: replace(CHIPS["v6e"], hbm=0.6 * full.needed_gib))
+    best, tried = first_that_fits(replace(SMALL, batch_size=16, tries=8))
     assert best is not None and best.needed_gib <= 0.6 * full.needed_gib and best.config != full.config and len(tried) <= 8
     assert best.config.optim == SMALL.optim  # the update rule is the last thing to change
 
@@ -84,9 +85,19 @@ def test_settings_that_do_not_fit(change):
 def test_a_text_that_is_no_program():
     assert traffic("no program") == {} and hbm_bytes("token[]") == 0
 
-def test_out_of_memory_message():
-    assert wanted_bytes("RESOURCE_EXHAUSTED: Used 33.10G of 31.25G hbm") == 33.10 * GIB
-    with pytest.raises(ValueError, match="the compiler failed: INTERNAL: x"): wanted_bytes("INTERNAL: x\ny")
+@pytest.mark.parametrize("said, gib", [
+    ("RESOURCE_EXHAUSTED: Used 33.10G of 31.25G hbm", 33.10),
+    ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (46.21G) exceeds available HBM (31.24G).", 46.21)])
+def test_out_of_memory_is_an_answer(monkeypatch, said, gib):
+    def fail(self, *args, **kw): raise jax.errors.JaxRuntimeError(said)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    found = preflight(replace(SMALL, programs=("train",)))
+    assert found.programs[0].temporaries == gib * GIB and found.programs[0].error and not found.fits
+
+def test_a_compiler_that_fails(monkeypatch):
+    def fail(self, *args, **kw): raise jax.errors.JaxRuntimeError("INTERNAL: x\ny")
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    with pytest.raises(ValueError, match="the compiler failed: INTERNAL: x$"): preflight(replace(SMALL, programs=("train",)))
 
 def asked_on_colab(choice):
     "The preflight that the Colab page asks for on a TPU, from the page's own cells"

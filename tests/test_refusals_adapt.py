@@ -1,15 +1,17 @@
 "What the pages of `adapt` and the learning study refuse: the message names the class, the field and the value."
 import json
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
-from nash_lab.adapt.continual import (CodeProbe, ContinualConfig, ReplayBuffer, SkillGate, Suite, TextGate, evaluate_suite, load_suite,
-                                      paired_change, probes_needed)
-from nash_lab.adapt.hf import chat_text, load_hf, read_config, rope_of, save_hf, write_config
+from nash_lab.adapt.continual import (CodeProbe, ContinualConfig, ReplayBuffer, SkillGate, Suite, TextGate, evaluate_suite, load_suite, paired_change)
+from nash_lab.adapt.hf import chat_text, load_hf, read_config, save_hf, write_config
 from nash_lab.adapt.lora import LoRAConfig, attach, combine, init_adapter, read_adapters, write_peft
-from nash_lab.adapt.sdft import Example, SDFTConfig, distil, divergence, encoder, read_examples
+from nash_lab.adapt.sdft import Example, SDFTConfig, distil, divergence, encoder
+from nash_lab.core.configs import from_json
+from nash_lab.core.files import read_rows
 from nash_lab.evals.scores import Probe
 from nash_lab.model.block import ModelConfig
 from nash_lab.model.transformer import LM
@@ -53,7 +55,7 @@ REFUSED = [
     (lambda: skill_suite(LearningConfig(probes=32), [], margin=0.05), 'SkillGate.least_change=-0.05', '73 probes or more'),
     (lambda: right_answer('Q', [1] * 5), "'Q'", ''),
     (lambda: Symbols().encode('?'), '', ''),
-    (lambda: rope_of({'rope_scaling': {'type': 'dynamic', 'factor': 2}, 'max_position_embeddings': 64}), "'dynamic'", 'yarn'),
+    (lambda: read_config({'model_type': 'llama', 'rope_scaling': {'type': 'dynamic', 'factor': 2}, 'max_position_embeddings': 64}), "'dynamic'", 'yarn'),
     (lambda: read_config({'model_type': 'mamba'}), "model_type='mamba'", 'llama'),
     (lambda: read_config({'model_type': 'llama', 'hidden_act': 'gelu'}), "hidden_act='gelu'", ''),
     (lambda: read_config({'model_type': 'llama', 'mlp_bias': True}), 'mlp_bias=True', ''),
@@ -95,7 +97,8 @@ def test_suites_that_cannot_be_examined(lm, tmp_path):
     with pytest.raises(FileNotFoundError, match='none.json'): load_suite(tmp_path/'none.json')
     (tmp_path/'suite.json').write_text('{"skils": []}')
     with pytest.raises(ValueError, match="suite.json: Suite: unknown key 'skils'"): load_suite(tmp_path/'suite.json')
-    assert probes_needed(0.05) == 73
+    SkillGate('s', probes=(PROBE,) * 73, least_change=-0.05)
+    with pytest.raises(ValueError, match='73 probes or more .*found 72'): SkillGate('s', probes=(PROBE,) * 72, least_change=-0.05)
 
 
 def test_adapters_that_do_not_fit(lm, tmp_path):
@@ -158,4 +161,4 @@ def test_block_with_other_settings(tmp_path):
 
 def test_examples_name_their_line(tmp_path):
     (tmp_path/'data.jsonl').write_text('{"prompt": "a", "demonstration": "b"}\n{"prompt": "a", "demonstration": " "}')
-    with pytest.raises(ValueError, match='data.jsonl:2: Example.demonstration='): read_examples(tmp_path/'data.jsonl')
+    with pytest.raises(ValueError, match='data.jsonl:2: Example.demonstration='): read_rows(tmp_path/'data.jsonl', partial(from_json, Example), 'examples')

@@ -8,7 +8,7 @@ from nash_lab.model.block import MAHAConfig, MLAConfig, ModelConfig, MoEConfig
 from nash_lab.maths.nash import nash_weights
 from nash_lab.model.generate import SampleConfig, rollout
 from nash_lab.model.mhc import MHCConfig, routing
-from nash_lab.model.transformer import LM, gates, with_gates
+from nash_lab.model.transformer import LM, gates
 
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 X, PHI = jnp.zeros((2, 5, 4, 32)), jnp.zeros((128, 24))
@@ -48,7 +48,6 @@ REFUSED = {
     "no copies": (lambda: rollout(LM(ModelConfig.tiny()), [[1]], SampleConfig(), jax.random.key(0), 0), ["copies=0"]),
     "maps of a plain model": (lambda: LM(ModelConfig.tiny().plain()).routing(TOKENS), ["residual='plain'"]),
     "gates of a model without": (lambda: gates(LM(ModelConfig.tiny())), ["mhc.gates"]),
-    "a gate above 1": (lambda: with_gates(LM(ModelConfig.tiny(mhc=MHCConfig(gates=True))), 1.5), ["1.5"]),
     "a row without a further token": (
         lambda: LM(ModelConfig.tiny(mtp="parallel", mtp_depth=2)).objective(TOKENS, TOKENS), ["mtp_depth=2", "2 tokens"]),
     "steps of a game": (lambda: nash_weights(X, -1), ["steps=-1"]),

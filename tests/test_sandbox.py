@@ -11,7 +11,7 @@ from nash_lab.evals.sandbox import (
     Result,
     SandboxError,
     offered,
-    read_verdict,
+    outcome_of,
     run_many,
     run_python,
 )
@@ -127,10 +127,10 @@ def test_leaving_from_the_tests_is_no_pass(code):
 
 def test_the_nonce_is_fresh_and_checked():
     line = lambda **k: b'{"ready": true}\n' + json.dumps(dict(nonce='n', status='passed', error='', values=[]) | k).encode() + b'\n'
-    assert read_verdict(line(), 'n')['status'] == 'passed'
-    for bad in (line(nonce='m'), line(nonce=None), line(status='great'), line(error=1), line(more=1), line(values=['NaN']), line(values=['1 2']), line()[:-1], line() + b'\n', line() + line(), b'', b'\n\n'):
-        with pytest.raises(ValueError): read_verdict(bad, 'n')
-    with pytest.raises((ValueError, TypeError)): read_verdict(line(values=3), 'n')
+    read = lambda data: outcome_of(data, False, 0, 'n', '')['status']
+    assert read(line()) == 'passed'
+    for bad in (line(nonce='m'), line(nonce=None), line(status='great'), line(error=1), line(more=1), line(values=['NaN']), line(values=['1 2']), line()[:-1], line() + b'\n', line() + line(), b'', b'\n\n', line(values=3)):
+        assert read(bad) in ('invalid', 'crashed'), bad
 
 @pytest.mark.parametrize('text', ['NaN', '-Infinity', '1e999', '{"a": 1, "a": 1}', '[' * 100_000, '[1,]', '"\ud800', '', '9' * 5000])
 def test_strict_json(text):
@@ -164,7 +164,7 @@ def test_a_level_that_is_missing_is_an_error(monkeypatch):
         with pytest.raises(SandboxError, match=f'level {level}: '): run_python('x = 1', '', Limits(level=level))
 
 def test_a_guard_that_fails_runs_nothing(monkeypatch):
-    monkeypatch.setattr(sandbox, 'launcher', lambda: [sandbox.INTERPRETER, '-c', 'import sys; sys.exit("no such guard")'])
+    monkeypatch.setattr(sandbox, 'LAUNCHER', [sandbox.INTERPRETER, '-c', 'import sys; sys.exit("no such guard")'])
     with pytest.raises(SandboxError, match='no such guard'): run_python('x = 1', '', MILD)
 
 def test_every_offered_level_says_so():

@@ -1,6 +1,7 @@
 "Self-distillation: losses against TRL's, masks and teachers by hand, replay, gates, and a block that fails on purpose."
 import json, warnings
 from dataclasses import replace
+from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +11,13 @@ from nash_lab.adapt.continual import (REJECTED, CodeProbe, Rejected, SkillGate, 
                                  gated_update, load_suite, paired_change, read_as)
 from nash_lab.adapt.lora import LoRAConfig
 from nash_lab.adapt.continual import ReplayBuffer
-from nash_lab.adapt.sdft import (Example, Prompts, SDFTConfig, SDFTResult, distil, divergence, loss_mask, answer_batch, plan_batches, read_examples, reverse_kl, teacher_prompt, top_tokens)
+from nash_lab.adapt.sdft import (Example, SDFTConfig, SDFTResult, distil, divergence, loss_mask, plan_batches, reverse_kl,
+                                  teacher_prompt)
+from nash_lab.core.configs import from_json
+from nash_lab.core.files import read_rows
 from nash_lab.studies.learning import Symbols, demonstrations
 from nash_lab.evals.scores import Probe, weights_hash
 from nash_lab.model.block import ModelConfig
-from nash_lab.model.generate import Rollout
 from nash_lab.model.transformer import LM
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.step import apply_gradient, fresh_state
@@ -51,16 +54,15 @@ def test_long_answers_weigh_no_more_and_empty_ones_not_at_all():
 def test_summaries_bound_the_whole(kind):
     s, t = (jax.nn.log_softmax(3 * jax.random.normal(jax.random.key(i), (5, 40))) for i in (0, 1))
     whole = divergence(s, t, kind)
-    assert np.array_equal(divergence(*top_tokens(s, t, 40), kind), whole) and np.array_equal(divergence(*top_tokens(s, t, 0), kind), whole)
-    few = divergence(*top_tokens(s, t, 3), kind)
+    assert np.array_equal(divergence(s, t, kind, top_k=40), whole) and np.array_equal(divergence(s, t, kind, top_k=0), whole)
+    few = divergence(s, t, kind, top_k=3)
     assert (few < whole).all() and (few > 0).all()
 
 def test_masks():
     "The EOS counts, also where the tokenizer pads with it; the skip scales"
     assert loss_mask(np.array([0, 2, 3, 4, 9]), 9, skip=3, share=1.).sum(1).tolist() == [0, 0, 0, 1, 6]
     assert loss_mask(np.array([4, 10, 29, 30, 80]), 80).sum(1).tolist() == [4, 9, 27, 27, 77]
-    drawn = Rollout(np.array([[5, 2, 2, 2]]), np.array([2]), np.zeros((1, 4), np.float32))   # EOS = padding = 2
-    assert answer_batch([Prompts([7], [7, 8])], drawn, (8, 8), replace(CFG, skip_tokens=0))['mask'].tolist() == [[True, True, False, False]]
+    assert loss_mask(np.array([2]), 4, skip=0).tolist() == [[True, True, False, False]]   # of 5, EOS, and two of padding with the EOS
 
 def test_data_errors(tmp_path):
     bad = tmp_path / 'data.jsonl'
@@ -68,9 +70,9 @@ def test_data_errors(tmp_path):
                        ('{"prompt": "a", "demonstration": "b", "x": 1}', ":1: Example: unknown key 'x'"), ('{"prompt": "a", "demonstration": ""}', ':1: Example.demonstration='''),
                        ('\n\n{', ':3: '), ('[]', ':1: Example: expected an object'), ('', 'no examples')):
         bad.write_text(text)
-        with pytest.raises(ValueError, match='data.jsonl') as error: read_examples(bad)
+        with pytest.raises(ValueError, match='data.jsonl') as error: read_rows(bad, partial(from_json, Example), 'examples')
         assert said in str(error.value) and '\n' not in str(error.value)
-    with pytest.raises(FileNotFoundError, match='none.jsonl'): read_examples(tmp_path / 'none.jsonl')
+    with pytest.raises(FileNotFoundError, match='none.jsonl'): read_rows(tmp_path / 'none.jsonl', partial(from_json, Example), 'examples')
     assert 'first {x}\n\nThis is an example for a response to the question:\nsecond\n\nNow answer with a response of your own, including the thinking process.' == teacher_prompt('first {x}', 'second')
 
 @pytest.mark.parametrize('changes', [dict(tune='lora', lora=LoRAConfig(rank=2), accumulate=2, teacher='frozen', top_k=5),
@@ -96,14 +98,14 @@ def test_bad_steps_change_nothing(lm):
     after = apply(jnp.float32(1))
     assert not equal(after.params, state.params) and int(after.skipped) == 0
 
-def test_replay_in_batches():
+def test_replay_in_batches(lm):
     buffer, rng = ReplayBuffer(), np.random.default_rng(0)
     old = demonstrations('Y', 5, 1)
-    encode = lambda some: [Prompts([ord(e.prompt[0])], []) for e in some]
-    todo, share = plan_batches(encode, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), rng)
+    encode = lambda text: [ord(text[0])]
+    todo, share, _ = plan_batches(lm, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), encode, rng)
     assert share == 0 and all(p.student == [ord('X')] for batch in todo for p in batch)
     buffer.remember(old)
-    todo, share = plan_batches(encode, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), rng)
+    todo, share, _ = plan_batches(lm, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), encode, rng)
     assert share == 2 and all(sum(p.student == [ord('Y')] for p in batch) == 2 and len(batch) == 10 for batch in todo)
 
 def test_buffer(tmp_path):
@@ -121,6 +123,13 @@ def test_buffer(tmp_path):
         b = ReplayBuffer(capacity=6, seed=seed); b.remember(some[:30])
         for k in b.kept: counts[k.arrival] += 1
     assert counts.sum() == 1800 and counts.min() > 30 and counts.max() < 95      # mean 60, deviation 7
+
+def test_a_buffer_above_the_limit_of_one_json_value(tmp_path):
+    "50,000 examples are some 50 MB, more than one line of data may have"
+    buffer = ReplayBuffer()
+    buffer.remember([Example(f'{i}', 'x' * 1_000_000) for i in range(18)])
+    buffer.write_to(tmp_path / 'replay.json')
+    assert (tmp_path / 'replay.json').stat().st_size > 1 << 24 and read_as(ReplayBuffer, tmp_path / 'replay.json') == buffer
 
 def test_paired_change():
     "Published examples, and an interval that does not vanish when nothing flips"

@@ -3,6 +3,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,15 @@ from flax import nnx
 from nash_lab.adapt.hf import load_hf, save_hf
 from nash_lab.adapt.lora import LoRAConfig, read_peft
 from nash_lab.discover import ttt
-from nash_lab.discover.archive import read_archive, recheck
+from nash_lab.core.files import read_json
+from nash_lab.discover.archive import archive_from_json
 from nash_lab.discover.consolidate import ConsolidateConfig, Sieve, measure_run
-from nash_lab.discover.prior import PriorConfig, pair_batch, prior_run, text_pairs, train_prior
+from nash_lab.discover.prior import PriorConfig, prior_run, train_prior
 from nash_lab.discover.problems import State, character_tokenizer, string_match
 from nash_lab.discover.search import discover, discover_run
-from nash_lab.discover.ttt import (ARMS, DiscoverConfig, OffPolicy, check_policy, entropic_advantages, expected_advantages, policy_loss,
-                                   sample_rollouts, shaped_advantages, solve_beta, tilt_kl)
-from nash_lab.studies.arms import ArmsConfig, arm_rows, compare_arms, markdown, run_study
+from nash_lab.discover.ttt import (ARMS, DiscoverConfig, OffPolicy, entropic_advantages, policy_loss,
+                                   sample_rollouts, solve_beta, tilt_kl)
+from nash_lab.studies.arms import ArmsConfig, arm_rows, markdown, run_study
 from nash_lab.model.generate import SampleConfig, rollout
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train.optim import OptimConfig
@@ -68,6 +70,11 @@ def test_reference_values(r, beta, low, high):
     assert found == pytest.approx(beta, abs=1e-5 * max(1, beta)) and a.min() == pytest.approx(low, abs=1e-4) and a.max() == pytest.approx(high, abs=1e-4)
 
 
+def expected_advantages(rewards):
+    group = [ttt.Judged('', State(), float(r)) for r in rewards]
+    return ttt.group_advantages(group, replace(CFG, arm='expected-reward'))[0]
+
+
 def test_ties_and_small_groups():
     for ties in range(1, 17):
         r = np.r_[np.zeros(16 - ties), np.ones(ties)]
@@ -84,15 +91,25 @@ def test_ties_and_small_groups():
 
 # --- the policy ---
 
-def test_centred_kl_only_moves_drawn_tokens():
-    ratio, drawn = jnp.asarray(RNG.normal(size=(5, 9)), jnp.float32), jnp.asarray(RNG.random((5, 9)) < 0.5)
-    zero = jnp.zeros(5)
-    shaped = shaped_advantages(zero, ratio, drawn, 0.3)
-    assert abs(float(shaped.sum())) < 1e-5 and not bool(jnp.any(jnp.where(drawn, 0, shaped)))
-    np.testing.assert_allclose(shaped, shaped_advantages(zero, ratio + 5, drawn, 0.3), atol=1e-5)
-    np.testing.assert_array_equal(shaped, shaped_advantages(zero, jnp.where(drawn, ratio, -77), drawn, 0.3))
-    by_hand = np.where(drawn, 0.3 * (np.asarray(ratio)[np.asarray(drawn)].mean() - ratio), 0)
+def test_centred_kl_only_moves_drawn_tokens(base, monkeypatch):
+    "The advantages that an update hands to its step, for log ratios of our choice"
+    ratio, drawn = RNG.normal(size=(5, 9)).astype(np.float32), RNG.random((5, 9)) < 0.5
+    monkeypatch.setattr(ttt, 'policy_step', lambda *args: (None, args[-1]))
+    monkeypatch.setitem(ttt.TOLERANCE, 'float32', math.inf)
+    state = ttt.new_search(TASK, base, CFG).learned
+
+    def shape(ratio, advantages=np.zeros(5)):
+        monkeypatch.setattr(ttt, '_score', lambda lm, tokens: -ratio)
+        rollouts = ttt.Rollouts(np.zeros((5, 9), np.int32), drawn, np.zeros((5, 9), np.float32), [''] * 5)
+        return ttt.update_policy(base, state, rollouts, advantages, replace(CFG, kl_weight=0.3))[1]['advantages']
+
+    shaped = shape(ratio)
+    assert abs(float(shaped.sum())) < 1e-5 and not np.any(np.where(drawn, 0, shaped))
+    np.testing.assert_allclose(shaped, shape(ratio + np.float32(5)), atol=1e-5)
+    np.testing.assert_array_equal(shaped, shape(np.where(drawn, ratio, np.float32(-77))))
+    by_hand = np.where(drawn, 0.3 * (ratio[drawn].mean() - ratio), 0)
     np.testing.assert_allclose(shaped, by_hand, atol=1e-5)
+    np.testing.assert_allclose(shape(ratio, np.arange(5.0)), by_hand + np.where(drawn, np.arange(5.0)[:, None], 0), atol=1e-5)
 
 
 def test_loss_is_a_token_sum():
@@ -118,7 +135,9 @@ def test_forced_tokens_are_not_drawn(base):
     for i in told:
         assert answers.drawn[i, :7].tolist() == [False, False, True, True, False, False, True]
         assert not answers.sampled[i, 4:6].any()
-    assert check_policy(base, answers) < 1e-4
+    cfg = replace(CFG, groups=1)
+    _, numbers = ttt.update_policy(base, ttt.new_search(TASK, base, cfg).learned, answers, np.zeros(8), cfg)
+    assert numbers['mismatch'] < 1e-4
 
 
 def test_sampler_must_use_the_adapter(base, monkeypatch):
@@ -143,11 +162,11 @@ def test_resume_is_exact_and_the_base_untouched(base, tmp_path):
         again = discover(TASK, base, WORDS, CFG, folder)
         for name in ('metrics.jsonl', 'discovery_log.jsonl'): assert timeless(folder / name) == timeless(tmp_path / 'straight' / name)
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again.search.learned), jax.tree.leaves(straight.search.learned)))
-        assert read_archive(folder / 'archive.json').nodes == straight.search.archive.nodes
+        assert archive_from_json(read_json(folder / 'archive.json'), 'archive.json').nodes == straight.search.archive.nodes
     adapter, _ = read_peft(folder / 'adapters/4', base)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(straight.search.learned.params)))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(nnx.to_pure_dict(nnx.state(base)))))
-    recheck(straight.search.archive, TASK)
+    assert all(TASK.reward(node.state) == node.reward for node in straight.search.archive.live())
     rows = timeless(tmp_path / 'straight' / 'discovery_log.jsonl')
     assert len(rows) == straight.rollouts == 4 * 32 and {'step', 'group', 'rollout', 'problem', 'prompt', 'completion', 'parent', 'state', 'reward',
                                                         'value', 'valid', 'advantage'} <= rows[0].keys()
@@ -224,7 +243,7 @@ def test_settings_are_refused(wrong):
 @pytest.mark.parametrize('make, name', [
     (lambda: PriorConfig(updates=0), 'PriorConfig.updates=0'), (lambda: PriorConfig(width=50), 'PriorConfig.width=50'), (lambda: Sieve(share=0), 'Sieve.share=0'),
     (lambda: Sieve(most=0), 'Sieve.most=0'), (lambda: ConsolidateConfig(draws=1), 'ConsolidateConfig.draws=1'),
-    (lambda: ConsolidateConfig(problems=('eros {}',)), "problem 'eros'"), (lambda: pair_batch([('a', 'bbbbb')], WORDS, 6), '7 tokens, the model has 6')])
+    (lambda: ConsolidateConfig(problems=('eros {}',)), "problem 'eros'"), (lambda: train_prior(lambda rng, n: [('a', 'bbbbb')] * n, WORDS, PriorConfig(width=16, updates=1), 6), '7 tokens, the model has 6')])
 def test_small_settings_are_refused(make, name):
     with pytest.raises(ValueError) as error: make()
     assert name in str(error.value)
@@ -264,6 +283,19 @@ def test_micro_batches_add_up(base):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)): np.testing.assert_allclose(a, b, atol=2e-3)
 
 
+def text_pairs(rng, count, length, alphabet):
+    "Random texts, and texts with a random reward before the same with a character or two replaced: all that is known of the target is its length"
+    pairs = []
+    for _ in range(count):
+        text = rng.choice(pool := np.array(list(alphabet)), length)
+        after = text.copy()
+        at = rng.integers(0, length, rng.integers(1, 3))
+        after[at] = rng.choice(pool, len(at))
+        before = '\n0.00' if rng.random() < 0.3 else f"{''.join(text)}\n{rng.integers(0, 100) / 100:.2f}"
+        pairs.append((f'Guess the text.\n{before}\n', ''.join(after)))
+    return pairs
+
+
 @pytest.mark.slow
 def test_string_match_is_learned():
     "The default problem from below 0.3 to 1.0 in fewer rounds than the default, with the default number of answers; the policy learns on the way"
@@ -276,6 +308,14 @@ def test_string_match_is_learned():
     assert found.reward == 1.0 and found.best.solution == 'hello world' and found.metrics[-1]['mean_reward'] > 0.5
 
 
+def compare_arms(cfg):
+    table = run_study(cfg)
+    runs = json.loads(Path(cfg.out).read_text())['runs']
+    asked = [run for run in runs if run['arm'] in cfg.arms and run['seed'] < cfg.seeds]
+    assert table.startswith(markdown(cfg, asked))
+    return asked
+
+
 def test_arms_study_in_seconds(tmp_path):
     "Two arms, two seeds; a second call runs nothing; the table says what the rows say"
     cfg = ArmsConfig(heights=6, arms=('best-of-n', 'full'), seeds=1, steps=2, groups=2, rollouts=4, rank=2, prior=PriorConfig(width=16, layers=1, updates=60, batch_size=32),
@@ -285,6 +325,11 @@ def test_arms_study_in_seconds(tmp_path):
     stored = json.loads((tmp_path / 'arms.json').read_text())['runs']
     assert stored == json.loads(json.dumps(runs)) and compare_arms(replace(cfg, arms=('full',))) == stored[1:]
     assert json.loads((tmp_path / 'arms.json').read_text())['runs'] == stored
+    again = compare_arms(replace(cfg, kl_weight=0.2, out=str(tmp_path / 'other.json')))
+    (tmp_path / 'other.json').write_text((tmp_path / 'arms.json').read_text())
+    changed = compare_arms(replace(cfg, kl_weight=0.2, out=str(tmp_path / 'other.json')))
+    assert [run['solution'] for run in changed] == [run['solution'] for run in again], 'rows of other settings are not taken over'
+    assert json.loads((tmp_path / 'other.json').read_text())['config']['kl_weight'] == 0.2
     rows = [dict(runs[0], seed=s, value=v) for s, v in enumerate((0.4, 0.5, None))] + [dict(runs[1], seed=s, value=v) for s, v in enumerate((0.39, 0.6, 0.7))]
     table = arm_rows(replace(cfg, seeds=3), rows)
     assert (table[1]['wins'], table[1]['mean'], table[0]['low']) == (2, pytest.approx(0.5633333), 0.4)

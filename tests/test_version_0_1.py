@@ -11,7 +11,8 @@ import pytest
 import nash_lab as nl
 from nash_lab.core.configs import from_json
 from nash_lab.discover.problems import StringMatch
-from nash_lab.discover.ttt import DiscoverConfig, discover
+from nash_lab.discover.search import discover
+from nash_lab.discover.ttt import DiscoverConfig
 from nash_lab.run.rundir import read_metrics
 from nash_lab.train.pretrain import load_run, pretrain
 from nash_lab.train.settings import saved_config

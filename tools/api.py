@@ -1,6 +1,8 @@
 "API entries of the site, read from the source alone: heading, signature, docstring, table of parameters, list of methods."
 
-import ast, io, tokenize
+import ast
+import io
+import tokenize
 from textwrap import indent
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -2,7 +2,13 @@
 
 Nothing is executed. A link that leads nowhere, or any other warning, fails the build."""
 
-import argparse, ast, os, re, shutil, subprocess, sys
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
 
 os.environ['IN_TEST'] = '1'
 from pathlib import Path, PurePosixPath

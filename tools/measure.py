@@ -17,6 +17,7 @@ from pages import NBS, ROOT, notebooks, read, source
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 NOT_PROSE = re.compile(r'```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|https?://\S+|\|.*?\|$', re.S | re.M)
+WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 WE = set("we us our let's you your".split())
 NEGATIONS = set('not no nothing nobody none never nor'.split())
 EXAMPLE = re.compile(r'for example|for instance|suppose|imagine|say,', re.I)
@@ -94,25 +95,27 @@ def code_figures(paths: list[Path]) -> dict:
     }
 
 
-def prose(path: Path) -> str:
-    "The sentences of a page: Markdown without code, formulas, addresses and tables."
+def prose_cells(path: Path) -> list[str]:
+    "The sentences of each Markdown cell of a page, without code, formulas, addresses and tables."
     cells = (source(c) for c in read(path)['cells'] if c['cell_type'] == 'markdown')
-    return '\n\n'.join(NOT_PROSE.sub(' x ', text) for text in cells)
+    return [NOT_PROSE.sub(' x ', text) for text in cells]
 
 
 def prose_figures(paths: list[Path]) -> dict:
     "The voice of some pages, counts per 1,000 words."
-    text = '\n\n'.join(prose(p) for p in paths)
-    words = [w.lower() for w in re.findall(r"[A-Za-z][A-Za-z'-]*", text)]
+    words, examples, long = [], 0, []
+    for path in paths:
+        for text in prose_cells(path):
+            words += [w.lower() for w in WORD.findall(text)]
+            examples += len(EXAMPLE.findall(text))
+            for sentence in re.split(r'(?<=[.!?:])\s', text):
+                if len(WORD.findall(sentence)) > 40:
+                    long.append(f'{path.name}: ' + ' '.join(sentence.split())[:80])
     per_thousand = 1000 / max(len(words), 1)
-    long = []
-    for sentence in re.split(r'(?<=[.!?:])\s', text):
-        if len(re.findall(r"[A-Za-z][A-Za-z'-]*", sentence)) > 40:
-            long.append(' '.join(sentence.split())[:80])
     return {
         'words': len(words),
         'we and you': sum(w in WE for w in words) * per_thousand,
-        'examples': len(EXAMPLE.findall(text)) * per_thousand,
+        'examples': examples * per_thousand,
         'negations': sum(w in NEGATIONS for w in words) * per_thousand,
         'sentences above 40 words': long,
     }

@@ -50,15 +50,22 @@ def write_reads():
             page.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
-def wrap_all(root=ROOT):
-    "Wrap the generated `__all__` at 100 columns, where nbdev takes 120."
+def wrap_heads(root=ROOT):
+    "Wrap what nbdev writes at the head of a module, its docstring and `__all__`, at 100 columns."
     for path in (root / 'nash_lab').rglob('*.py'):
         text = path.read_text(encoding='utf-8')
-        found = re.search(r'^__all__ = \[(.*?)\]$', text, re.M | re.S)
-        if found and MARK in text:
-            names = textwrap.fill(' '.join(found[1].split()), 89, break_long_words=False)
-            names = names.replace('\n', '\n' + ' ' * 11)
-            path.write_text(text[: found.start(1)] + names + text[found.end(1) :], encoding='utf-8')
+        if MARK not in text:
+            continue
+        said = re.match(r'"""(.*?)"""', text, re.S)
+        if said:
+            words = textwrap.fill(' '.join(said[1].split()), 97, break_long_words=False)
+            text = f'"""{words}"""' + text[said.end() :]
+        names = re.search(r'^__all__ = \[(.*?)\]$', text, re.M | re.S)
+        if names:
+            wrapped = textwrap.fill(' '.join(names[1].split()), 88, break_long_words=False)
+            wrapped = wrapped.replace('\n', '\n' + ' ' * 11)
+            text = text[: names.start(1)] + wrapped + text[names.end(1) :]
+        path.write_text(text, encoding='utf-8')
 
 
 def sync(root=ROOT):
@@ -73,7 +80,7 @@ def sync(root=ROOT):
     for path in orphans(root):
         path.unlink()
     nbdev_export()
-    wrap_all(root)
+    wrap_heads(root)
     nbdev_clean()
 
 
