@@ -5,7 +5,7 @@ from itertools import islice
 from types import SimpleNamespace
 import numpy as np
 import pytest
-from nash_lab.data.corpus import CorpusConfig, CorpusReport, Document, PackedTokens, documents, pack, stdlib_files
+from nash_lab.data.corpus import CorpusConfig, CorpusReport, Document, PackedTokens, corpus_files, documents, pack
 from nash_lab.data.loader import LoaderConfig, eval_batches, loader
 from nash_lab.data.sources import SourceConfig, fingerprint
 from nash_lab.data.stream import Documents, StreamConfig
@@ -88,7 +88,7 @@ def test_stdlib_splits_share_no_content():
     assert .01 < len(validation) / (len(train) + len(validation)) < .12
     report = CorpusReport()
     n = sum(1 for _ in documents(CorpusConfig(holdout=0), report=report))
-    assert n == report.documents and n + sum(report.skipped.values()) == len(stdlib_files())
+    assert n == report.documents and n + sum(report.skipped.values()) == len(corpus_files(CorpusConfig()))
 
 def test_odd_text_files(tmp_path):
     files = dict(crlf=b'a\r\nb\r\n', bom=b'\xef\xbb\xbfbom\n', nul=b'a\0b', blank=b' \n\t\n', empty=b'', copy=b'a\r\nb\r\n', bad=b'x\ny\xffz\n')

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nash_lab.data.corpus import Document, pack, stdlib_files
+from nash_lab.data.corpus import CorpusConfig, Document, corpus_files, pack
 from nash_lab.data.loader import LoaderConfig
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.core.configs import to_json
@@ -38,7 +38,7 @@ EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "skipped", "val_loss", "va
 def corpus(tmp_path_factory):
     "A tokenizer and two small packed files; the training file is passed about every 6 steps of 8 x 16 tokens."
     home = tmp_path_factory.mktemp("corpus")
-    text = "".join(path.read_text() for _, path in stdlib_files()[:8])[:60_000]
+    text = "".join(path.read_text() for _, path in corpus_files(CorpusConfig())[:8])[:60_000]
     tokenizer = train_tokenizer([text], home / "tokenizer.model", TokenizerConfig(vocab_size=400))
     for split, start, size in (("train", 0, 900), ("validation", 30_000, 1500)):
         parts = [Document(text[i:i + 300], f"{i}.py") for i in range(start, start + size, 300)]

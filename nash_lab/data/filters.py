@@ -140,7 +140,7 @@ class Memory:
             raise ValueError(f"log of duplicates: {what}")
         self.count = count - expected
         for i in range(0, len(data), self.entry):
-            self.append(data[i : i + self.entry])
+            self.keep(data[i : i + self.entry])
 
     def seen(self, entry: bytes) -> bool:
         "Whether one of a text's keys was kept from another source, or in this pass over its own."
@@ -154,7 +154,7 @@ class Memory:
                 return True
         return False
 
-    def append(self, entry: bytes) -> None:
+    def keep(self, entry: bytes) -> None:
         "Remember a kept text; beyond `window` the oldest is forgotten."
         self.log.append(entry)
         for i in range(6, self.entry, 8):
@@ -251,5 +251,5 @@ class Filter:
         entry = struct.pack("<HI", source, epoch) + keys
         if self.memory.seen(entry):
             return "", f"{self.dedup} duplicate", b""
-        self.memory.append(entry)
+        self.memory.keep(entry)
         return text, cause, entry

@@ -277,8 +277,3 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.suffix == ".model":
         return SentencePieceTokenizer(path.read_bytes(), path)
     return HFTokenizer(path.read_bytes(), path)
-
-# %% ../../nbs/data/24_tokenizer.ipynb #c041
-# aliases until the floors are joined
-SentencePieceTokenizer.load = HFTokenizer.load = staticmethod(load_tokenizer)
-SentencePieceTokenizer.piece = HFTokenizer.piece = lambda self, i: self.pieces[i]
