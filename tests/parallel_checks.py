@@ -20,7 +20,7 @@ from nash_lab.run.checkpoint import Checkpoints
 from nash_lab.train.settings import TrainConfig
 from nash_lab.run.guard import Stopped
 from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.parallel import (RULES, MeshConfig, cache_specs, data_shard, init_sharded, make_mesh, param_specs, place_rows, put_batch, replicate,
+from nash_lab.train.parallel import (RULES, MeshConfig, cache_specs, data_shard, make_mesh, param_specs, place_rows, put_batch, replicate,
                                      shard_step, state_shardings)
 from nash_lab.train import pretrain as training
 from nash_lab.train.pretrain import pretrain
@@ -60,7 +60,7 @@ def train(kind, mesh, steps=3, accumulate=1, zero=True):
     mesh = mesh_of(mesh)
     graphdef, tx, initial = job(kind, mesh)
     places = state_shardings(jax.eval_shape(initial), mesh, zero=zero)
-    state, key, losses, data = init_sharded(initial, places), replicate(jax.random.key(0), mesh), [], batches(steps)
+    state, key, losses, data = jax.jit(initial, out_shardings=places)(), replicate(jax.random.key(0), mesh), [], batches(steps)
     run = shard_step(make_train_step(graphdef, tx, accumulate), places).lower(state, put_batch(data[0], mesh), key)
     run = run.compile(compiler_options={"xla_backend_optimization_level": 0})
     for batch in data:
@@ -88,7 +88,7 @@ def gradient(kind, name):
     mesh = mesh_of(name)
     graphdef, _, initial = job(kind, mesh)
     shapes = jax.eval_shape(initial).params
-    params = init_sharded(lambda: initial().params, param_specs(shapes, RULES, mesh))
+    params = jax.jit(lambda: initial().params, out_shardings=param_specs(shapes, RULES, mesh))()
     def mean(params, batch): return nnx.merge(graphdef, params).objective(**batch)[0] / batch["mask"].sum(dtype="float32")
     both = jax.jit(lambda params, batch: (lambda loss, grads: (loss, optax.tree.norm(grads)))(*jax.value_and_grad(mean)(params, batch)))
     args = params, put_batch(batches(1)[0], mesh)

@@ -24,7 +24,7 @@ def main(folder, pairs, defaults):
         timed(kind, lambda: orbax.save(folder/kind, args=ocp.args.Composite(**{k: save(v) for k, v in state.items()})), orbax.wait_until_finished)
     def ours(step):
         with run_lock(folder/'ours'): points.save(step, state)
-    plain, default = checkpoint._orbax(), ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    plain, default = checkpoint.Checkpoints(folder).orbax, ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     with closing(checkpoint.Checkpoints(folder/'ours/points')) as points:
         for i in range(pairs):
             alone(plain, 'plain', ocp.args.PyTreeSave)

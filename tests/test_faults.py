@@ -16,7 +16,7 @@ from nash_lab.model.transformer import ModelConfig
 from nash_lab.run import checkpoint
 from nash_lab.train import pretrain as module
 from nash_lab.train import step as step_module
-from nash_lab.run.checkpoint import Checkpoints, Damaged, hashed_ahead, numbered, read_manifest, restore_newest, steps_in, verify, write_manifest
+from nash_lab.run.checkpoint import Checkpoints, Damaged, hashed_ahead, numbered, read_manifest, steps_in, verify, write_manifest
 from nash_lab.train.settings import TrainConfig
 from nash_lab.run.guard import HUNG, NONFINITE, STOPPED, NonFinite, Stopped
 from nash_lab.train.optim import OptimConfig, optimizer
@@ -799,7 +799,8 @@ def test_kill_at_each_deletion(three, tmp_path):
     for n in range(1, count + 1):
         folder = tmp_path/f'killed/{n}'
         assert [s for s in numbered(folder) if not damaged(folder/str(s))][-1] == 3
-        is_step(restore_newest(three.orbax, folder, SMALL), 3)
+        three.folder = folder
+        is_step(three.restore(template=SMALL), 3)
         assert all(not damaged(folder/str(s)) for s in numbered(folder))
         checkpoint.clear_leftovers(folder)
         assert {p.name for p in folder.iterdir()} <= {'1', '2', '3'}
@@ -813,7 +814,8 @@ def test_drive_that_copies_instead_of_renaming(three, tmp_path, capsys):
     for n in range(1, count + 1):
         folder = tmp_path/f'killed/{n}'
         checkpoint.clear_leftovers(folder)
-        got = restore_newest(three.orbax, folder, SMALL, repair=True)
+        three.folder = folder
+        got = three.restore(template=SMALL, repair=True)
         used.append(got['data']['row'])
         is_step(got, used[-1])
     assert set(used) == {2, 3} and used[-1] == 3

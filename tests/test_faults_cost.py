@@ -87,7 +87,7 @@ TRACK = """import sys, time
 from pathlib import Path
 from nash_lab.run.rundir import Trackers
 with Trackers(sys.argv[2:], Path(sys.argv[1]), {}) as trackers:
-    for step in range(20): trackers.send(dict(step=step, loss=1.0)); time.sleep(.15)
+    for step in range(20): trackers(dict(step=step, loss=1.0)); time.sleep(.15)
 """
 
 class Silent(http.server.ThreadingHTTPServer):

@@ -15,15 +15,19 @@ from nash_lab.train.parallel import (
     MeshConfig,
     MeshSlice,
     check_rows,
-    own_position,
-    pack_position,
 )
-from nash_lab.train.settings import TrainConfig, claim_run, saved_config
+from nash_lab.train.settings import (
+    TrainConfig,
+    claim_run,
+    joined_position,
+    own_position,
+    saved_config,
+)
 
 CFG = TrainConfig(tokenizer="", steps=200)
 ONE = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
 EIGHT = AbstractMesh((2, 2, 2, 1), AXES)
-STREAMS = pack_position([{"row": 3}, {"row": 4}])
+STREAMS = joined_position([{"row": 3}, {"row": 4}])
 
 REFUSED = {
     r"TrainConfig\.accumulate=3": lambda: replace(CFG, accumulate=3),

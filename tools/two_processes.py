@@ -24,9 +24,6 @@ def worker(a):
     from nash_lab.train.optim import OptimConfig, optimizer
     from nash_lab.train.parallel import (
         data_shard,
-        init_sharded,
-        own_position,
-        pack_position,
         place_rows,
         put_batch,
         replicate,
@@ -34,6 +31,7 @@ def worker(a):
         state_shardings,
     )
     from nash_lab.core.processes import gather_json, is_main_process
+    from nash_lab.train.settings import joined_position, own_position
     from nash_lab.train.step import fresh_state, make_train_step
 
     say = lambda **line: is_main_process() and print(json.dumps(line), flush=True)
@@ -54,7 +52,7 @@ def worker(a):
     for run in a.run.split(os.pathsep):
         batches = loader(packed, LoaderConfig(seq_len=32, batch_size=16, prefetch=0), shard=shard, shards=shards)
         points, done = Checkpoints(run, asynchronous=True), 0
-        if points.latest() is None: state = init_sharded(initial, places)
+        if points.latest() is None: state = jax.jit(initial, out_shardings=places)()
         else:
             template = jax.tree.map(places_of, shapes, places)
             got = points.restore(template={'model': template.params, 'optimizer': template.opt_state, 'data': None, 'counters': None})
@@ -70,7 +68,7 @@ def worker(a):
             position, batch = batches.get_state(), fetch(batches)
             say(run=run, step=done, loss=float(metrics['loss']).hex())
             if done % SAVE_EVERY == 0 or done == STEPS:
-                points.save(done, {'model': state.params, 'optimizer': state.opt_state, 'data': pack_position(gather_json(position)), 'counters': {'step': done}})
+                points.save(done, {'model': state.params, 'optimizer': state.opt_state, 'data': joined_position(gather_json(position)), 'counters': {'step': done}})
             if run == a.slow: points.wait(); time.sleep(.5)
         points.close()
         say(run=run, ends=done)

@@ -5,7 +5,7 @@ With all of it on, our loop keeps 99 % of the speed of a bare one."""
 
 # %% auto #0
 __all__ = ['STOPPED', 'HUNG', 'NONFINITE', 'NO_LOCKS', 'PHASES', 'WHOLE', 'Stopped', 'NonFinite',
-           'run_lock', 'Ledger', 'goodput', 'Seen', 'last_good', 'stacks', 'Guard']
+           'run_lock', 'Ledger', 'goodput', 'Seen', 'last_good', 'Guard']
 
 # %% ../../nbs/run/32_guard.ipynb #c003
 import errno
@@ -43,25 +43,18 @@ class NonFinite(ValueError):
     exit_code = NONFINITE
 
 # %% ../../nbs/run/32_guard.ipynb #c008
-def _started(pid: int) -> str:
-    "When the process was started, in ticks since boot; empty without such a process or /proc."
+def _started(pid: int) -> str | None:
+    "When a process was started, in ticks since boot; empty without /proc, None when it is gone."
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # somebody else's, and alive
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
-
-
-def _is_alive(holder: dict) -> bool:
-    "Is the process that wrote `holder` still there? A new process with an old number is another."
-    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
-        return False
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's, and alive
-    return holder.get("start") in ("", _started(holder["pid"]))
 
 
 def _read_holder(path: Path) -> dict:
@@ -90,11 +83,13 @@ def run_lock(run: str | Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            taken = _is_alive(_read_holder(path))
+            holder = _read_holder(path)
+            if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
+                start = _started(holder["pid"])  # another one: a new process with an old number
+                taken = start is not None and holder.get("start") in ("", start)
             if not taken:
-                print(
-                    f"{path}: no locks on this drive, let no other process write", file=sys.stderr
-                )
+                warning = f"{path}: no locks on this drive, let no other process write"
+                print(warning, file=sys.stderr)
         if taken:
             holder = json.dumps(_read_holder(path))
             raise ValueError(f"{path}: this run is being written by {holder}")
@@ -139,11 +134,6 @@ class Ledger:
         self.phase = phase
         self.mark = now
         return before
-
-    def carry_over(self, seconds: dict[str, float]) -> None:
-        "Add the account of an earlier process of the same run."
-        for phase, s in seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + s
 
     def training_s(self) -> float:
         "Seconds spent in steps and in waiting for their data, up to now."
@@ -199,22 +189,12 @@ def last_good(good: Seen, seen: Sequence[Seen]) -> tuple[Seen, int]:
 WHOLE = ("start", "compile", "data", "hooks", "validation")  # the state between two steps is there
 
 
-def stacks() -> str:
-    "What every thread is doing, with the home directory as `~` and no values of variables."
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    text = ""
-    for number, frame in sys._current_frames().items():
-        text += f"thread {names.get(number, number)}\n{''.join(traceback.format_stack(frame))}\n"
-    text = text.replace(str(Path.home()), "~")  # guard: run: home directory
-    return text
-
-
 def _exit_now(code: int, message: str) -> None:
     "End the process; no other thread can hold it up."
     print(message, file=sys.stderr, flush=True)
     os._exit(code)
 
-# %% ../../nbs/run/32_guard.ipynb #c026
+# %% ../../nbs/run/32_guard.ipynb #c025
 class Guard:
     "Note signals, watch the clock, and end the process when the main thread cannot."
 
@@ -277,22 +257,24 @@ class Guard:
             late = time.monotonic() > deadline
             stuck = phase in WHOLE or (terminated and phase == "step")
             if late and stuck and self.leaving.acquire(blocking=False):
-                self._leave(phase)
+                if phase not in WHOLE:
+                    self._end_hang(f"a step did not end in {self.grace_s:g} s after a signal")
+                try:
+                    self.rescue()  # in place of the main thread
+                except BaseException as error:
+                    _exit_now(1, f"{self.run}: stopped, not saved: {error}")
+                _exit_now(STOPPED, f"{self.run}: stopped and saved; the same command continues")
             if self.watchdog_s and still > self.watchdog_s:  # guard: run: watchdog
                 self._end_hang(f"{phase} did not end in {self.watchdog_s:g} s")
 
-    def _leave(self, phase):
-        "Save in place of a main thread that is stuck in `phase`, if the state is whole, and end."
-        if phase not in WHOLE:
-            self._end_hang(f"a step did not end in {self.grace_s:g} s after a signal")
-        try:
-            self.rescue()
-        except BaseException as error:
-            _exit_now(1, f"{self.run}: stopped, not saved: {error}")
-        _exit_now(STOPPED, f"{self.run}: stopped and saved; the same command continues")
-
     def _end_hang(self, why):
-        text = stacks()
+        "Write what every thread is doing, without values of variables, and end."
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        text = ""
+        for number, frame in sys._current_frames().items():
+            trace = "".join(traceback.format_stack(frame))
+            text += f"thread {names.get(number, number)}\n{trace}\n"
+        text = text.replace(str(Path.home()), "~")  # guard: run: home directory
         with suppress(OSError):
             (self.run / "stacks.txt").write_text(text)
         _exit_now(HUNG, f"{text}{self.run}: {why}; the stacks are above and in stacks.txt")

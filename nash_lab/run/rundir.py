@@ -5,7 +5,7 @@ a run at most five seconds, and a note of what it was made with"""
 
 # %% auto #0
 __all__ = ['plain', 'TRACKERS', 'PACKAGES', 'read_metrics', 'as_record', 'retry', 'MetricsLog',
-           'server_answers', 'wandb_tracker', 'tensorboard_tracker', 'Trackers', 'environment']
+           'wandb_tracker', 'tensorboard_tracker', 'Trackers', 'environment']
 
 # %% ../../nbs/run/30_rundir.ipynb #c003
 import http.client
@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class MetricsLog:
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
         write_atomic(path, "".join(kept).encode())
         self.file = open(path, "ab", buffering=0)
+        self.close = self.file.close
         self.end = self.file.tell()  # of the last whole line
 
     def write(self, record: dict) -> None:
@@ -106,21 +108,7 @@ class MetricsLog:
             rest = rest[self.file.write(rest) :]
         self.end += len(line)
 
-    def close(self) -> None:
-        self.file.close()
-
 # %% ../../nbs/run/30_rundir.ipynb #c016
-def server_answers(url: str, seconds: float = 2.0) -> bool:
-    "Does anybody answer HTTP there, with whatever status?"
-    try:
-        urllib.request.urlopen(url, timeout=seconds).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError, http.client.HTTPException):
-        return False
-    return True
-
-
 def wandb_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
     "Send records to Weights & Biases, or to `run`/wandb, for `wandb sync`, if nobody answers."
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -128,9 +116,14 @@ def wandb_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
 
     found = wandb.setup().settings
     mode = None
-    if found.mode == "online" and not server_answers(found.base_url):
-        print(f"tracker wandb is offline: {found.base_url} does not answer", file=sys.stderr)
-        mode = "offline"
+    if found.mode == "online":
+        try:
+            urllib.request.urlopen(found.base_url, timeout=2).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, with whatever status
+        except (OSError, ValueError, http.client.HTTPException):
+            print(f"tracker wandb is offline: {found.base_url} does not answer", file=sys.stderr)
+            mode = "offline"
     settings = wandb.Settings(init_timeout=5, login_timeout=5, finish_timeout=3, silent=True)
     job = wandb.init(
         project="nash_lab", name=run.name, dir=run, config=config, settings=settings, mode=mode
@@ -155,7 +148,7 @@ def tensorboard_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
 
 TRACKERS = {"wandb": wandb_tracker, "tensorboard": tensorboard_tracker}
 
-# %% ../../nbs/run/30_rundir.ipynb #c019
+# %% ../../nbs/run/30_rundir.ipynb #c018
 class Trackers:
     "The trackers of a run, each in its own thread; leaving the block lets them finish."
 
@@ -189,7 +182,7 @@ class Trackers:
             print(f"tracker {name} is left out: {why}", file=sys.stderr)
         self.left_out.add(name)
 
-    def send(self, record: dict) -> None:
+    def __call__(self, record: dict) -> None:
         "Give `record` to every tracker, without waiting for it."
         for records in self.queues.values():
             records.put(record)
@@ -206,7 +199,7 @@ class Trackers:
             if thread.is_alive():
                 self._leave_out(name, f"no end within {self.patience:g} s")
 
-# %% ../../nbs/run/30_rundir.ipynb #c022
+# %% ../../nbs/run/30_rundir.ipynb #c021
 PACKAGES = (
     "nash_lab",
     "jax",
@@ -220,38 +213,33 @@ PACKAGES = (
 )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _revision() -> str | None:
-    "Git revision of the source, `-dirty` behind it when changed; None for an installed package."
-    root = Path(nash_lab.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
-
-
 def environment() -> dict:
     "What a run is made with: versions, device, git revision, command; no environment variables."
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+
+    root = Path(nash_lab.__file__).parents[1]
+    revision = None  # of an installed package
+    if (root / ".git").exists():
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            found = subprocess.run(describe, cwd=root, capture_output=True, text=True, timeout=10)
+            revision = found.stdout.strip() or None
+
     device = jax.devices()[0]
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": versions,
         "backend": device.platform,
         "device": device.device_kind,
         "devices": jax.device_count(),
-        "git": _revision(),
+        "git": revision,
         "command": command.replace(str(Path.home()), "~"),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

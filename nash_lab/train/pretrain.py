@@ -5,12 +5,12 @@ losses bit for bit, and the guards around the loop cost about 1 % of its speed."
 
 # %% auto #0
 __all__ = ['PAUSES', 'Progress', 'Run', 'training_loop', 'pretrain', 'start', 'DataEnded',
-           'next_batch', 'compile_step', 'step_line', 'kept_weights', 'make_validator',
-           'scores_of', 'all_finite', 'save_checkpoint', 'write_goodput', 'save_and_wait',
-           'save_instead', 'stop_at_last_good', 'Result', 'run_result', 'load_run', 'fresh_run',
-           'write_run']
+           'next_batch', 'compile_step', 'step_line', 'kept_weights', 'validate', 'scores_of',
+           'all_finite', 'save_checkpoint', 'write_goodput', 'save_and_wait', 'save_instead',
+           'stop_at_last_good', 'Result', 'run_result', 'load_run', 'fresh_run', 'write_run']
 
 # %% ../../nbs/train/44_pretrain.ipynb #c003
+import json
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
@@ -41,9 +41,7 @@ from .optim import ema_params, optimizer, schedule
 from nash_lab.train.parallel import (
     RULES,
     batch_sharding,
-    init_sharded,
     make_mesh,
-    own_position,
     place_rows,
     placed,
     put_batch,
@@ -58,8 +56,8 @@ from nash_lab.train.settings import (
     copy_tokenizer,
     joined_position,
     open_data,
+    own_position,
     own_tokenizer,
-    record_changes,
     saved_config,
     tokenizer_facts,
 )
@@ -113,9 +111,8 @@ def training_loop(run: Run, at: Progress, guard: Guard, report: Callable) -> Pro
     try:
         with ledger.during("compile"):
             train_step = compile_step(run, at.state)
-            validate = make_validator(run)
         if at.due is not None:  # step 0, or a validation that a signal cut short
-            line = at.due | validate(at.state)
+            line = at.due | validate(run, at.state)
             at = at._replace(due=None, scores=scores_of(line))
             report(line, at.state)
 
@@ -151,7 +148,7 @@ def training_loop(run: Run, at: Progress, guard: Guard, report: Callable) -> Pro
             if validating:
                 at = at._replace(due=line)
             if validating and not stop:
-                line = line | validate(at.state)
+                line = line | validate(run, at.state)
                 at = at._replace(due=None, scores=scores_of(line))
             if at.due is None:
                 report(line, at.state)
@@ -209,11 +206,15 @@ def pretrain(cfg: TrainConfig, *, hooks: Iterable[Callable] = ()) -> "Result":
                 for path, why in unsharded(at.state.params, RULES, mesh).items():
                     print(f"{path}: {why}", file=sys.stderr)
             if changes or notes:
-                record_changes(cfg, folder, at.step, changes + notes)
+                change = {"step": at.step, "changes": changes + notes}
+                with open(folder / "changes.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(change) + "\n")
+                copy_tokenizer(cfg.tokenizer, folder)
+                write_json(folder / "config.json", to_json(cfg))
             first = at.step if at.due is None else at.step - 1  # a line that is due comes again
             log = stack.enter_context(closing(MetricsLog(folder / "metrics.jsonl", first)))
             trackers = stack.enter_context(Trackers(cfg.trackers, folder, to_json(cfg)))
-            outputs = [log.write, trackers.send]
+            outputs = [log.write, trackers]
 
         def report(line, state):
             record = as_record(line)
@@ -271,7 +272,8 @@ def start(
     notes = []
     if not checkpoints.take_over():
         due = {"step": 0, "tokens": 0, "time_s": 0.0}  # step 0 is validated
-        at = Progress(0, init_sharded(make_state, shardings), batches.bookmark(), due)
+        state = jax.jit(make_state, out_shardings=shardings)()  # each device makes its part alone
+        at = Progress(0, state, batches.bookmark(), due)
     else:
         shapes = placed(shapes, shardings)
         template = {
@@ -296,7 +298,8 @@ def start(
         state = TrainState(saved["model"], saved["optimizer"], *counts)
         key = jax.random.wrap_key_data(saved["rng"]["key"])
         at = Progress(step, state, batches.bookmark(), counters.get("due"))
-        ledger.carry_over(counters.get("seconds", {"step": counters["time_s"]}))
+        for phase, s in counters.get("seconds", {"step": counters["time_s"]}).items():
+            ledger.seconds[phase] = ledger.seconds.get(phase, 0.0) + s
 
     log = Path(cfg.run) / "metrics.jsonl"
     if log.exists():
@@ -377,36 +380,37 @@ def kept_weights(params: dict, opt_state: Any) -> dict:
 @lru_cache(maxsize=8)
 def _jitted_probe(graphdef, mesh):
     whole = NamedSharding(mesh, PartitionSpec())
-    probe = lambda params, tokens: routing_stats(nnx.merge(graphdef, params), tokens)
-    return jax.jit(probe, out_shardings=whole)
+    return jax.jit(
+        lambda params, tokens: routing_stats(nnx.merge(graphdef, params), tokens),
+        out_shardings=whole,
+    )
 
 
-def make_validator(run: Run) -> Callable:
-    "state -> val_loss, val_bpb, routing and the counters of the data, where there are such."
+def validate(run: Run, state: TrainState) -> dict:
+    "val_loss, val_bpb, routing and the counters of the data, where there are such."
     cfg = run.cfg
-    seq_len = cfg.loader.seq_len
-    rows = cfg.loader.batch_size // cfg.accumulate  # what fits into memory
-    limit = cfg.eval_batches * cfg.accumulate or None
-    eval_step = make_eval_step(run.graphdef)
+    record = {}
     if run.validation is not None:
-        probe = next(eval_batches(run.validation, seq_len, 4, 1))["tokens"][:, :128]
-
-    def sharded_eval(params, batch):
-        return eval_step(params, put_batch(batch, run.mesh, whole=True))
-
-    def validate(state):
-        record = {}
-        if run.validation is not None:
-            with run.ledger.during("validation"):
-                params = kept_weights(state.params, state.opt_state)
-                record = evaluate_loss(sharded_eval, params, run.validation, seq_len, rows, limit)
-                if cfg.model.residual != "plain":
-                    routing = _jitted_probe(run.graphdef, run.mesh)(params, probe)
-                    record["routing"] = jax.device_get(routing)
-        counters = run.batches.counters()  # of streams: rows, left out, epochs
-        return record | {"data": counters} if counters else record
-
-    return validate
+        seq_len = cfg.loader.seq_len
+        rows = cfg.loader.batch_size // cfg.accumulate  # what fits into memory
+        limit = cfg.eval_batches * cfg.accumulate or None
+        eval_step = make_eval_step(run.graphdef)
+        with run.ledger.during("validation"):
+            params = kept_weights(state.params, state.opt_state)
+            record = evaluate_loss(
+                lambda params, batch: eval_step(params, put_batch(batch, run.mesh, whole=True)),
+                params,
+                run.validation,
+                seq_len,
+                rows,
+                limit,
+            )
+            if cfg.model.residual != "plain":
+                probe = next(eval_batches(run.validation, seq_len, 4, 1))["tokens"][:, :128]
+                routing = _jitted_probe(run.graphdef, run.mesh)(params, probe)
+                record["routing"] = jax.device_get(routing)
+    counters = run.batches.counters()  # of streams: rows, left out, epochs
+    return record | {"data": counters} if counters else record
 
 
 def scores_of(line: dict) -> dict:
