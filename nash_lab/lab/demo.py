@@ -27,7 +27,7 @@ from ..core.text import Tokenizer
 from ..data.corpus import CorpusConfig, CorpusReport, PackedTokens, documents, pack
 from ..data.loader import LoaderConfig
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
-from ..discover.archive import read_archive
+from ..discover.archive import archive_from_json
 from ..discover.consolidate import Consolidation, ExampleNight, consolidate, example_night
 from ..evals.scores import Probe, evaluate, model_rows, score
 from .report import RunFiles, html_table, paragraph, write_report
@@ -204,7 +204,7 @@ def draw_night(files: RunFiles) -> Iterable[str]:
         )
         yield files.show(
             "archive",
-            archive_tree(read_archive(search / "archive.json").nodes),
+            archive_tree(archive_from_json(read_json(search / "archive.json"), search).nodes),
             "Notice the red line: each of its steps began from a state found earlier.",
         )
 
