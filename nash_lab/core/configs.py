@@ -100,7 +100,15 @@ def _restore(hint: Any, value: Any, name: str) -> Any:
     if is_dataclass(hint):
         return from_json(hint, value)
     if origin in (Union, types.UnionType):
-        return _restore_union(args, value, name)
+        if value is None and type(None) in args:
+            return None
+        rest = [option for option in args if option is not type(None)]
+        for option in rest[:-1]:
+            try:
+                return _restore(option, value, name)
+            except ValueError:
+                continue
+        return _restore(rest[-1], value, name)
     if origin is Literal and any(
         type(option) is type(value) and option == value for option in args
     ):
@@ -126,22 +134,6 @@ def _restore(hint: Any, value: Any, name: str) -> Any:
         " | ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
     )
     raise ValueError(f"{name}: expected {expected}, found {value!r}")
-
-
-def _restore_union(options: tuple, value: Any, name: str) -> Any:
-    "The first of `options` that accepts `value`. ValueError when none does."
-    if value is None and type(None) in options:
-        return None
-    rest = [option for option in options if option is not type(None)]
-    if len(rest) == 1:
-        return _restore(rest[0], value, name)
-    for option in rest:
-        try:
-            return _restore(option, value, name)
-        except ValueError:
-            continue
-    names = " | ".join(getattr(option, "__name__", str(option)) for option in rest)
-    raise ValueError(f"{name}: expected {names}, found {value!r}")
 
 # %% ../../nbs/core/01_configs.ipynb #c013
 def config_changes(old: dict, new: dict, at: str = "") -> list[str]:

@@ -71,23 +71,18 @@ def _number(text: str) -> float:
     return value
 
 
-def _depth(text: str) -> int:
-    "How deeply brackets are nested, those inside strings left out."
-    depth = deepest = 0
-    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
 def parse_json(text: str | bytes, limit: int = MAX_JSON_BYTES) -> Any:
     "One JSON value. ValueError for NaN, infinity, a key given twice, too long, or too deep."
     if len(text) > limit:
         raise ValueError(f"{len(text)} bytes of JSON, at most {limit} are read")
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
-        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:  # brackets inside strings count here
+        depth = 0
+        for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+            depth += 1 if bracket in "[{" else -1
+            if depth > MAX_JSON_DEPTH:
+                raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
     return json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_number)
 
 # %% ../../nbs/core/00_files.ipynb #c014
