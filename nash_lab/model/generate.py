@@ -141,7 +141,8 @@ def _decode(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, ro
     lm = nnx.merge(graphdef, weights)
     b, t = prompt.shape
     rows = b * copies
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+    fold = partial(jax.random.fold_in, key)
+    row_keys = jax.vmap(fold)(jnp.arange(rows))
     pad = jnp.maximum(eos, 0)  # eos is -1 where there is none
 
     def add_token(state, hidden):

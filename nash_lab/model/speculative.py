@@ -149,8 +149,10 @@ def speculative_round(
     # check
     slots = s.at[:, None] + next_slots
     hidden, cache = lm.step(read_slots(tokens, slots), slots, s.cache)
-    columns = [lm.logits(hidden[:, i]) for i in range(depths + 1)]
-    z = jnp.stack(columns, 1)  # one by one: a CPU packs the head anew for two columns
+    columns = []
+    for i in range(depths + 1):  # one by one: a CPU packs the head anew for two columns
+        columns.append(lm.logits(hidden[:, i]))
+    z = jnp.stack(columns, 1)
     p = probabilities(z.reshape(-1, z.shape[-1]), cfg)
     p = p.reshape(z.shape)
 
@@ -170,7 +172,8 @@ def speculative_round(
     new = jnp.where(ended, hit.argmax(1), kept) + 1
     at = jnp.minimum(s.at + new, end)
     live = (~s.done).astype(jnp.int32)
-    did = jnp.stack([jnp.full_like(kept, depths), kept, jnp.ones_like(kept)])
+    proposed = jnp.full_like(kept, depths)
+    did = jnp.stack([proposed, kept, jnp.ones_like(kept)])
     return SpecState(
         tokens=tokens,
         logprobs=write_slots(s.logprobs, slots + 1, logprobs),
@@ -192,12 +195,14 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
     depths = lm.cfg.depths
     slots = t + room + depths + 1
     end = lengths - 1 + limit
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(b))
+    fold = partial(jax.random.fold_in, key)
+    row_keys = jax.vmap(fold)(jnp.arange(b))
 
     # prefill of the trunk, and the first token
     everywhere = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     hidden, cache = lm.step(prompt, everywhere, lm.init_cache(b, slots))
-    last = read_slots(hidden, (lengths - 1)[:, None])[:, 0]
+    ends = (lengths - 1)[:, None]
+    last = read_slots(hidden, ends)[:, 0]
     z = lm.logits(last)
     chances = row_chances(row_keys, 0, 1)[:, 0]
     token = draw_token(chances, probabilities(z, cfg))[:, None]
@@ -241,8 +246,10 @@ def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg,
     steps = jnp.arange(room)[None]
     within = steps < drawn[:, None]
     new = lengths[:, None] + steps
-    tokens = jnp.where(within, read_slots(s.tokens, new), jnp.maximum(eos, 0))
-    logprobs = jnp.where(within, read_slots(s.logprobs, new), 0.0)
+    tokens = read_slots(s.tokens, new)
+    tokens = jnp.where(within, tokens, jnp.maximum(eos, 0))
+    logprobs = read_slots(s.logprobs, new)
+    logprobs = jnp.where(within, logprobs, 0.0)
     return (tokens, drawn, logprobs), s.counts * active[None]
 
 # %% ../../nbs/model/22_speculative.ipynb #c014

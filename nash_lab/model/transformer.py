@@ -147,7 +147,8 @@ class LM(nnx.Module):
             losses = []
             for k, state in enumerate(states, 1):
                 y, w = ahead_targets(targets, weights, segments, k)
-                losses.append(chunked_nats(state, head, y, w, cfg.loss_chunk))
+                loss_k = chunked_nats(state, head, y, w, cfg.loss_chunk)
+                losses.append(loss_k)
             mtp = sum(losses) / cfg.depths
             total = total + cfg.mtp_weight * mtp
             if mtp_aux is not None:
