@@ -712,12 +712,12 @@ def test_hang_is_ended_and_explained(cfg, oracle, nursery, tmp_path):
 
 def test_reading_fails_inside_a_run(cfg, oracle, tmp_path):
     "In the thread that reads ahead: the error comes out within ten seconds, and the checkpoints are whole"
-    run, real, calls = replace(cfg, run=str(tmp_path/'run')), PackedTokens.check, []
+    run, real, calls = replace(cfg, run=str(tmp_path/'run')), PackedTokens.check_unchanged, []
     def failing(self):
         calls.append(time.monotonic())
         if len(calls) == 25: raise OSError(5, 'Input/output error')
         return real(self)
-    with mock.patch.object(PackedTokens, 'check', failing), pytest.raises(OSError, match='Input/output error'): pretrain(run)
+    with mock.patch.object(PackedTokens, 'check_unchanged', failing), pytest.raises(OSError, match='Input/output error'): pretrain(run)
     assert time.monotonic() - calls[24] < 10 and 0 < steps_in(tmp_path/'run/checkpoints')[-1] <= 25
     survives(run, oracle)
 
