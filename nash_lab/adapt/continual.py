@@ -121,14 +121,6 @@ class ReplayBuffer:
             raw = np.exp2(-(age - age.min()) / self.half_life)
         return raw / raw.sum()
 
-    def recall(self, n: int, rng: np.random.Generator) -> list[Example]:
-        "Draw old examples, all different while there are enough. ValueError for an empty buffer."
-        if not self.kept:
-            raise ValueError("the buffer is empty, there is nothing to draw")
-        scarce = n > len(self)
-        picks = rng.choice(len(self), n, replace=scarce, p=self.chances())
-        return [self.kept[i].example for i in picks]
-
     def write_to(self, path: str | Path) -> None:
         "Write the buffer; the file holds the old or the new one at every moment."
         write_json(path, to_json(self))

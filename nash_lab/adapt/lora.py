@@ -9,8 +9,8 @@ of the work of full training, a fresh adapter is the base bit for bit, and the f
 __all__ = ['Adapter', 'NAMES', 'STACKS', 'ADAPTER_TENSORS', 'ADAPTER_CONFIG', 'BEYOND_LORA',
            'Factors', 'delta', 'LoRAConfig', 'Shape', 'linear_layers', 'shape_of', 'target_shapes',
            'init_adapter', 'Adapted', 'fitting', 'attach', 'merge_adapter', 'adapter_update',
-           'combine', 'extract_adapter', 'explained', 'peft_name', 'write_peft', 'peft_config',
-           'read_peft', 'read_adapters', 'save_merged']
+           'combine', 'extract_adapter', 'peft_name', 'write_peft', 'read_peft', 'read_adapters',
+           'save_merged']
 
 # %% ../../nbs/adapt/61_lora.ipynb #c003
 from collections.abc import Callable, Sequence
@@ -284,8 +284,11 @@ def combine(parts: Sequence[tuple[Adapter, float | Array]]) -> Adapter:
     return total
 
 # %% ../../nbs/adapt/61_lora.ipynb #c049
-def extract_adapter(lm: LM, tuned: LM, cfg: LoRAConfig) -> Adapter:
-    "The change of rank `cfg.rank` nearest to the difference of the weights of two models."
+def extract_adapter(lm: LM, tuned: LM, cfg: LoRAConfig) -> tuple[Adapter, float]:
+    """The change of rank `cfg.rank` nearest to the difference of the weights of two models.
+
+    Beside it, its share of the squared difference of all weights; 1 without a difference.
+    """
     base = linear_layers(lm)
     other = linear_layers(tuned)
     adapter = {}
@@ -304,21 +307,16 @@ def extract_adapter(lm: LM, tuned: LM, cfg: LoRAConfig) -> Adapter:
         a = a.reshape(*shape.lead, *shape.inputs, -1)
         b = b.reshape(*shape.lead, *shape.outputs, -1)
         adapter[path] = Factors(a, b)
-    return adapter
 
-
-def explained(lm: LM, tuned: LM, adapter: Adapter, scale: float = 1.0) -> float:
-    "Share of the squared difference of all weights that the adapter makes; 1 without a difference."
-
-    def squared_distance(one, two):
-        leaves = zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (one, two)))
-        return sum(float(jnp.vdot(x - y, x - y)) for x, y in leaves)
-
-    whole = squared_distance(tuned, lm)
-    if not whole:
-        return 1.0
-    left = squared_distance(tuned, merge_adapter(lm, adapter, scale))
-    return 1 - left / whole
+    models = (lm, tuned, merge_adapter(lm, adapter, cfg.scale))
+    weights = [jax.tree.leaves(nnx.state(model, nnx.Param)) for model in models]
+    whole = 0.0
+    left = 0.0  # what the adapter misses
+    for start, end, near in zip(*weights):
+        whole += float(jnp.vdot(end - start, end - start))
+        left += float(jnp.vdot(end - near, end - near))
+    share = 1 - left / whole if whole else 1.0
+    return adapter, share
 
 # %% ../../nbs/adapt/61_lora.ipynb #c053
 NAMES = {  # path within a block -> within a layer of LlamaForCausalLM and its relatives
@@ -408,21 +406,25 @@ BEYOND_LORA = (
 )
 
 
-def peft_config(path: Path) -> LoRAConfig:
-    "The configuration in a PEFT folder. FileNotFoundError, or ValueError for more than plain LoRA."
-    data = read_json(path)
+def read_peft(folder: str | Path, lm: LM) -> tuple[Adapter, LoRAConfig]:
+    """An adapter as `peft` or `write_peft` made it, and its config with its layers as targets.
+
+    ValueError, also for more than plain LoRA, or OSError names the file and what is wrong.
+    """
+    settings = Path(folder) / ADAPTER_CONFIG
+    data = read_json(settings)
     kind = data.get("peft_type") if isinstance(data, dict) else data
     if kind != "LORA":
-        raise ValueError(f"{path}: peft_type {kind!r}, expected 'LORA'")
+        raise ValueError(f"{settings}: peft_type {kind!r}, expected 'LORA'")
     for name in BEYOND_LORA:
         if data.get(name):
-            raise ValueError(f"{path}: {name} is {data[name]!r}, only plain LoRA is read")
+            raise ValueError(f"{settings}: {name} is {data[name]!r}, only plain LoRA is read")
     bias = data.get("bias", "none")
     if bias != "none":
-        raise ValueError(f"{path}: bias is {bias!r}, expected 'none'")
+        raise ValueError(f"{settings}: bias is {bias!r}, expected 'none'")
     start = data.get("init_lora_weights", True)
     if start not in (True, False, "gaussian"):
-        raise ValueError(f"{path}: init_lora_weights is {start!r}, which may change the base")
+        raise ValueError(f"{settings}: init_lora_weights is {start!r}, which may change the base")
 
     values = {"alpha": 8}  # peft's default
     theirs = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
@@ -430,17 +432,10 @@ def peft_config(path: Path) -> LoRAConfig:
         if name in data:
             values[own] = data[name]
     try:
-        return from_json(LoRAConfig, values)
+        cfg = from_json(LoRAConfig, values)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{settings}: {error}") from None
 
-
-def read_peft(folder: str | Path, lm: LM) -> tuple[Adapter, LoRAConfig]:
-    """An adapter as `peft` or `write_peft` made it, and its config with its layers as targets.
-
-    ValueError or OSError names the file and what is wrong.
-    """
-    cfg = peft_config(Path(folder) / ADAPTER_CONFIG)
     file = Path(folder) / ADAPTER_TENSORS
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")

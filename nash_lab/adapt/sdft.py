@@ -338,7 +338,7 @@ class Prompts(NamedTuple):
 def plan_batches(
     lm: LM,  # for the room it has
     examples: Sequence[Example],
-    buffer: Any,  # of old examples: recall(n, rng) and a length; None: there is none
+    buffer: Any,  # of old examples: a ReplayBuffer; None: there is none
     cfg: SDFTConfig,
     encode: Callable[[str], list[int]],  # from `encoder`, or a chat's turn
     rng: np.random.Generator,  # of the order and the old examples
@@ -377,7 +377,10 @@ def plan_batches(
         batch = [prompts[i] for i in waiting[:new]]
         waiting = waiting[new:]
         if replayed:
-            batch += encode_all(buffer.recall(replayed, rng))
+            # all different while there are enough
+            scarce = replayed > len(buffer)
+            picks = rng.choice(len(buffer), replayed, replace=scarce, p=buffer.chances())
+            batch += encode_all([buffer.kept[i].example for i in picks])
         batches.append(batch)
 
     # one width for all batches, so one compiled program

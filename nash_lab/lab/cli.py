@@ -29,7 +29,6 @@ from ..adapt.hf import import_run, load_hf, save_hf
 from nash_lab.adapt.lora import (
     LoRAConfig,
     attach,
-    explained,
     extract_adapter,
     merge_adapter,
     read_adapters,
@@ -300,12 +299,11 @@ class ExportJob:
             parts = read_adapters(lm, self.adapters, self.weights)
             other = merge_adapter(lm, parts)
             cfg = replace(cfg, targets=tuple(parts), skip=())
-        adapter = extract_adapter(lm, other, cfg)
+        adapter, share = extract_adapter(lm, other, cfg)
         write_peft(self.out, adapter, cfg, lm, base=self.run)
-        share = 100 * explained(lm, other, adapter, cfg.scale)
         print(
             f"{self.out}: rank {cfg.rank} beside {len(adapter)} linear maps,"
-            f" {share:.2f} % of the change"
+            f" {100 * share:.2f} % of the change"
         )
 
 # %% ../../nbs/lab/86_cli.ipynb #c019
