@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'na
 
 from nash_lab.adapt.hf import load_hf
 from nash_lab.data.tokenizer import load_tokenizer
-from nash_lab.evals.compare import EvalConfig, compare, describe_comparison, describe_report, evaluate_tasks
+from nash_lab.evals.compare import EvalConfig, compare, describe, evaluate_tasks
 from nash_lab.evals.lm_eval import Answers, Responder, front_of, lm_eval_model, score_pairs, score_texts, windows
 from nash_lab.evals.code_tasks import (
     BENCHMARKS, Attempts, best_of, load_task, pass_at_k, quiet, read_data, score_programs, shown_tests)
@@ -280,7 +280,7 @@ def test_an_imported_llama_end_to_end(data, tmp_path):
     write_json(tmp_path / "a.json", report)
     found = compare(tmp_path / "a.json", tmp_path / "a.json")
     assert len(found.rows) == 7 and {r.verdict for r in found.rows} == {"no difference shown"}
-    assert len(describe_comparison(found).splitlines()) == len(describe_report(report).splitlines()) == 7
+    assert len(describe(found).splitlines()) == len(describe(report).splitlines()) == 7
 
 
 @pytest.mark.parity

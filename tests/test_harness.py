@@ -3,15 +3,17 @@ import gzip
 import json
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nash_lab.data.corpus import PackedMeta, PackedTokens
-from nash_lab.evals.scores import (EvalReport, Probe, bigram_logprobs, bootstrap, evaluate, load_probes,
-                                    model_rows, run_probes, score, table_rows, wilson)
+from nash_lab.evals.scores import (EvalReport, Probe, bigram_logprobs, bootstrap, evaluate, model_rows,
+                                    run_probes, score, table_rows, wilson)
 from nash_lab.core.configs import from_json, to_json
+from nash_lab.core.files import read_rows
 from nash_lab.model.transformer import LM, ModelConfig
 
 
@@ -79,6 +81,9 @@ def test_intervals():
 def test_probe_kinds(kind, target, answer, passed):
     report = run_probes(lambda prompts: [answer], [Probe('p', target, kind)])
     assert report.items[0].passed is passed
+
+
+def load_probes(path): return read_rows(path, partial(from_json, Probe), 'probes')
 
 
 def test_probe_files(tmp_path):

@@ -6,8 +6,7 @@ intervals hide."""
 
 # %% auto #0
 __all__ = ['COUNTS', 'FORMAT', 'mcnemar', 'sign_flip', 'holm', 'EvalConfig', 'run_task',
-           'evaluate_tasks', 'describe_report', 'Paired', 'Comparison', 'compare',
-           'describe_comparison']
+           'evaluate_tasks', 'Paired', 'Comparison', 'compare', 'describe']
 
 # %% ../../nbs/evals/55_compare.ipynb #c003
 import hashlib
@@ -232,18 +231,6 @@ def evaluate_tasks(
         "tasks": {task: run_task(task, model, cfg) for task in cfg.names},
     }
 
-
-def describe_report(
-    report: dict,  # from `evaluate_tasks`
-) -> str:
-    "One line a metric."
-    lines = []
-    for task, part in report["tasks"].items():
-        for metric, m in part["metrics"].items():
-            interval = f"95 % {m['low']:.4f} to {m['high']:.4f}, {m['items']} problems"
-            lines.append(f"{task} {metric}: {m['value']:.4f} ({interval})")
-    return "\n".join(lines)
-
 # %% ../../nbs/evals/55_compare.ipynb #c032
 @dataclass(frozen=True)
 class Paired:
@@ -354,13 +341,22 @@ def compare(
     return Comparison(reports[0]["model"], reports[1]["model"], tuple(rows), left_out)
 
 
-def describe_comparison(found: Comparison) -> str:
-    "One line a row, then what was left out."
+def describe(
+    result: dict | Comparison,  # from `evaluate_tasks` or `compare`
+) -> str:
+    "One line a metric, then what a comparison left out."
     lines = []
-    for row in found.rows:
+    if isinstance(result, dict):
+        for task, part in result["tasks"].items():
+            for metric, m in part["metrics"].items():
+                interval = f"95 % {m['low']:.4f} to {m['high']:.4f}, {m['items']} problems"
+                lines.append(f"{task} {metric}: {m['value']:.4f} ({interval})")
+        return "\n".join(lines)
+
+    for row in result.rows:
         means = f"A {row.a:.4f}, B {row.b:.4f}, B - A {row.effect:+.4f}"
         interval = f"95 % {row.low:+.4f} to {row.high:+.4f}"
         test = f"{row.test} p {row.adjusted:.2g} over {row.items} problems"
         lines.append(f"{row.task} {row.metric}: {means} ({interval}), {test}: {row.verdict}")
-    lines += [f"left out, only in one report: {name}" for name in found.left_out]
+    lines += [f"left out, only in one report: {name}" for name in result.left_out]
     return "\n".join(lines)

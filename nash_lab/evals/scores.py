@@ -6,8 +6,8 @@ way round."""
 
 # %% auto #0
 __all__ = ['Rows', 'row_nats', 'model_rows', 'bootstrap', 'Score', 'score', 'bigram_logprobs',
-           'table_rows', 'Probe', 'load_probes', 'wilson', 'Measured', 'mean_interval',
-           'ProbeResult', 'ProbeReport', 'run_probes', 'weights_hash', 'EvalReport', 'evaluate']
+           'table_rows', 'Probe', 'wilson', 'Measured', 'mean_interval', 'ProbeResult',
+           'ProbeReport', 'run_probes', 'weights_hash', 'EvalReport', 'evaluate']
 
 # %% ../../nbs/evals/52_scores.ipynb #c003
 import hashlib
@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -25,8 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from ..core.configs import check_choices, check_that, from_json
-from ..core.files import read_rows
+from ..core.configs import check_choices, check_that
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
 from ..model.transformer import LM
@@ -198,11 +196,6 @@ class Probe:
                 re.compile(self.target)
             except re.error as error:
                 check_that(self, "target", False, f"a regular expression ({error})")
-
-
-def load_probes(path: str | Path) -> list[Probe]:
-    "Probes of a file. ValueError and FileNotFoundError as `read_rows`."
-    return read_rows(path, lambda row: from_json(Probe, row), "probes")
 
 # %% ../../nbs/evals/52_scores.ipynb #c034
 def wilson(

@@ -36,21 +36,15 @@ from nash_lab.adapt.lora import (
     write_peft,
 )
 from ..core.configs import from_json, to_json
-from ..core.files import read_json, write_json
+from ..core.files import read_json, read_rows, write_json
 from ..core.processes import initialize, is_main_process
 from ..data.corpus import CorpusConfig, PackedTokens, documents
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from ..discover.consolidate import ConsolidateConfig, consolidate
 from ..discover.search import discover_run
 from ..discover.ttt import DiscoverConfig
-from nash_lab.evals.compare import (
-    EvalConfig,
-    compare,
-    describe_comparison,
-    describe_report,
-    evaluate_tasks,
-)
-from ..evals.scores import evaluate, load_probes
+from ..evals.compare import EvalConfig, compare, describe, evaluate_tasks
+from ..evals.scores import Probe, evaluate
 from .bench import BenchConfig, bench, load_study
 from .demo import DemoConfig, demo, pack_split
 from .report import write_report
@@ -159,20 +153,23 @@ class EvalJob:
         if self.compare:
             if len(self.compare) != 2:
                 raise ValueError(f"eval --compare: {len(self.compare)} reports, expected two")
-            print(describe_comparison(compare(*self.compare)))
+            print(describe(compare(*self.compare)))
             return
         path = Path(self.run) / "config.json"
         if not self.tasks:
             model = load(self.run)
             cfg = model.config
             data = self.data or cfg.val_bin
+            probes = ()
+            if self.probes:
+                probes = read_rows(self.probes, partial(from_json, Probe), "probes")
             answer = partial(model.generate, max_new_tokens=self.probe_tokens, temperature=0.0)
             report = evaluate(
                 model.lm,
                 PackedTokens.open(data, tokenizer_hash=model.tokenizer.hash),
                 seq_len=cfg.loader.seq_len,
                 batches=self.batches,
-                probes=load_probes(self.probes) if self.probes else (),
+                probes=probes,
                 generate_text=answer,
                 train=PackedTokens.open(cfg.train_bin) if self.tables else None,
             )
@@ -184,8 +181,8 @@ class EvalJob:
                     f" {score['nats_per_token']:.4f} nats per token over {score['tokens']:,} tokens"
                 )
             if self.probes:
-                probes = measured["probes"]
-                print(f"probes: {probes['passed']} of {probes['total']} passed")
+                counts = measured["probes"]
+                print(f"probes: {counts['passed']} of {counts['total']} passed")
         else:
             if path.is_file() and "model_type" in read_json(path):  # transformers wrote the folder
                 lm = load_hf(self.run)
@@ -198,7 +195,7 @@ class EvalJob:
                 boundaries = model.config.loader.documents
             cfg = replace(self.ask, tasks=self.tasks, limit=self.limit, shots=self.shots)
             measured = evaluate_tasks(lm, tokenizer, cfg, documents=boundaries, name=self.run)
-            print(describe_report(measured))
+            print(describe(measured))
         if self.out:
             write_json(Path(self.out), measured)
 

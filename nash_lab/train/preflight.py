@@ -7,7 +7,7 @@
 __all__ = ['COLLECTIVES', 'ITEM_BYTES', 'IN_PLACE', 'NO_TRAFFIC', 'SHARED_MODULES', 'GIB', 'CHIPS',
            'TARGETS', 'PROGRAMS', 'UNITS', 'ACTIVATION_CROSSINGS', 'WEIGHT_CROSSINGS',
            'MOMENT_CROSSINGS', 'UPDATE_CROSSINGS', 'FSDP_TRANSFERS', 'DATA_TRANSFERS',
-           'TP_TRANSFERS', 'report', 'product_flops', 'hbm_bytes', 'Op', 'parse_hlo', 'fused_ops',
+           'TP_TRANSFERS', 'product_flops', 'hbm_bytes', 'Op', 'parse_hlo', 'fused_ops',
            'fused_bytes', 'frame_modules', 'trip_count', 'traffic', 'row_costs', 'Chip', 'Target',
            'PreflightConfig', 'sharded_program', 'Program', 'compile_program', 'worker', 'chip_of',
            'chips_of', 'PreflightReport', 'preflight', 'Estimate', 'kept_bytes', 'estimate',
@@ -919,6 +919,3 @@ def preflight_text(
         return 0, "\n".join([*lines, "", report_text(best)])
     lines.append("does not fit; what to change:")
     return 1, "\n".join([*lines, *(f"  {line}" for line in advice(cfg))])
-
-
-report = preflight_text  # alias until the floors are joined
