@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nash_lab.maths.birkhoff import (birkhoff_residual, composite, distance_to_identity, distance_to_uniform, gains,
+from nash_lab.maths.birkhoff import (birkhoff_residual, composite, gains, mixing_distances,
                                      permutations, sinkhorn, sinkhorn_leading)
 
 CASES = [f's{scale}_n{n}' for scale in (0.5, 1.0, 2.0, 4.0) for n in (2, 4, 8)]
@@ -104,6 +104,7 @@ def test_depth_and_distances():
     uniform, corners = jnp.full((1, 4, 4), 0.25), permutations(4)
     assert corners.shape == (24, 4, 4) and max(birkhoff_residual(corners)) == 0
     assert len({tuple(p.ravel().tolist()) for p in corners}) == 24
-    np.testing.assert_allclose(distance_to_uniform(uniform), 0, atol=1e-6)
-    np.testing.assert_allclose(distance_to_identity(uniform), 3 ** 0.5, atol=1e-6)
-    assert distance_to_identity(corners)[0] == 0
+    to_identity, to_uniform = mixing_distances(uniform)
+    np.testing.assert_allclose(to_uniform, 0, atol=1e-6)
+    np.testing.assert_allclose(to_identity, 3 ** 0.5, atol=1e-6)
+    assert mixing_distances(corners)[0][0] == 0

@@ -7,7 +7,7 @@ to 1.6 over sixty layers, as in the paper."""
 # %% auto #0
 __all__ = ['birkhoff_residual', 'permutations', 'column_sums', 'row_sums', 'scaled_kernel',
            'divisors', 'next_scales', 'sinkhorn_leading', 'sinkhorn', 'check_square', 'composite',
-           'Gains', 'gains', 'distance_to_identity', 'distance_to_uniform']
+           'Gains', 'gains', 'mixing_distances']
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c003
 import itertools
@@ -169,14 +169,11 @@ def gains(h: Float[Array, "*m n n"]) -> Gains:
     return Gains(rows.max(-1), rows.min(-1), cols.max(-1), cols.min(-1))
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c042
-def distance_to_identity(h: Float[Array, "*m n n"]) -> Float[Array, "*m"]:
-    "Frobenius norm of H - I, from 0 to sqrt(2 n) inside the polytope."
+def mixing_distances(h: Float[Array, "*m n n"]) -> tuple[Float[Array, "*m"], Float[Array, "*m"]]:
+    "Frobenius norms of H - I (at most sqrt(2 n) in the polytope) and H - 1/n (sqrt(n - 1))."
     eye = jnp.eye(h.shape[-1], dtype=h.dtype)
-    apart = h - jnp.broadcast_to(eye, h.shape)
-    return jnp.sqrt((apart**2).sum((-2, -1)))
-
-
-def distance_to_uniform(h: Float[Array, "*m n n"]) -> Float[Array, "*m"]:
-    "Frobenius norm of H - 1/n, from 0 to sqrt(n - 1) inside the polytope."
-    apart = h - 1 / h.shape[-1]
-    return jnp.sqrt((apart**2).sum((-2, -1)))
+    from_identity = h - jnp.broadcast_to(eye, h.shape)
+    from_uniform = h - 1 / h.shape[-1]
+    identity = jnp.sqrt((from_identity**2).sum((-2, -1)))
+    uniform = jnp.sqrt((from_uniform**2).sum((-2, -1)))
+    return identity, uniform

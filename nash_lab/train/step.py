@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
-from ..maths.birkhoff import composite, distance_to_identity, distance_to_uniform, gains
+from ..maths.birkhoff import composite, gains, mixing_distances
 from ..model.transformer import LM
 
 # %% ../../nbs/train/42_step.ipynb #c006
@@ -190,8 +190,7 @@ def routing_stats(lm: LM, tokens: Int[Array, "b t"]) -> dict:
     pre, _, res = (x.reshape(-1, *x.shape[2:]) for x in lm.routing(tokens))  # [l 2 ...] -> [2l ...]
     share = pre / pre.sum(-1, keepdims=True)
     stats = gains(composite(res))._asdict()
-    stats["identity"] = distance_to_identity(res)
-    stats["uniform"] = distance_to_uniform(res)
+    stats["identity"], stats["uniform"] = mixing_distances(res)
     stats["pre_entropy"] = jax.scipy.special.entr(share).sum(-1)
     stats["usage"] = share
     return {name: value.mean((1, 2)) for name, value in stats.items()}
