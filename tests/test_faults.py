@@ -9,7 +9,7 @@ import faults_child
 import jax, jax.numpy as jnp, numpy as np
 import pytest
 from nash_lab.data.corpus import Document, PackedTokens, pack
-from nash_lab.data.loader import LoaderConfig, batches_per_epoch
+from nash_lab.data.loader import LoaderConfig, row_count
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import ModelConfig
@@ -226,7 +226,7 @@ def test_the_command_line_says_how_it_ended(cfg, tmp_path):
 
 def test_ten_stops(cfg, oracle, tmp_path):
     "At ten random steps and at the edge of an epoch, all with accumulation and with prefetched rows"
-    epoch = batches_per_epoch(PackedTokens.open(cfg.train_bin), cfg.loader)
+    epoch = math.ceil(row_count(len(PackedTokens.open(cfg.train_bin)), cfg.loader.seq_len) / cfg.loader.batch_size)
     assert 1 < epoch < STEPS
     run, stops = replace(cfg, run=str(tmp_path/'run')), sorted({epoch, *random.Random(3).sample([s for s in range(1, STEPS) if s != epoch], 10)})
     for stop in stops:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nash_lab.data.corpus import CorpusConfig, Document, corpus_files, pack
-from nash_lab.data.loader import LoaderConfig
+from nash_lab.data.corpus import CorpusConfig, Document, PackedTokens, corpus_files, pack
+from nash_lab.data.loader import LoaderConfig, row_count
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.core.configs import to_json
 from nash_lab.model.transformer import LM, ModelConfig
@@ -377,6 +377,19 @@ def test_bad_input_is_refused_before_anything_is_written(cfg, corpus, tmp_path):
         assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="seq_len=128 is above model.max_len=64"): replace(run, loader=LoaderConfig())
     with pytest.raises(ValueError, match="warmup_steps=3 and 1 more"): replace(run, steps=3)
+
+
+def test_batches_that_reach_over_an_epoch_count_once(cfg):
+    "As many steps as the rows of all epochs fill batches are accepted, and not one more"
+    epochs, size, mesh = 4, cfg.loader.batch_size, module.make_mesh(cfg.mesh)
+    rows = row_count(len(PackedTokens.open(cfg.train_bin)), cfg.loader.seq_len)
+    most = -(-epochs * rows // size)
+    assert most < epochs * -(-rows // size)  # else no batch holds rows of two epochs
+    run = replace(cfg, loader=replace(cfg.loader, epochs=epochs), steps=most)
+    batches, _ = module.open_data(run, mesh)
+    assert len(list(batches)) == most
+    with pytest.raises(ValueError, match=f"epochs=4 give {most} batches, steps={most + 1}"):
+        module.open_data(replace(run, steps=most + 1), mesh)
 
 
 def test_changed_config_is_refused_and_free_fields_are_not(cfg, straight):

@@ -5,7 +5,7 @@ that comes next. Two loops over the file give the same rows."""
 
 # %% auto #0
 __all__ = ['LoaderConfig', 'as_batch', 'row_count', 'make_batch', 'refuse_other', 'Batches',
-           'Loader', 'loader', 'batches_per_epoch', 'eval_batches']
+           'Loader', 'loader', 'eval_batches']
 
 # %% ../../nbs/data/28_loader.ipynb #c003
 from collections.abc import Callable, Iterator
@@ -190,11 +190,6 @@ def loader(
     if cfg.batch_size % shards:
         raise ValueError(f"batch_size={cfg.batch_size} is not divisible by {shards=}")
     return Loader(packed, cfg, shard, shards)
-
-
-def batches_per_epoch(packed: PackedTokens, cfg: LoaderConfig) -> int:
-    "Batches after which every row has been seen; the last may reach into the next epoch."
-    return -(-row_count(len(packed), cfg.seq_len) // cfg.batch_size)
 
 # %% ../../nbs/data/28_loader.ipynb #c028
 def eval_batches(
