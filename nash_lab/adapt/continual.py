@@ -125,9 +125,6 @@ class ReplayBuffer:
         "Write the buffer; the file holds the old or the new one at every moment."
         write_json(path, to_json(self))
 
-    add = remember  # alias until the floors are joined
-    save = write_to  # alias until the floors are joined
-
 # %% ../../nbs/adapt/63_continual.ipynb #c014
 def paired_change(
     before: Bool[np.ndarray, "n"],  # passed?

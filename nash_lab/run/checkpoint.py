@@ -425,8 +425,6 @@ class Checkpoints:
             raise Damaged(f"{self.folder}: nothing left but {', '.join(bad)}")
         return bool(numbered(self.folder))  # guard: checkpoint: no fresh start
 
-    own = take_over  # alias until the floors are joined
-
     def save(
         self,
         step: int,  # not yet saved
