@@ -7,7 +7,7 @@ import re
 
 import pytest
 from measure import code_figures, modules, prose_figures
-from pages import FLOORS, NBS, code_cells, directives, exported, named, notebooks, number, parse, read, reads_line, source
+from pages import FLOORS, NBS, code_cells, directives, exported, named, notebooks, number, parse, read, reads_rows, source
 
 PAGES = [p for p in notebooks() if p.name != 'index.ipynb']
 LEAK = re.compile(r'0x[0-9a-f]{8,}|/tmp/|/home/|/root/|/Users/|site-packages/')
@@ -49,10 +49,10 @@ def test_opening(path):
     assert all(re.match(r'- [\w-]+: ', line) for line in title[2:]), 'only `- key: value` lines after the `> line`'
     opening = source(cells[1])
     assert cells[1]['cell_type'] == 'markdown' and not opening.lstrip().startswith('#')
-    assert re.search(r'^\*\*(Paper|Source)s?\b', opening, re.M), 'the second cell names its paper or source'
+    assert re.search(r'^\| \*\*(Paper|Source)s?\*\* \|', opening, re.M), 'the box names its paper or source'
     assert 'http' in opening, 'the second cell links it'
-    lines = [line.removesuffix('<br>') for line in opening.splitlines() if line.startswith('**Reads**')]
-    assert lines == [reads_line(path)], 'run `make export`, which writes the line'
+    rows = [line for line in opening.splitlines() if re.match(r'\| \*\*(Reads|Feeds)', line)]
+    assert rows == reads_rows(path), 'run `make export`, which writes these rows'
 
 
 @pytest.mark.parametrize('path', PAGES, **EACH)

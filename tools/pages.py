@@ -85,26 +85,26 @@ def reads() -> dict[Path, list[Path]]:
     return found
 
 
-def reads_line(page: Path) -> str:
-    "The line of a page that says what it uses and who uses it; the site makes links of the names."
+def reads_rows(page: Path) -> list[str]:
+    "Two rows for the box of a page: what it uses and who uses it; the site makes links of the names."
 
-    def links(pages: list[Path], most: int = 8) -> str:
+    def names(pages: list[Path], most: int = 8) -> str:
         shown = [f'`{named(p)}`' for p in pages[:most]]
         more = [f'{len(pages) - most} more'] if len(pages) > most else []
         return ', '.join(shown + more) or 'no other page'
 
     feeds = [p for p, used in reads().items() if page in used]
-    return f'**Reads** {links(reads()[page])} · **Feeds** {links(feeds)}'
+    return [f'| **Reads** | {names(reads()[page])} |', f'| **Feeds** | {names(feeds)} |']
 
 
 def linked_reads(text: str, page: Path) -> str:
-    "Markdown of `page` with the names on its **Reads** line as links to their notebooks."
+    "Markdown of `page` with the names in the rows of its box as links to their notebooks."
     files = {named(p): p for p in notebooks()}
 
     def link(m) -> str:
         return f'[{m[1]}](../{files[m[1]].relative_to(NBS).as_posix()})' if m[1] in files else m[0]
 
-    rows = (re.sub(r'`(\w+/\w+)`', link, row) if row.startswith('**Reads**') else row for row in text.split('\n'))
+    rows = (re.sub(r'`(\w+/\w+)`', link, row) if row.startswith(('| **Reads**', '| **Feeds**')) else row for row in text.split('\n'))
     return '\n'.join(rows)
 
 

@@ -33,7 +33,14 @@ from nash_lab.adapt.sdft import (
     distil,
     encoder,
 )
-from ..core.configs import check_choices, check_range, check_that, claim, from_json, to_json
+from nash_lab.core.configs import (
+    check_choices,
+    check_range,
+    check_that,
+    claim,
+    from_json,
+    to_json,
+)
 from ..core.files import read_json, read_rows, write_json
 from ..core.text import Tokenizer
 from ..data.corpus import Document, PackedTokens, pack
@@ -81,8 +88,12 @@ class ReplayBuffer:
     "Old examples in bounded memory. ValueError for bad settings."
 
     capacity: int = 50_000  # examples kept: some 50 MB of text
-    policy: Policy = "reservoir"  # what is kept and drawn: evenly, or newer examples more often
-    half_life: int = 1000  # recency: an example that many arrivals older is drawn half as often
+    policy: Policy = (
+        "reservoir"  # what is kept and drawn: evenly, or newer examples more often
+    )
+    half_life: int = (
+        1000  # recency: an example that many arrivals older is drawn half as often
+    )
     seed: int = 0  # of what the reservoir keeps
     seen: int = 0  # n, examples ever added
     kept: tuple[Kept, ...] = ()  # at most `capacity`; becomes a list
@@ -93,7 +104,9 @@ class ReplayBuffer:
         check_range(self, "capacity", "half_life", at_least=1)
         if len(self.kept) > min(self.capacity, self.seen):
             kept = len(self.kept)
-            raise ValueError(f"ReplayBuffer: {kept} kept of {self.seen}, room for {self.capacity}")
+            raise ValueError(
+                f"ReplayBuffer: {kept} kept of {self.seen}, room for {self.capacity}"
+            )
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -136,7 +149,9 @@ def paired_change(
     y = np.asarray(after, bool)
     n = len(x)
     if n == 0 or len(y) != n:
-        raise ValueError(f"{n} and {len(y)} outcomes, expected as many pairs, at least one")
+        raise ValueError(
+            f"{n} and {len(y)} outcomes, expected as many pairs, at least one"
+        )
     p = x.mean()
     q = y.mean()
     p_low, p_high = wilson(int(x.sum()), n, z)
@@ -163,7 +178,13 @@ class CodeProbe:
 
     prompt: str  # code; the answer is put behind it
     tests: str  # assertions that hold for a right answer
-    stop: tuple[str, ...] = ("\ndef ", "\nclass ", "\nprint(", "\nif ", "\n#")  # ends the answer
+    stop: tuple[str, ...] = (
+        "\ndef ",
+        "\nclass ",
+        "\nprint(",
+        "\nif ",
+        "\n#",
+    )  # ends the answer
 
     def __post_init__(self):
         check_that(self, "tests", bool(self.tests.strip()), "assertions")
@@ -195,12 +216,20 @@ class SkillGate:
     name: str
     path: str = ""  # JSON lines of probes, from the folder of the suite
     probes: tuple[Probe | CodeProbe, ...] = ()  # or the probes themselves
-    least_change: float = -0.05  # that the interval must reach; above 0 something must be learned
-    least_share: float = 0.0  # that the interval of the share after the update must reach
+    least_change: float = (
+        -0.05
+    )  # that the interval must reach; above 0 something must be learned
+    least_share: float = (
+        0.0  # that the interval of the share after the update must reach
+    )
 
     def __post_init__(self):
-        check_that(self, "path", bool(self.path) != bool(self.probes), "a path or probes")
-        check_that(self, "least_change", self.least_change != 0, "another number than 0")
+        check_that(
+            self, "path", bool(self.path) != bool(self.probes), "a path or probes"
+        )
+        check_that(
+            self, "least_change", self.least_change != 0, "another number than 0"
+        )
         if self.probes and -1 < self.least_change < 0:
             # from n unchanged probes, the interval's low end is -z^2 / (n + z^2)
             needed = int(np.ceil(1.96**2 / -self.least_change - 1.96**2 - 1e-9))
@@ -224,7 +253,9 @@ class Suite:
     def __post_init__(self):
         names = [gate.name for gate in (*self.texts, *self.skills)]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"Suite: gates {names}, expected at least one, of different names")
+            raise ValueError(
+                f"Suite: gates {names}, expected at least one, of different names"
+            )
 
     @property
     def hash(self) -> str:
@@ -296,14 +327,18 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
     "Examine a model. ValueError for a gate whose file was not read, or a text that is too short."
     for gate in (*suite.texts, *suite.skills):
         if gate.path:
-            raise ValueError(f"gate {gate.name!r} still names a file, expected one of load_suite")
+            raise ValueError(
+                f"gate {gate.name!r} still names a file, expected one of load_suite"
+            )
 
     texts = []
     for gate in suite.texts:
         with tempfile.TemporaryDirectory() as folder:  # packed as training text is
             pack([Document(gate.text, "text")], tokenizer, f"{folder}/text.bin")
             packed = PackedTokens.open(f"{folder}/text.bin")
-            rows = model_rows(lm, packed, seq_len=suite.seq_len, batch_size=suite.batch_size)
+            rows = model_rows(
+                lm, packed, seq_len=suite.seq_len, batch_size=suite.batch_size
+            )
         count = len(rows.nats)
         if count < 10:
             raise ValueError(
@@ -311,7 +346,9 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
             )
         found = score(rows)
         nats = tuple(rows.nats.tolist())
-        texts.append(TextScore(gate.name, found.bits_per_byte, found.low, found.high, nats))
+        texts.append(
+            TextScore(gate.name, found.bits_per_byte, found.low, found.high, nats)
+        )
 
     encode = encoder(tokenizer, suite.before)
 
@@ -334,11 +371,15 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
         found = run_probes(greedy_answers, gate.probes, suite.batch_size)
         passed = tuple(item.passed for item in found.items)
         answers = tuple(item.answer for item in found.items)
-        skills.append(SkillScore(gate.name, found.share, found.low, found.high, passed, answers))
+        skills.append(
+            SkillScore(gate.name, found.share, found.low, found.high, passed, answers)
+        )
     return SuiteReport(suite.hash, weights_hash(lm), tuple(texts), tuple(skills))
 
 # %% ../../nbs/adapt/63_continual.ipynb #c031
-REJECTED = 3  # exit code: the update was made and measured, and the weights before it stand
+REJECTED = (
+    3  # exit code: the update was made and measured, and the weights before it stand
+)
 
 
 class Rejected(ValueError):
@@ -355,7 +396,9 @@ class Check:
     kind: Literal["text", "skill", "share"]
     before: float
     after: float
-    change: float  # of a skill: after - before; of a text: the rise as a share of before
+    change: (
+        float  # of a skill: after - before; of a text: the rise as a share of before
+    )
     low: float  # interval of the change; kind share: of `after` itself
     high: float
     limit: float  # text: what `high` may reach; skill, share: what `low` must reach
@@ -434,13 +477,20 @@ def decide(before: SuiteReport, after: SuiteReport, suite: Suite) -> GateDecisio
             low, high = wilson(sum(new.passed), len(new.passed), suite.z)
             enough = bool(low >= gate.least_share)
             check = replace(
-                check, kind="share", low=low, high=high, limit=gate.least_share, passed=enough
+                check,
+                kind="share",
+                low=low,
+                high=high,
+                limit=gate.least_share,
+                passed=enough,
             )
             checks.append(check)
 
     accepted = all(check.passed for check in checks)
     kept = after.weights if accepted else before.weights
-    return GateDecision(accepted, tuple(checks), suite.hash, before.weights, after.weights, kept)
+    return GateDecision(
+        accepted, tuple(checks), suite.hash, before.weights, after.weights, kept
+    )
 
 # %% ../../nbs/adapt/63_continual.ipynb #c035
 def gated_update(
@@ -450,7 +500,8 @@ def gated_update(
     cfg: SDFTConfig,
     suite: Suite,  # from `load_suite`, or made in place
     buffer: ReplayBuffer | None,  # gets the examples when they are accepted
-    folder: str | Path,  # gets eval_before.json, metrics.jsonl, eval_after.json, gate_decision.json
+    folder: str
+    | Path,  # gets eval_before.json, metrics.jsonl, eval_after.json, gate_decision.json
     *,
     update: Callable = distil,  # how to learn: the signature and the result of `distil`
     encode: Callable[[str], list[int]] | None = None,  # prompt -> ids, as in `distil`
@@ -465,7 +516,9 @@ def gated_update(
 
     with closing(MetricsLog(folder / "metrics.jsonl")) as log:
         hooks = [lambda record, current_model: log.write(record)]
-        result = update(lm, tokenizer, examples, cfg, buffer=buffer, hooks=hooks, encode=encode)
+        result = update(
+            lm, tokenizer, examples, cfg, buffer=buffer, hooks=hooks, encode=encode
+        )
 
     after = evaluate_suite(result.lm, tokenizer, suite)
     write_json(folder / "eval_after.json", to_json(after))
@@ -488,7 +541,9 @@ class ContinualConfig:
     out: str = "runs/continual/block"  # run directory to make
     data: str = "data/demonstrations.jsonl"  # rows of prompt and demonstration
     suite: str = "data/suite.json"  # what decides, see `Suite`
-    buffer: str = ""  # file of old examples; "" is replay.json of `run`, or a new buffer
+    buffer: str = (
+        ""  # file of old examples; "" is replay.json of `run`, or a new buffer
+    )
     capacity: int = 50_000  # of a new buffer
     policy: Policy = "reservoir"  # of a new buffer
     sdft: SDFTConfig = field(default_factory=SDFTConfig)  # how to learn
@@ -520,10 +575,16 @@ def continual(cfg: ContinualConfig) -> GateDecision:
 
     with run_lock(out):
         write_json(settings, to_json(cfg))
-        (out / "gate_decision.json").unlink(missing_ok=True)  # of a block that was interrupted
-        kept, decision = gated_update(lm, tokenizer, examples, cfg.sdft, suite, buffer, out)
+        (out / "gate_decision.json").unlink(
+            missing_ok=True
+        )  # of a block that was interrupted
+        kept, decision = gated_update(
+            lm, tokenizer, examples, cfg.sdft, suite, buffer, out
+        )
         buffer.write_to(out / "replay.json")
-    save_merged(cfg.run, out, kept, {"continual": to_json(cfg), "accepted": decision.accepted})
+    save_merged(
+        cfg.run, out, kept, {"continual": to_json(cfg), "accepted": decision.accepted}
+    )
 
     stored, _ = load_run(out)
     if weights_hash(stored) != decision.weights_kept:

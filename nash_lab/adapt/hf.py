@@ -44,7 +44,11 @@ class TensorName(NamedTuple):
 
 TENSORS = (
     TensorName("embedding", "model.embed_tokens.weight", "v d -> v d"),
-    TensorName("blocks/attention_norm/gain", "model.layers.{i}.input_layernorm.weight", "d -> d"),
+    TensorName(
+        "blocks/attention_norm/gain",
+        "model.layers.{i}.input_layernorm.weight",
+        "d -> d",
+    ),
     *(
         TensorName(
             f"blocks/attention/{name}/weight",
@@ -62,26 +66,42 @@ TENSORS = (
         for name, heads in (("q", "h"), ("k", "g"), ("v", "g"))
     ),
     TensorName(
-        "blocks/attention/q_norm/gain", "model.layers.{i}.self_attn.q_norm.weight", "k -> k"
+        "blocks/attention/q_norm/gain",
+        "model.layers.{i}.self_attn.q_norm.weight",
+        "k -> k",
     ),
     TensorName(
-        "blocks/attention/k_norm/gain", "model.layers.{i}.self_attn.k_norm.weight", "k -> k"
+        "blocks/attention/k_norm/gain",
+        "model.layers.{i}.self_attn.k_norm.weight",
+        "k -> k",
     ),
     TensorName(
-        "blocks/attention/o/weight", "model.layers.{i}.self_attn.o_proj.weight", "h k d -> d (h k)"
+        "blocks/attention/o/weight",
+        "model.layers.{i}.self_attn.o_proj.weight",
+        "h k d -> d (h k)",
     ),
     TensorName(
-        "blocks/ffn_norm/gain", "model.layers.{i}.post_attention_layernorm.weight", "d -> d"
+        "blocks/ffn_norm/gain",
+        "model.layers.{i}.post_attention_layernorm.weight",
+        "d -> d",
     ),
-    TensorName("blocks/ffn/gate/weight", "model.layers.{i}.mlp.gate_proj.weight", "d f -> f d"),
-    TensorName("blocks/ffn/up/weight", "model.layers.{i}.mlp.up_proj.weight", "d f -> f d"),
-    TensorName("blocks/ffn/down/weight", "model.layers.{i}.mlp.down_proj.weight", "f d -> d f"),
+    TensorName(
+        "blocks/ffn/gate/weight", "model.layers.{i}.mlp.gate_proj.weight", "d f -> f d"
+    ),
+    TensorName(
+        "blocks/ffn/up/weight", "model.layers.{i}.mlp.up_proj.weight", "d f -> f d"
+    ),
+    TensorName(
+        "blocks/ffn/down/weight", "model.layers.{i}.mlp.down_proj.weight", "f d -> d f"
+    ),
     TensorName("norm/gain", "model.norm.weight", "d -> d"),
     TensorName("head", "lm_head.weight", "v d -> v d"),
 )
 
 
-def rearrange(array: np.ndarray, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
+def rearrange(
+    array: np.ndarray, source: str, target: str, sizes: dict[str, int]
+) -> np.ndarray:
     "The array with axes `source` as one with axes `target`; `sizes` are those of the letters."
     order = re.findall(r"\w", source)
     letters = re.findall(r"\w", target)
@@ -114,7 +134,9 @@ def read_config(config: dict, dtype: str = "float32") -> ModelConfig:
     "The model of a config.json; `dtype` is that of activations. ValueError names the key."
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"model_type={family!r}, expected one of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model_type={family!r}, expected one of {', '.join(FAMILIES)}"
+        )
     layer_types = config.get("layer_types") or ()
     if config.get("use_sliding_window") or "sliding_attention" in layer_types:
         raise ValueError("use_sliding_window=True, this library has no sliding windows")
@@ -129,7 +151,9 @@ def read_config(config: dict, dtype: str = "float32") -> ModelConfig:
     new = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or new
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    rope = RopeConfig(theta=float(config.get("rope_theta", new.get("rope_theta", 10_000.0))))
+    rope = RopeConfig(
+        theta=float(config.get("rope_theta", new.get("rope_theta", 10_000.0)))
+    )
     if kind != "default":
         if kind not in ROPE_FIELDS:
             known = " or ".join(ROPE_FIELDS)
@@ -140,7 +164,11 @@ def read_config(config: dict, dtype: str = "float32") -> ModelConfig:
             scaling=kind,
             factor=float(scaling["factor"]),
             original_len=int(length or config["max_position_embeddings"]),
-            **{name: float(scaling[name]) for name in ROPE_FIELDS[kind] if scaling.get(name)},
+            **{
+                name: float(scaling[name])
+                for name in ROPE_FIELDS[kind]
+                if scaling.get(name)
+            },
         )
 
     heads = config["num_attention_heads"]
@@ -169,7 +197,9 @@ def write_config(cfg: ModelConfig) -> dict:
     for key, wanted in needed.items():
         found = getattr(cfg, key)
         if found != wanted:
-            raise ValueError(f"ModelConfig.{key}={found!r}, only {wanted!r} can be exported")
+            raise ValueError(
+                f"ModelConfig.{key}={found!r}, only {wanted!r} can be exported"
+            )
     if cfg.rope.rotary_fraction != 1:
         raise ValueError(f"rope.rotary_fraction={cfg.rope.rotary_fraction}, expected 1")
     own = {"qkv_bias": cfg.qkv_bias, "qk_norm": cfg.qk_norm}
@@ -269,10 +299,14 @@ def load_hf(folder: str | Path, dtype: str = "float32") -> LM:
                 tensor = opened[name].get_tensor(name)
                 if tensor.size != slot.size:
                     shape = list(tensor.shape)
-                    raise ValueError(f"{name}: shape {shape}, expected {slot.size} numbers")
+                    raise ValueError(
+                        f"{name}: shape {shape}, expected {slot.size} numbers"
+                    )
                 ours, theirs = row.axes.split(" -> ")
                 sizes = dict(zip(ours.split(), slot.shape))
-                slot[...] = rearrange(np.asarray(tensor, np.float32), theirs, ours, sizes)
+                slot[...] = rearrange(
+                    np.asarray(tensor, np.float32), theirs, ours, sizes
+                )
                 left.discard(name)
             *above, last = row.ours.split("/")
             parent = params
@@ -332,7 +366,9 @@ def save_hf(
         ours, theirs = axes.split(" -> ")
         array = np.asarray(leaf[layer].astype(dtype))
         array = rearrange(array, ours, theirs, dict(zip(ours.split(), array.shape)))
-        array = np.ascontiguousarray(array)  # of a view, the file would get the old order
+        array = np.ascontiguousarray(
+            array
+        )  # of a view, the file would get the old order
         if group and size + array.nbytes > shard_bytes:
             write_part()
             group = {}
@@ -356,7 +392,9 @@ def save_hf(
         source = Path(tokenizer_from) / name
         if tokenizer_from and source.is_file():
             shutil.copyfile(source, folder / name)
-    write_json(folder / "config.json", config | {"dtype": dtype})  # last: then the folder is whole
+    write_json(
+        folder / "config.json", config | {"dtype": dtype}
+    )  # last: then the folder is whole
     return folder
 
 # %% ../../nbs/adapt/60_hf.ipynb #c019
@@ -417,6 +455,8 @@ def chat_text(folder: str | Path, messages: list[dict], *, answer: bool = True) 
     environment.globals["raise_exception"] = raise_exception
     try:
         program = environment.from_string(template)
-        return program.render(messages=messages, add_generation_prompt=answer, **special)
+        return program.render(
+            messages=messages, add_generation_prompt=answer, **special
+        )
     except TemplateError as error:
         raise ValueError(f"{folder}: chat template: {error}") from None

@@ -53,7 +53,9 @@ class Factors(NamedTuple):
 Adapter = dict[str, Factors]  # path of a linear layer -> its factors
 
 
-def delta(a: Float[Array, "*li r"], b: Float[Array, "*lo r"], lead: int = 0) -> Float[Array, "*w"]:
+def delta(
+    a: Float[Array, "*li r"], b: Float[Array, "*lo r"], lead: int = 0
+) -> Float[Array, "*w"]:
     "The change as a matrix (2106.09685, Eq. 3); `lead` axes in front count layers and experts."
     if lead:
         return jax.vmap(lambda a, b: delta(a, b, lead - 1))(a, b)
@@ -67,7 +69,9 @@ class LoRAConfig:
 
     rank: int = 8  # r, of every factor
     alpha: float = 16.0  # the change is multiplied by alpha / rank
-    dropout: float = 0.0  # share of a layer's input that its adapter does not see in training
+    dropout: float = (
+        0.0  # share of a layer's input that its adapter does not see in training
+    )
     rslora: bool = False  # multiply by alpha / sqrt(rank) instead
     # paths of linear layers; * matches slashes too
     targets: tuple[str, ...] = ("blocks/attention/*", "blocks/ffn/*")
@@ -122,7 +126,9 @@ def target_shapes(lm: LM, cfg: LoRAConfig) -> dict[str, Shape]:
     for pattern in cfg.targets:
         if not any(fnmatchcase(path, pattern) for path in layers):
             known = ", ".join(layers)
-            raise ValueError(f"no linear layer fits target {pattern!r}, there are {known}")
+            raise ValueError(
+                f"no linear layer fits target {pattern!r}, there are {known}"
+            )
     chosen = {}
     for path, layer in layers.items():
         wanted = any(fnmatchcase(path, pattern) for pattern in cfg.targets)
@@ -140,7 +146,9 @@ def init_adapter(lm: LM, cfg: LoRAConfig, key: PRNGKeyArray) -> Adapter:
         bound = float(np.prod(shape.inputs)) ** -0.5
         a_shape = (*shape.lead, *shape.inputs, cfg.rank)
         b_shape = (*shape.lead, *shape.outputs, cfg.rank)
-        a = jax.random.uniform(named_key(key, path), a_shape, jnp.float32, -bound, bound)
+        a = jax.random.uniform(
+            named_key(key, path), a_shape, jnp.float32, -bound, bound
+        )
         adapter[path] = Factors(a, jnp.zeros(b_shape, jnp.float32))
     return adapter
 
@@ -153,7 +161,8 @@ class Adapted(nnx.Module):
         base: Linear | ExpertLinear,
         factors: Factors,  # scale included
         rate: float = 0.0,  # dropout on the input of the change
-        keys: PRNGKeyArray | None = None,  # turns it on; one a layer where layers are stacked
+        keys: PRNGKeyArray
+        | None = None,  # turns it on; one a layer where layers are stacked
     ):
         self.base = base
         self.rate = rate
@@ -190,12 +199,16 @@ def fitting(lm: LM, adapter: Adapter) -> dict[str, nnx.Module]:
     for path, factors in adapter.items():
         if path not in layers:
             known = ", ".join(layers)
-            raise ValueError(f"the adapter has {path}, the model's linear layers are {known}")
+            raise ValueError(
+                f"the adapter has {path}, the model's linear layers are {known}"
+            )
         lead, inputs, outputs = shape_of(layers[path])
         found = (factors.a.shape[:-1], factors.b.shape[:-1])
         wanted = (lead + inputs, lead + outputs)
         if found != wanted:
-            raise ValueError(f"{path}: the adapter is for {found}, the model has {wanted}")
+            raise ValueError(
+                f"{path}: the adapter is for {found}, the model has {wanted}"
+            )
     return {path: layers[path] for path in adapter}
 
 
@@ -236,7 +249,9 @@ def merge_adapter(
     return lm
 
 # %% ../../nbs/adapt/61_lora.ipynb #c035
-@partial(jax.jit, static_argnames=("graphdef", "tx", "cfg", "loss"), donate_argnames="state")
+@partial(
+    jax.jit, static_argnames=("graphdef", "tx", "cfg", "loss"), donate_argnames="state"
+)
 def adapter_update(
     state: TrainState,  # of the adapter
     params: dict,  # of the base
@@ -246,7 +261,8 @@ def adapter_update(
     graphdef: nnx.GraphDef,  # of the base
     tx: optax.GradientTransformation,  # sees the adapter only
     cfg: LoRAConfig,  # scale and dropout
-    loss: Callable | None = None,  # (lm, batch, key) -> (sum, count); None: as in pretraining
+    loss: Callable
+    | None = None,  # (lm, batch, key) -> (sum, count); None: as in pretraining
 ) -> tuple[TrainState, dict[str, Array]]:
     "One step on an adapter. A non-finite loss or gradient changes neither adapter nor moments."
     key = jax.random.fold_in(key, state.step)
@@ -322,7 +338,10 @@ def extract_adapter(lm: LM, tuned: LM, cfg: LoRAConfig) -> tuple[Adapter, float]
 NAMES = {  # path within a block -> within a layer of LlamaForCausalLM and its relatives
     **{f"attention/{x}": f"self_attn.{x}_proj" for x in "qkvo"},
     **{f"ffn/{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-    **{f"ffn/shared/{x}": f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down")},
+    **{
+        f"ffn/shared/{x}": f"mlp.shared_experts.{x}_proj"
+        for x in ("gate", "up", "down")
+    },
 }  # as DeepSeek-V3
 STACKS = {"blocks": "model.layers", "mtp": "model.mtp"}
 
@@ -362,7 +381,9 @@ def write_peft(
         for index in np.ndindex(shape_of(layer).lead):
             name = peft_name(path, index)
             turned = a[index].reshape(-1, rank).T
-            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(turned)  # views are not saved
+            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(
+                turned
+            )  # views are not saved
             tensors[f"{name}.lora_B.weight"] = b[index].reshape(-1, rank)
             modules.add(name.rsplit(".", 1)[1])
     alpha = cfg.alpha
@@ -418,16 +439,25 @@ def read_peft(folder: str | Path, lm: LM) -> tuple[Adapter, LoRAConfig]:
         raise ValueError(f"{settings}: peft_type {kind!r}, expected 'LORA'")
     for name in BEYOND_LORA:
         if data.get(name):
-            raise ValueError(f"{settings}: {name} is {data[name]!r}, only plain LoRA is read")
+            raise ValueError(
+                f"{settings}: {name} is {data[name]!r}, only plain LoRA is read"
+            )
     bias = data.get("bias", "none")
     if bias != "none":
         raise ValueError(f"{settings}: bias is {bias!r}, expected 'none'")
     start = data.get("init_lora_weights", True)
     if start not in (True, False, "gaussian"):
-        raise ValueError(f"{settings}: init_lora_weights is {start!r}, which may change the base")
+        raise ValueError(
+            f"{settings}: init_lora_weights is {start!r}, which may change the base"
+        )
 
     values = {"alpha": 8}  # peft's default
-    theirs = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
+    theirs = {
+        "rank": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "rslora": "use_rslora",
+    }
     for own, name in theirs.items():
         if name in data:
             values[own] = data[name]
@@ -470,7 +500,9 @@ def read_peft(folder: str | Path, lm: LM) -> tuple[Adapter, LoRAConfig]:
                     raise ValueError(f"{file}: {name} is missing")
                 tensor = np.asarray(tensors[name])
                 if tensor.shape != wanted:
-                    raise ValueError(f"{file}: {name} has shape {tensor.shape}, expected {wanted}")
+                    raise ValueError(
+                        f"{file}: {name} has shape {tensor.shape}, expected {wanted}"
+                    )
                 if letter == "A":
                     tensor = tensor.T
                 rows.append(tensor.astype(np.float32))

@@ -36,7 +36,12 @@ from ..model.generate import SampleConfig, rollout, unpad
 from ..model.transformer import LM
 from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer, schedule
-from ..train.step import TrainState, accumulate_gradients, apply_gradient, fresh_state
+from nash_lab.train.step import (
+    TrainState,
+    accumulate_gradients,
+    apply_gradient,
+    fresh_state,
+)
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c006
 TEMPLATE = (
@@ -57,7 +62,9 @@ LogProbs = Float[Array, "*m v"]  # of every token of the vocabulary, at any posi
 def _kl(p: LogProbs, q: LogProbs) -> Float[Array, "*m"]:
     "KL(P || Q) from log-probabilities."
     terms = jnp.exp(p) * (p - q)
-    zero = jnp.exp(p) - jnp.exp(q)  # sums to 0; with it, equal distributions give exactly 0
+    zero = jnp.exp(p) - jnp.exp(
+        q
+    )  # sums to 0; with it, equal distributions give exactly 0
     return jnp.sum(terms - zero, axis=-1)
 
 
@@ -102,7 +109,9 @@ def loss_mask(
 ) -> Bool[np.ndarray, "b a"]:
     "True where a token of the answer is scored."
     lengths = np.asarray(lengths)
-    allowed = np.floor(share * lengths + 1e-9).astype(int)  # 0.1 * 30 is a little below 3
+    allowed = np.floor(share * lengths + 1e-9).astype(
+        int
+    )  # 0.1 * 30 is a little below 3
     first = np.minimum(skip, allowed)
     at = np.arange(width)[None]
     return (at >= first[:, None]) & (at < lengths[:, None])
@@ -171,43 +180,69 @@ class SDFTConfig:
 
     steps: int = 100  # updates
     batch_size: int = 32  # prompts of an update, one answer each
-    accumulate: int = 1  # micro-batches of an update, divides batch_size; more need less memory
+    accumulate: int = (
+        1  # micro-batches of an update, divides batch_size; more need less memory
+    )
     max_new_tokens: int = 256  # longest answer; it counts although it did not end
-    divergence: Divergence = "reverse"  # reverse is the paper's text, forward produced its numbers
+    divergence: Divergence = (
+        "reverse"  # reverse is the paper's text, forward produced its numbers
+    )
     mix: float = 0.5  # js only: the teacher's weight in the mixture
     top_k: int = 0  # compare on the teacher's k likeliest tokens and the rest; 0: whole vocabulary
     temperature: float = 1.0  # of sampling, and of student and teacher in the loss
-    teacher: Literal["ema", "frozen", "live"] = "ema"  # slow average, first weights, the student's
-    ema_rate: float = 0.02  # alpha, share of the student's weights in each step of the average
-    author: Literal["student", "teacher"] = "student"  # who answers; teacher: offline distillation
+    teacher: Literal["ema", "frozen", "live"] = (
+        "ema"  # slow average, first weights, the student's
+    )
+    ema_rate: float = (
+        0.02  # alpha, share of the student's weights in each step of the average
+    )
+    author: Literal["student", "teacher"] = (
+        "student"  # who answers; teacher: offline distillation
+    )
     skip_tokens: int = 3  # first tokens of an answer that are not scored
     skip_share: float = 0.1  # but at most this share of it; 1 is the released code
-    ratio_cap: float = 2.0  # largest ratio of learner to sampler; 0 leaves the correction out
-    replay_ratio: float = 0.2  # share of each batch that comes from a buffer, if there is one
+    ratio_cap: float = (
+        2.0  # largest ratio of learner to sampler; 0 leaves the correction out
+    )
+    replay_ratio: float = (
+        0.2  # share of each batch that comes from a buffer, if there is one
+    )
     tune: Literal["full", "lora"] = "full"  # all weights, or an adapter beside them
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # used when tune is lora
     # of the paper, for 7B
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            learning_rate=1e-5, warmup_steps=10, weight_decay=0.0, beta2=0.999, final_scale=0.0
+            learning_rate=1e-5,
+            warmup_steps=10,
+            weight_decay=0.0,
+            beta2=0.999,
+            final_scale=0.0,
         )
     )
     template: str = TEMPLATE  # of the teacher's prompt
-    before: PromptStart = "eos"  # token in front of each prompt, as documents began in pretraining
+    before: PromptStart = (
+        "eos"  # token in front of each prompt, as documents began in pretraining
+    )
     seed: int = 0  # of order, sampling and adapter
 
     def __post_init__(self):
         check_choices(self)
-        check_range(self, "steps", "batch_size", "accumulate", "max_new_tokens", at_least=1)
+        check_range(
+            self, "steps", "batch_size", "accumulate", "max_new_tokens", at_least=1
+        )
         check_range(self, "top_k", "skip_tokens", "ratio_cap", at_least=0)
         check_range(self, "mix", above=0, below=1)
         check_range(self, "temperature", above=0)
         check_range(self, "ema_rate", "skip_share", at_least=0, at_most=1)
         check_range(self, "replay_ratio", at_least=0, below=1)
         divides = self.batch_size % self.accumulate == 0
-        check_that(self, "accumulate", divides, f"a divisor of batch_size={self.batch_size}")
+        check_that(
+            self, "accumulate", divides, f"a divisor of batch_size={self.batch_size}"
+        )
 
-        rest = self.template.replace("{{", "").replace("}}", "")  # escaped braces are text
+        rest = self.template.replace("{{", "").replace(
+            "}}", ""
+        )  # escaped braces are text
         named = "{prompt}" in rest and "{demonstration}" in rest
         rest = rest.replace("{prompt}", "").replace("{demonstration}", "")
         good = named and "{" not in rest and "}" not in rest
@@ -257,8 +292,12 @@ def sdft_update(
 
         # the same answer y after two prompts: x, and x with c
         a = rows["answer"].shape[1]
-        student_states = answer_states(student, rows["student"], rows["student_last"], a)
-        teacher_states = answer_states(teacher, rows["teacher"], rows["teacher_last"], a)
+        student_states = answer_states(
+            student, rows["student"], rows["student_last"], a
+        )
+        teacher_states = answer_states(
+            teacher, rows["teacher"], rows["teacher_last"], a
+        )
 
         def score_part(part):
             student_part, teacher_part, answer = part
@@ -266,7 +305,9 @@ def sdft_update(
             teacher_logits = teacher.logits(teacher_part)
             s = jax.nn.log_softmax(logits / cfg.temperature)
             t = jax.nn.log_softmax(teacher_logits / cfg.temperature)
-            logprobs = jax.nn.log_softmax(logits)  # as the sampler reports them, at temperature 1
+            logprobs = jax.nn.log_softmax(
+                logits
+            )  # as the sampler reports them, at temperature 1
             drawn = jnp.take_along_axis(logprobs, answer[..., None], -1)
             return divergence(s, t, cfg.divergence, cfg.mix, cfg.top_k), drawn[..., 0]
 
@@ -318,13 +359,17 @@ class Example:
             check_that(self, name, bool(getattr(self, name).strip()), "some text")
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c057
-def encoder(tokenizer: Tokenizer, first: PromptStart = "eos") -> Callable[[str], list[int]]:
+def encoder(
+    tokenizer: Tokenizer, first: PromptStart = "eos"
+) -> Callable[[str], list[int]]:
     "Prompt -> ids, with a token in front. ValueError for a token that the tokenizer does not have."
     if first == "none":
         return tokenizer.encode
     start = tokenizer.bos_id if first == "bos" else tokenizer.eos_id
     if start is None:
-        raise ValueError(f"the tokenizer has no {first.upper()} token to begin a prompt with")
+        raise ValueError(
+            f"the tokenizer has no {first.upper()} token to begin a prompt with"
+        )
     return lambda text: [start, *tokenizer.encode(text)]
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c059
@@ -357,7 +402,10 @@ def plan_batches(
             both = Prompts(encode(e.prompt), encode(shown))
             student = len(both.student)
             teacher = len(both.teacher)
-            if student == 0 or max(student, teacher) > lm.cfg.max_len - cfg.max_new_tokens:
+            if (
+                student == 0
+                or max(student, teacher) > lm.cfg.max_len - cfg.max_new_tokens
+            ):
                 raise ValueError(
                     f"example {n}: {student} and {teacher} tokens in the prompts and "
                     f"max_new_tokens={cfg.max_new_tokens}, "
@@ -379,7 +427,9 @@ def plan_batches(
         if replayed:
             # all different while there are enough
             scarce = replayed > len(buffer)
-            picks = rng.choice(len(buffer), replayed, replace=scarce, p=buffer.chances())
+            picks = rng.choice(
+                len(buffer), replayed, replace=scarce, p=buffer.chances()
+            )
             batch += encode_all([buffer.kept[i].example for i in picks])
         batches.append(batch)
 
@@ -406,14 +456,19 @@ def distil(
     examples: Sequence[Example],
     cfg: SDFTConfig,
     *,
-    key: PRNGKeyArray | None = None,  # of order, answers and adapter; None: from cfg.seed
+    key: PRNGKeyArray
+    | None = None,  # of order, answers and adapter; None: from cfg.seed
     buffer: Any = None,  # of old examples, as in `plan_batches`
-    hooks: Sequence[Callable] = (),  # after an update: (record, function that gives the model)
+    hooks: Sequence[
+        Callable
+    ] = (),  # after an update: (record, function that gives the model)
     encode: Callable[[str], list[int]] | None = None,  # None: `encoder` with cfg.before
 ) -> SDFTResult:
     "Self-distillation (2601.19897, Algorithm 1). ValueError for examples that do not fit."
     if cfg.teacher == "live":
-        warnings.warn("teacher='live' chases its own changes; the paper's fails", stacklevel=2)
+        warnings.warn(
+            "teacher='live' chases its own changes; the paper's fails", stacklevel=2
+        )
     if key is None:
         key = jax.random.key(cfg.seed)
     if encode is None:
@@ -445,7 +500,9 @@ def distil(
     dropout_key = named_key(key, "dropout")
     static_cfg = replace(cfg, seed=0)  # runs that differ in the seed share the program
     records = []
-    for step, chosen in enumerate(tqdm(batches, desc="sdft", unit="step", disable=None), 1):
+    for step, chosen in enumerate(
+        tqdm(batches, desc="sdft", unit="step", disable=None), 1
+    ):
         # y ~ student(x): the demonstration is not visible
         params = learner.teacher if cfg.author == "teacher" else learner.train.params
         author = model_with(graphdef, base, params, cfg)

@@ -19,7 +19,9 @@ from .files import read_json, write_json
 def check_that(cfg: Any, name: str, good: bool, expected: str) -> None:
     "ValueError with the field's value and what was expected, unless `good`."
     if not good:
-        raise ValueError(f"{type(cfg).__name__}.{name}={getattr(cfg, name)!r}: expected {expected}")
+        raise ValueError(
+            f"{type(cfg).__name__}.{name}={getattr(cfg, name)!r}: expected {expected}"
+        )
 
 
 def check_range(
@@ -31,15 +33,28 @@ def check_range(
     below: float | None = None,
 ) -> None:
     "ValueError unless each of the fields is a finite number in the range."
-    bounds = {"at least": at_least, "more than": above, "at most": at_most, "less than": below}
+    bounds = {
+        "at least": at_least,
+        "more than": above,
+        "at most": at_most,
+        "less than": below,
+    }
     expected = " and ".join(
         f"{word} {bound}" for word, bound in bounds.items() if bound is not None
     )
     for name in names:
         value = getattr(cfg, name)
         good = value == value and abs(value) != float("inf")
-        good = good and (at_least is None or value >= at_least) and (above is None or value > above)
-        good = good and (at_most is None or value <= at_most) and (below is None or value < below)
+        good = (
+            good
+            and (at_least is None or value >= at_least)
+            and (above is None or value > above)
+        )
+        good = (
+            good
+            and (at_most is None or value <= at_most)
+            and (below is None or value < below)
+        )
         check_that(cfg, name, good, expected)
 
 
@@ -49,7 +64,10 @@ def check_choices(cfg: Any) -> None:
         if get_origin(hint) is Literal:
             options = get_args(hint)
             check_that(
-                cfg, name, getattr(cfg, name) in options, f"one of {', '.join(map(str, options))}"
+                cfg,
+                name,
+                getattr(cfg, name) in options,
+                f"one of {', '.join(map(str, options))}",
             )
 
 # %% ../../nbs/core/01_configs.ipynb #c009
@@ -80,7 +98,9 @@ def from_json(cls: type, data: Any) -> Any:
         if key in known:
             values[key] = _restore(hints[key], value, f"{cls.__name__}.{key}")
         elif key not in retired:
-            raise ValueError(f"{cls.__name__}: unknown key {key!r}, expected {', '.join(known)}")
+            raise ValueError(
+                f"{cls.__name__}: unknown key {key!r}, expected {', '.join(known)}"
+            )
         elif value != retired[key]:
             raise ValueError(
                 f"{cls.__name__}: {key}={value!r} is no longer supported, only {retired[key]!r} is"
@@ -119,7 +139,8 @@ def _restore(hint: Any, value: Any, name: str) -> Any:
             hints = [hints[0]] * len(value)
         if len(hints) == len(value):
             return tuple(
-                _restore(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(hints, value))
+                _restore(h, v, f"{name}[{i}]")
+                for i, (h, v) in enumerate(zip(hints, value))
             )
     if (hint is dict or origin is dict) and isinstance(value, dict):
         inner = args[1] if args else Any
@@ -131,7 +152,9 @@ def _restore(hint: Any, value: Any, name: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     expected = (
-        " | ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+        " | ".join(map(repr, args))
+        if origin is Literal
+        else getattr(hint, "__name__", str(hint))
     )
     raise ValueError(f"{name}: expected {expected}, found {value!r}")
 
@@ -153,7 +176,9 @@ def claim(
     path: str | Path,  # the file of settings in the folder
     cfg: Any,  # a dataclass
     *,
-    free: Sequence[str] = (),  # fields that may differ: they change nothing that is computed
+    free: Sequence[
+        str
+    ] = (),  # fields that may differ: they change nothing that is computed
     allow_changes: bool = False,
     advice: str = "choose another folder",
 ) -> list[str]:

@@ -77,13 +77,17 @@ def parse_json(text: str | bytes, limit: int = MAX_JSON_BYTES) -> Any:
         raise ValueError(f"{len(text)} bytes of JSON, at most {limit} are read")
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:  # brackets inside strings count here
+    if (
+        text.count("[") + text.count("{") > MAX_JSON_DEPTH
+    ):  # brackets inside strings count here
         depth = 0
         for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
             depth += 1 if bracket in "[{" else -1
             if depth > MAX_JSON_DEPTH:
                 raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
-    return json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_number)
+    return json.loads(
+        text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_number
+    )
 
 # %% ../../nbs/core/00_files.ipynb #c014
 MAX_FILE_BYTES = 1 << 30  # of a whole file, unpacked: a short .gz can be a terabyte
@@ -100,7 +104,9 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: {first_line(error)}") from None
 
 
-def read_rows(path: str | Path, make: Callable[[Any], Any] = dict, what: str = "rows") -> list:
+def read_rows(
+    path: str | Path, make: Callable[[Any], Any] = dict, what: str = "rows"
+) -> list:
     "make(value) for each line; blank lines are skipped. ValueError names file and line."
     path = Path(path)
     if not path.is_file():

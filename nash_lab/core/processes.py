@@ -29,31 +29,45 @@ from .files import first_line
 class ProcessConfig:
     "How the processes of a run find each other."
 
-    coordinator: str = ""  # host:port of process 0; "" looks for a TPU pod, SLURM or Kubernetes
+    coordinator: str = (
+        ""  # host:port of process 0; "" looks for a TPU pod, SLURM or Kubernetes
+    )
     processes: int = 1  # of the run, where a coordinator is given
     process: int = 0  # number of this one, from 0, where a coordinator is given
     detect: bool = True  # False: alone, whatever the environment says
-    heartbeat_s: int = (
-        100  # seconds without a sign of life after which a process is dead and the others end
-    )
+    heartbeat_s: int = 100  # seconds without a sign of life after which a process is dead and the others end
     patience_s: int = 300  # seconds to wait for the others at the start
 
     def __post_init__(self):
         alone = (self.processes, self.process) == (1, 0)
-        check_that(self, "processes", bool(self.coordinator) or alone, "a coordinator beside it")
+        check_that(
+            self,
+            "processes",
+            bool(self.coordinator) or alone,
+            "a coordinator beside it",
+        )
         check_range(self, "process", at_least=0, at_most=self.processes - 1)
         is_address = re.fullmatch(r"\S+:\d+", self.coordinator) is not None
         check_that(self, "coordinator", is_address or not self.coordinator, "host:port")
 
 # %% ../../nbs/core/04_processes.ipynb #c007
-SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+SLURM = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+)
 
 
 def cluster_kind(env: Mapping[str, str], hosts: Callable[[], int] = lambda: 1) -> str:
     'Who started this job: "slurm", "kubernetes", "tpu", or "" for a process that is alone.'
     if all(name in env for name in SLURM) and int(env["SLURM_NTASKS"]) > 1:
         return "slurm"
-    if "," in env.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in env:
+    if (
+        "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+    ):
         return "tpu"
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         return "kubernetes"
@@ -84,7 +98,9 @@ def pod_hosts(chips: bool | None = None, ask: Callable[[], str] = ask_metadata) 
         return 1
 
 # %% ../../nbs/core/04_processes.ipynb #c012
-def initialize(cfg: ProcessConfig = ProcessConfig(), env: Mapping[str, str] = os.environ) -> str:
+def initialize(
+    cfg: ProcessConfig = ProcessConfig(), env: Mapping[str, str] = os.environ
+) -> str:
     "Join the other processes, before the first array exists. ValueError after `patience_s`."
     flags = {}
     if cfg.processes > 1:
@@ -111,7 +127,9 @@ def initialize(cfg: ProcessConfig = ProcessConfig(), env: Mapping[str, str] = os
             initialization_timeout=cfg.patience_s,
         )
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"processes ({kind}) did not join: {first_line(error)[:200]}") from error
+        raise ValueError(
+            f"processes ({kind}) did not join: {first_line(error)[:200]}"
+        ) from error
     return kind
 
 # %% ../../nbs/core/04_processes.ipynb #c015
@@ -128,7 +146,10 @@ def gather_json(value: Any) -> list:
     sizes = multihost_utils.process_allgather(np.int32(len(data))).ravel()
     padded = np.pad(data, (0, sizes.max() - len(data)))
     rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
-    return [json.loads(row[:size].astype(np.uint8).tobytes()) for row, size in zip(rows, sizes)]
+    return [
+        json.loads(row[:size].astype(np.uint8).tobytes())
+        for row, size in zip(rows, sizes)
+    ]
 
 
 def any_process(flag: bool) -> bool:

@@ -23,7 +23,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Integer
 
-from ..core.configs import check_choices, check_range, check_that, from_json, to_json
+from nash_lab.core.configs import (
+    check_choices,
+    check_range,
+    check_that,
+    from_json,
+    to_json,
+)
 from ..core.files import parse_json, read_json, write_json
 from ..core.text import Tokenizer, utf8
 from .tokenizer import EOS
@@ -61,7 +67,9 @@ class CorpusConfig:
     def __post_init__(self):
         check_choices(self)
         wants_paths = self.source != "stdlib"
-        expected = f"{'files' if wants_paths else 'no files'} for source={self.source!r}"
+        expected = (
+            f"{'files' if wants_paths else 'no files'} for source={self.source!r}"
+        )
         check_that(self, "paths", bool(self.paths) == wants_paths, expected)
         check_range(self, "holdout", at_least=0, below=1)
         check_range(self, "max_bad_share", at_least=0, at_most=1)
@@ -100,9 +108,15 @@ def matching_files(
         found = [path]
     else:
         found = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    files = [p for p in found if p.is_file()]  # a pipe or a device would be waited for without end
+    files = [
+        p for p in found if p.is_file()
+    ]  # a pipe or a device would be waited for without end
     if not files:
-        what = f"no {kind} file in this folder" if path.is_dir() else "no such regular file"
+        what = (
+            f"no {kind} file in this folder"
+            if path.is_dir()
+            else "no such regular file"
+        )
         raise FileNotFoundError(f"{name}: {what}")
     return files
 
@@ -113,7 +127,9 @@ def corpus_files(cfg: CorpusConfig) -> list[tuple[str, Path]]:
         root = Path(sysconfig.get_paths()["stdlib"])
         names = [path.relative_to(root) for path in root.rglob("*.py")]
         names = [name.as_posix() for name in names if not STDLIB_SKIP & set(name.parts)]
-        names = [name for name in names if not name.startswith(("_sysconfigdata", "config-"))]
+        names = [
+            name for name in names if not name.startswith(("_sysconfigdata", "config-"))
+        ]
         names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
         return [(name, root / name) for name in names]
     suffix = ".txt" if cfg.source == "text" else ".jsonl"
@@ -143,7 +159,9 @@ def split_records(
                 yield line, part
                 line += passed + part.count(b"\n") + separator.count(b"\n")
                 passed = 0
-            if len(rest) > limit + len(separator) + size:  # guard: data: memory of a record
+            if (
+                len(rest) > limit + len(separator) + size
+            ):  # guard: data: memory of a record
                 tail = len(rest) - len(separator)  # the end may be half a separator
                 passed += rest.count(b"\n", limit + 1, tail)
                 rest = rest[: limit + 1] + rest[tail:]
@@ -170,7 +188,9 @@ def check_stamps(before: dict[str, tuple[int, ...]]) -> None:
     for path, stamp in before.items():  # guard: data: source that changes
         if now[path] != stamp:  # guard: data: text file that changes
             size = f"{now[path][0]} bytes" if now[path] else "gone"
-            raise ValueError(f"{path}: changed while it was in use: {size}, before {stamp[0]}")
+            raise ValueError(
+                f"{path}: changed while it was in use: {size}, before {stamp[0]}"
+            )
 
 # %% ../../nbs/data/25_corpus.ipynb #c019
 class BadRecord(ValueError):
@@ -212,11 +232,15 @@ def record_text(cfg: CorpusConfig, raw: bytes) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start)
-        raise BadRecord("invalid UTF-8", f"byte 0x{raw[error.start]:02X}", line) from None
+        raise BadRecord(
+            "invalid UTF-8", f"byte 0x{raw[error.start]:02X}", line
+        ) from None
     if cfg.source == "jsonl" and text.strip():
         text = json_value(text, cfg.field)
         if not isinstance(text, str):
-            raise BadRecord("wrong type", f"{cfg.field!r} is {type(text).__name__}, not str")
+            raise BadRecord(
+                "wrong type", f"{cfg.field!r} is {type(text).__name__}, not str"
+            )
     try:
         utf8(text)
     except ValueError as error:
@@ -229,7 +253,9 @@ def split_of(
     holdout: float,  # epsilon
 ) -> Literal["train", "validation"]:
     "The half a document belongs to."
-    return "validation" if int.from_bytes(digest[:8], "big") < holdout * 2**64 else "train"
+    return (
+        "validation" if int.from_bytes(digest[:8], "big") < holdout * 2**64 else "train"
+    )
 
 # %% ../../nbs/data/25_corpus.ipynb #c026
 @dataclass
@@ -255,7 +281,9 @@ class CorpusReport:
         "ValueError when more than this share of the records so far could not be read."
         if self.bad > most * self.records:  # guard: data: share of broken records
             harmless = (": blank", ": duplicate")
-            broken = [example for example in self.examples if not example.endswith(harmless)]
+            broken = [
+                example for example in self.examples if not example.endswith(harmless)
+            ]
             raise ValueError(
                 f"{self.bad} of {self.records} records cannot be read, more than "
                 f"max_bad_share={most:g}; the first: {broken[0] if broken else ''}"
@@ -329,10 +357,14 @@ class PackedMeta:
     def __post_init__(self):
         fits = id_dtype(self.vocab_size)
         what = f"{fits!r} for vocab_size={self.vocab_size}"
-        check_that(self, "dtype", self.dtype == fits, what)  # guard: data: type of packed tokens
+        check_that(
+            self, "dtype", self.dtype == fits, what
+        )  # guard: data: type of packed tokens
         check_range(self, "tokens", "documents", at_least=1)  # guard: data: no tokens
         check_range(self, "eos_id", at_least=0, below=self.vocab_size)
-        check_that(self, "version", self.version == 1, "1")  # guard: data: format of packed tokens
+        check_that(
+            self, "version", self.version == 1, "1"
+        )  # guard: data: format of packed tokens
 
 
 def id_dtype(vocab_size: int) -> str:
@@ -340,7 +372,9 @@ def id_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 # %% ../../nbs/data/25_corpus.ipynb #c036
-MAX_SOURCES = 1000  # files with a hash of their own; all after them share one under "..."
+MAX_SOURCES = (
+    1000  # files with a hash of their own; all after them share one under "..."
+)
 PACKED_TOGETHER = 1 << 20  # characters: enough for all threads, small beside memory
 
 
@@ -378,7 +412,10 @@ def pack(
                     break
                 batch = tokenizer.encode_batch([doc.text for doc in group])
                 for doc, ids in zip(group, batch):
-                    ids = [*ids, tokenizer.eos_id]  # guard: data: end of document of the tokenizer
+                    ids = [
+                        *ids,
+                        tokenizer.eos_id,
+                    ]  # guard: data: end of document of the tokenizer
                     block = np.asarray(ids, dtype.newbyteorder("<")).tobytes()
                     file.write(block)
                     content.update(block)
@@ -395,7 +432,9 @@ def pack(
 
         skipped = dict(report.skipped) if report else {}
         if not count:
-            raise ValueError(f"{path}: nothing to pack: no documents ({split=}, {skipped=})")
+            raise ValueError(
+                f"{path}: nothing to pack: no documents ({split=}, {skipped=})"
+            )
         meta = PackedMeta(
             dtype=dtype.name,
             vocab_size=tokenizer.vocab_size,
@@ -409,7 +448,9 @@ def pack(
             eos_id=tokenizer.eos_id,
             skipped=skipped,
         )
-        description.unlink(missing_ok=True)  # from here to the last line nothing describes the .bin
+        description.unlink(
+            missing_ok=True
+        )  # from here to the last line nothing describes the .bin
         os.replace(part, path)
         write_json(description, to_json(meta))
     finally:
@@ -436,7 +477,9 @@ class PackedTokens:
     def check_unchanged(self) -> None:
         "ValueError when the file changed since it was opened: a cut end would end the process."
         if self.stamp:
-            check_stamps({str(self.path): self.stamp})  # guard: data: packed file that changes
+            check_stamps(
+                {str(self.path): self.stamp}
+            )  # guard: data: packed file that changes
 
     @classmethod
     def open(
@@ -453,7 +496,9 @@ class PackedTokens:
         if not path.is_file():  # guard: data: a pipe as packed tokens
             raise FileNotFoundError(f"{path}: no packed tokens here")
         if not description.is_file():  # guard: data: a pipe as description
-            raise FileNotFoundError(f"{description}: missing, so {path.name} is not whole")
+            raise FileNotFoundError(
+                f"{description}: missing, so {path.name} is not whole"
+            )
         found = read_json(description)
         try:
             meta = from_json(PackedMeta, found)
@@ -467,7 +512,9 @@ class PackedTokens:
             )
         if vocab_size not in (None, meta.vocab_size):
             found = meta.vocab_size
-            raise ValueError(f"{path}: packed with vocab_size {found}, expected {vocab_size}")
+            raise ValueError(
+                f"{path}: packed with vocab_size {found}, expected {vocab_size}"
+            )
         vocab_size = meta.vocab_size
 
         dtype = np.dtype(meta.dtype).newbyteorder("<")

@@ -27,7 +27,15 @@ from ..core.text import utf8
 
 # %% ../../nbs/data/27_filters.ipynb #c006
 CONTROL = [c for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"]
-INVISIBLE = [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]
+INVISIBLE = [
+    0xAD,
+    0x200B,
+    0x200E,
+    0x200F,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+    0xFEFF,
+]
 REMOVED = dict.fromkeys(CONTROL + INVISIBLE)  # for str.translate
 
 
@@ -88,13 +96,17 @@ def similarity(one: str, two: str) -> float:
     return len(both) / max(1, len(either))
 
 # %% ../../nbs/data/27_filters.ipynb #c018
-SIGNATURE = 128  # m: numbers of a signature, an error of about 1 / sqrt(m) in an estimate of J
+SIGNATURE = (
+    128  # m: numbers of a signature, an error of about 1 / sqrt(m) in an estimate of J
+)
 
 
 @lru_cache
 def bands(threshold: float) -> tuple[int, int]:
     "beta and rho for the similarity from which on two texts count as one, as `datasketch` chooses."
-    from datasketch import MinHashLSH  # imports scipy: only when near duplicates are asked for
+    from datasketch import (
+        MinHashLSH,
+    )  # imports scipy: only when near duplicates are asked for
 
     lsh = MinHashLSH(threshold=threshold, num_perm=SIGNATURE)
     return lsh.b, lsh.r
@@ -150,7 +162,9 @@ class Memory:
                 continue
             here = entry[:6]
             owner = self.log[at - self.count + len(self.log)][:6]
-            if owner == here or owner[:2] != here[:2]:  # guard: data: copies of an earlier pass
+            if (
+                owner == here or owner[:2] != here[:2]
+            ):  # guard: data: copies of an earlier pass
                 return True
         return False
 

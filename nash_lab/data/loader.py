@@ -59,7 +59,9 @@ def as_batch(
         starts[:, 1:] = x[:, :-1] == eos
         mask = mask & (x != eos)
     segments = 1 + np.cumsum(starts, axis=1, dtype=np.int32)
-    begun = np.maximum.accumulate(np.where(starts, time, 0), axis=1)  # where its document begins
+    begun = np.maximum.accumulate(
+        np.where(starts, time, 0), axis=1
+    )  # where its document begins
     return dict(
         tokens=x,
         targets=y,
@@ -135,10 +137,14 @@ class Loader(Batches):
 
         def gather(numbers):
             packed.check_unchanged()
-            rows = np.full(cfg.batch_size, -1)  # the very last batch may be short: shapes stay
+            rows = np.full(
+                cfg.batch_size, -1
+            )  # the very last batch may be short: shapes stay
             rows[: len(numbers)] = numbers
             mine = rows[shard * share : (shard + 1) * share]
-            return make_batch(packed.tokens, mine, cfg.seq_len, cfg.documents, packed.meta.eos_id)
+            return make_batch(
+                packed.tokens, mine, cfg.seq_len, cfg.documents, packed.meta.eos_id
+            )
 
         order = grain.MapDataset.range(self.rows)
         if cfg.shuffle:
@@ -146,7 +152,9 @@ class Loader(Batches):
         numbers = order.repeat(cfg.epochs or None).batch(cfg.batch_size)
         self.batches = len(numbers)  # in all; without end, more than anyone can read
         threads = min(cfg.prefetch, 2)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.prefetch)
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=cfg.prefetch
+        )
         self._iterator = iter(numbers.map(gather).to_iter_dataset(options))
         self.close = self._iterator.close  # ends the threads; for `contextlib.closing`
         self.mark = 0  # the batch that comes next

@@ -25,7 +25,13 @@ import numpy as np
 
 from ..core.configs import check_choices, check_range, check_that
 from ..core.files import first_line, parse_json, sha256
-from .corpus import BadRecord, check_stamps, json_value, matching_files, stamps
+from nash_lab.data.corpus import (
+    BadRecord,
+    check_stamps,
+    json_value,
+    matching_files,
+    stamps,
+)
 
 # %% ../../nbs/data/26_sources.ipynb #c006
 @dataclass(frozen=True)
@@ -101,7 +107,9 @@ def local_files(name: str) -> list[Path]:
     return files
 
 # %% ../../nbs/data/26_sources.ipynb #c011
-MAX_LINE = 16 << 20  # bytes of a line of .jsonl and .txt files, as CorpusConfig.max_record_bytes
+MAX_LINE = (
+    16 << 20
+)  # bytes of a line of .jsonl and .txt files, as CorpusConfig.max_record_bytes
 BAD = "\ufdd0"  # stands for a byte that is not UTF-8
 LONG = "\ufdd1"  # stands for a line of more than MAX_LINE bytes
 
@@ -111,9 +119,15 @@ class MarkedDecoder(codecs.IncrementalDecoder):
 
     def __init__(self, errors: str = "strict"):  # part of the interface, not used
         super().__init__(errors)
-        make = codecs.getincrementaldecoder("utf-8-sig")  # guard: data: byte order mark of a text
-        self.utf8 = make("nash_lab.bad_byte")  # guard: data: a byte that is not UTF-8 in a text
-        self.held = bytearray()  # of the line that is not complete, MAX_LINE + 1 bytes at most
+        make = codecs.getincrementaldecoder(
+            "utf-8-sig"
+        )  # guard: data: byte order mark of a text
+        self.utf8 = make(
+            "nash_lab.bad_byte"
+        )  # guard: data: a byte that is not UTF-8 in a text
+        self.held = (
+            bytearray()
+        )  # of the line that is not complete, MAX_LINE + 1 bytes at most
         self.text = ""  # decoded, not returned yet
 
     def decode(self, data: bytes, final: bool = False) -> str:
@@ -124,7 +138,9 @@ class MarkedDecoder(codecs.IncrementalDecoder):
             if len(whole) > MAX_LINE:
                 lines = []
                 start = 0
-                while start <= len(whole):  # as split, but without a copy of the long lines
+                while start <= len(
+                    whole
+                ):  # as split, but without a copy of the long lines
                     newline = whole.find(b"\n", start)
                     stop = len(whole) if newline < 0 else newline
                     fits = stop - start <= MAX_LINE
@@ -136,7 +152,9 @@ class MarkedDecoder(codecs.IncrementalDecoder):
         self.held += data[end : end + room]  # guard: data: memory of a line in a stream
 
         # few characters for many bytes make the file object read ever larger blocks
-        if 2 * len(self.text) < len(data) and not final:  # guard: data: reading ahead in a line
+        if (
+            2 * len(self.text) < len(data) and not final
+        ):  # guard: data: reading ahead in a line
             return ""
         text = self.text
         self.text = ""
@@ -206,14 +224,18 @@ def _load(cfg: SourceConfig, files: tuple[str, ...]):
     if not fault:
         try:
             HfApi().dataset_info(cfg.name, timeout=HUB_S)
-        except Exception as error:  # the client's, those of its HTTP library, those of the system
+        except (
+            Exception
+        ) as error:  # the client's, those of its HTTP library, those of the system
             status = getattr(getattr(error, "response", None), "status_code", 0)
             if status in (401, 403, 404):  # an answer, and no absence
                 why = f"the hub has no such data set, or it needs HF_TOKEN ({status})"
                 raise FileNotFoundError(f"{cfg.name}: {why}") from None
             fault = f"{type(error).__name__}: {first_line(error)}"
 
-    where = dict(name=cfg.subset or None, split=cfg.split, revision=cfg.revision or None)
+    where = dict(
+        name=cfg.subset or None, split=cfg.split, revision=cfg.revision or None
+    )
     if not fault:
         try:
             return load(cfg.name, streaming=cfg.streaming, **where)
@@ -266,7 +288,9 @@ def fingerprint(cfg: SourceConfig) -> str:
     if _kind(files[0]) == "json":
         about += "by line"
     if _kind(files[0]) == "text":
-        about += "without byte order mark"  # guard: data: position with a byte order mark
+        about += (
+            "without byte order mark"  # guard: data: position with a byte order mark
+        )
     return sha256(about.encode())[:16]
 
 # %% ../../nbs/data/26_sources.ipynb #c018
@@ -306,7 +330,9 @@ class Source:
     def __iter__(self) -> "Source":
         return self
 
-    def __next__(self) -> Any:  # a string if the data set is what it should be, or a BadRecord
+    def __next__(
+        self,
+    ) -> Any:  # a string if the data set is what it should be, or a BadRecord
         while self._row >= len(self._block):
             if self.epochs and self.epoch >= self.epochs:
                 raise StopIteration
@@ -318,7 +344,9 @@ class Source:
                 continue
             may_be_empty = self.epochs and self.lanes > 1  # a lane beyond the last row
             if self._empty and not may_be_empty:
-                raise ValueError(f"{self.cfg.name}: no rows for lane {self.lane} of {self.lanes}")
+                raise ValueError(
+                    f"{self.cfg.name}: no rows for lane {self.lane} of {self.lanes}"
+                )
             self.set_state(dict(epoch=self.epoch + 1, at={}, row=0))
         self._row += 1
         return self._block[self._row - 1][0]
@@ -353,7 +381,9 @@ class Source:
                 for path in paths:
                     of_one = SourceConfig(path, sample_by=self.unit)
                     is_one = self.unit == "document"
-                    self._counts.append(1 if is_one else sum(1 for _ in _load(of_one, (path,))))
+                    self._counts.append(
+                        1 if is_one else sum(1 for _ in _load(of_one, (path,)))
+                    )
             file = 0
             while row >= self._counts[file]:
                 row -= self._counts[file]

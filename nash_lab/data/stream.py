@@ -114,7 +114,9 @@ class StreamConfig:
         counts = ("epochs", "min_chars", "max_chars", "workers", "prefetch")
         check_range(self, *counts, at_least=0)
         check_range(self, "seed", at_least=0, below=2**32)
-        check_range(self, "holdout", "max_bad_share", "similarity", at_least=0, at_most=1)
+        check_range(
+            self, "holdout", "max_bad_share", "similarity", at_least=0, at_most=1
+        )
         check_choices(self)
         fits = self.batch_size % self.lanes == 0
         check_that(self, "batch_size", fits, f"a multiple of lanes={self.lanes}")
@@ -130,7 +132,9 @@ class Documents:
         self.sources = []
         for i, source in enumerate(cfg.sources):
             seed = (cfg.seed + 7919 * i) % 2**32
-            rows = Source(source, seed=seed, lane=lane, lanes=cfg.lanes, epochs=cfg.epochs)
+            rows = Source(
+                source, seed=seed, lane=lane, lanes=cfg.lanes, epochs=cfg.epochs
+            )
             self.sources.append(rows)
         self.filter = Filter(
             clean=cfg.clean,
@@ -141,8 +145,12 @@ class Documents:
             window=cfg.window,
         )
         self.counts = [Counter() for _ in cfg.sources]
-        self.kept = [-1] * len(cfg.sources)  # the last epoch in which a source gave something
-        self.bad = [""] * len(cfg.sources)  # the last row that was no text: place and reason
+        self.kept = [-1] * len(
+            cfg.sources
+        )  # the last epoch in which a source gave something
+        self.bad = [""] * len(
+            cfg.sources
+        )  # the last row that was no text: place and reason
         self.entries = bytearray()  # for the filter's log, until somebody takes them
 
     def __iter__(self) -> "Documents":
@@ -180,7 +188,10 @@ class Documents:
                     raise ValueError(self.bad[i])
                 counts["not text"] += 1
                 continue
-            if cfg.holdout and split_of(hashlib.sha256(data).digest(), cfg.holdout) != cfg.split:
+            if (
+                cfg.holdout
+                and split_of(hashlib.sha256(data).digest(), cfg.holdout) != cfg.split
+            ):
                 counts["other split"] += 1
                 continue
 
@@ -230,7 +241,9 @@ def _check_pass(docs: Documents, i: int, ended: bool) -> None:
     rows = counts["rows"]
     bad = counts["not text"]
     most = docs.cfg.max_bad_share
-    passes = docs.sources[i].epoch - docs.kept[i]  # since the last one that gave something
+    passes = (
+        docs.sources[i].epoch - docs.kept[i]
+    )  # since the last one that gave something
     nothing_yet = ended and docs.kept[i] < 0
     if nothing_yet or passes > 1:  # guard: data: pass without documents
         causes = [f"{cause} {n}" for cause, n in counts.items() if cause != "rows"]
@@ -261,7 +274,9 @@ def stream_documents(
         yield Document(text, cfg.sources[i].name)
 
 # %% ../../nbs/data/29_stream.ipynb #c027
-GROUP = 1 << 18  # characters encoded together at most; another value gives the same batches
+GROUP = (
+    1 << 18
+)  # characters encoded together at most; another value gives the same batches
 
 
 class Lane:
@@ -278,7 +293,9 @@ class Lane:
         self.tokenizer = tokenizer
         self.rows = cfg.batch_size // cfg.lanes
         self.documents = Documents(cfg, lane)
-        self.groups = deque()  # (position at its beginning, tokens) of each group that waits
+        self.groups = (
+            deque()
+        )  # (position at its beginning, tokens) of each group that waits
         self.used = 0  # tokens of the first group that are gone
         self.logged = 0  # entries of the filter's log that were handed on
         if state:
@@ -320,7 +337,9 @@ class Lane:
         if take:
             tokens = np.concatenate([tokens for _, tokens in self.groups])
             row[:take] = tokens[self.used : self.used + take]
-            self.used += min(self.rows * t, take - 1)  # the last target is the next first input
+            self.used += min(
+                self.rows * t, take - 1
+            )  # the last target is the next first input
 
         while self.groups and self.used >= len(self.groups[0][1]):
             _, gone = self.groups.popleft()
@@ -360,7 +379,9 @@ def share(
         raise ValueError(f"{what}: {why}")
     count = max(1, cfg.lanes // shards)
     if cfg.workers and count % cfg.workers:
-        raise ValueError(f"workers={cfg.workers} must divide the lanes of a process, {count}")
+        raise ValueError(
+            f"workers={cfg.workers} must divide the lanes of a process, {count}"
+        )
 
     rows = cfg.batch_size // shards
     per_lane = cfg.batch_size // cfg.lanes
@@ -430,7 +451,13 @@ class _LaneIterator(grain.DatasetIterator):
         pass
 
 # %% ../../nbs/data/29_stream.ipynb #c037
-FREE_SETTINGS = ("epochs", "workers", "prefetch", "on_error", "max_bad_share")  # between two runs
+FREE_SETTINGS = (
+    "epochs",
+    "workers",
+    "prefetch",
+    "on_error",
+    "max_bad_share",
+)  # between two runs
 
 
 class StreamLoader(Batches):
@@ -448,7 +475,9 @@ class StreamLoader(Batches):
         self.lanes, self.part = share(cfg, shard, shards)
         self.close = None
 
-        self.stream = to_json(cfg)  # what a position depends on: all that changes the tokens
+        self.stream = to_json(
+            cfg
+        )  # what a position depends on: all that changes the tokens
         for name in ("sources", *FREE_SETTINGS):
             del self.stream[name]
         self.stream["tokenizer"] = tokenizer.hash
@@ -459,8 +488,12 @@ class StreamLoader(Batches):
 
         first = {}
         for lane in self.lanes:
-            docs = Documents(cfg, lane)  # opens the sources: a wrong name is an error here and now
-            first[str(lane)] = dict(at=docs.get_state(), used=0, read=docs.read_so_far(), log="")
+            docs = Documents(
+                cfg, lane
+            )  # opens the sources: a wrong name is an error here and now
+            first[str(lane)] = dict(
+                at=docs.get_state(), used=0, read=docs.read_so_far(), log=""
+            )
         self._entry = docs.filter.memory.entry
         self.set_state(dict(batch=0, lanes=first, stream=self.stream))
 
@@ -488,7 +521,9 @@ class StreamLoader(Batches):
         "For each source: rows, documents, bytes, what was left out by cause, epoch; of all lanes."
         names = []
         for source in self.cfg.sources:
-            names.append(f"{source.name}:{source.subset}" if source.subset else source.name)
+            names.append(
+                f"{source.name}:{source.subset}" if source.subset else source.name
+            )
         _, lanes, _ = self.mark
         read = [at["read"] for at in lanes]
         found = {}
@@ -525,10 +560,14 @@ class StreamLoader(Batches):
         self._logs = [Log(self._entry, self.cfg.window, at["log"]) for at in states]
         at = [{key: lane[key] for key in ("at", "used", "read")} for lane in states]
         self.mark = (self.batch, at, [(log, log.total) for log in self._logs])
-        self._iterator = LaneRows(self.cfg, self.tokenizer, self.lanes, states).prefetch()
+        self._iterator = LaneRows(
+            self.cfg, self.tokenizer, self.lanes, states
+        ).prefetch()
         # ends the thread or the workers once, at the latest with the program
         self.close = weakref.finalize(self, self._iterator.close)
-        self._iterator.close = lambda: None  # called by Grain's `__del__`, which may come too late
+        self._iterator.close = lambda: (
+            None
+        )  # called by Grain's `__del__`, which may come too late
 
 
 def stream_loader(

@@ -54,7 +54,9 @@ def training_chunks(
     "Cut documents after newlines into chunks of at most `limit` characters, as UTF-8."
     total = 0
     for text in texts:
-        text = text.replace("▅", " ")  # the library drops every chunk that holds this character
+        text = text.replace(
+            "▅", " "
+        )  # the library drops every chunk that holds this character
         start = 0
         while start < len(text):
             end = min(start + limit, len(text))
@@ -83,10 +85,14 @@ class SentencePieceTokenizer:
 
     pad_id, bos_id, eos_id, unk_id = PAD, BOS, EOS, UNK
 
-    def __init__(self, data: bytes, path: Path | None = None):  # a model file's content; its name
+    def __init__(
+        self, data: bytes, path: Path | None = None
+    ):  # a model file's content; its name
         "ValueError when `data` is no model, or one whose first pieces are not ours."
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=data or b"empty")
+            self._model = sentencepiece.SentencePieceProcessor(
+                model_proto=data or b"empty"
+            )
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model") from None
         self.path = path
@@ -98,7 +104,9 @@ class SentencePieceTokenizer:
         expected = ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"]
         if self.pieces[: len(expected)] != expected:
             found = self.pieces[: len(expected)]
-            raise ValueError(f"{path}: expected the first pieces {expected}, found {found}")
+            raise ValueError(
+                f"{path}: expected the first pieces {expected}, found {found}"
+            )
 
     def __reduce__(self):
         return type(self), (self._data, self.path)  # to another process
@@ -158,7 +166,9 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rsplit("] ", 1)[-1].strip()  # behind the library's own file and line
+        reason = (
+            str(error).rsplit("] ", 1)[-1].strip()
+        )  # behind the library's own file and line
         raise ValueError(f"{path}: vocab_size={cfg.vocab_size}: {reason}") from None
     write_atomic(path, model.getvalue())
     return SentencePieceTokenizer(model.getvalue(), path)
@@ -183,7 +193,9 @@ SPECIAL_NAMES = {  # how published vocabularies call them; the first that is the
 def special_ids(path: Path | None, vocabulary: dict[str, int]) -> dict[str, int | None]:
     "Ids of eos, bos, pad, unk; ValueError without an end, or for a name that is no piece."
     beside = path.with_name("tokenizer_config.json") if path else None
-    told = beside is not None and beside.is_file()  # guard: data: a pipe beside a tokenizer
+    told = (
+        beside is not None and beside.is_file()
+    )  # guard: data: a pipe beside a tokenizer
     config = read_json(beside) if told else {}
     found = {}
     for kind, names in SPECIAL_NAMES.items():
@@ -245,7 +257,9 @@ class HFTokenizer:
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         "Ids of one text; ValueError for an unpaired surrogate, or a BOS the vocabulary lacks."
         if bos and self.bos_id is None:
-            raise ValueError(f"{self.path}: the vocabulary has no piece that begins a text")
+            raise ValueError(
+                f"{self.path}: the vocabulary has no piece that begins a text"
+            )
         return [self.bos_id] * bos + self.encode_batch([text])[0] + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

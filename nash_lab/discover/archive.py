@@ -19,11 +19,19 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ..core.configs import check_choices, check_range, check_that, from_json, to_json
+from nash_lab.core.configs import (
+    check_choices,
+    check_range,
+    check_that,
+    from_json,
+    to_json,
+)
 from .problems import State
 
 # %% ../../nbs/discover/71_archive.ipynb #c006
-SMALLEST = 1e-6  # scale of an archive in which all rewards are equal, as in the reference code
+SMALLEST = (
+    1e-6  # scale of an archive in which all rewards are equal, as in the reference code
+)
 
 
 def puct(
@@ -32,8 +40,11 @@ def puct(
     best: Float[np.ndarray, "m"],  # m, NaN where no child has a solution
     total: int,  # T
     c: float = 1.0,
-    bonus: Literal["paper", "root"] = "paper",  # sqrt(1 + T) / (1 + n), or sqrt(1 + T / (1 + n))
-    measured: Bool[np.ndarray, "m"] | None = None,  # states whose rewards set the scale; None: all
+    bonus: Literal[
+        "paper", "root"
+    ] = "paper",  # sqrt(1 + T) / (1 + n), or sqrt(1 + T / (1 + n))
+    measured: Bool[np.ndarray, "m"]
+    | None = None,  # states whose rewards set the scale; None: all
 ) -> Float[np.ndarray, "m"]:
     "Score of each state (2601.16175, §3)."
     spanned = rewards
@@ -61,11 +72,15 @@ class ArchiveConfig:
 
     size: int = 1000  # states kept, initial ones included
     children: int = 2  # best children kept
-    children_of: Literal["expansion", "parent"] = "expansion"  # counted in each, or over all time
+    children_of: Literal["expansion", "parent"] = (
+        "expansion"  # counted in each, or over all time
+    )
     c: float = 1.0  # exploration
     bonus: Literal["paper", "root"] = "paper"  # how it fades, see `puct`
     count: Literal["expansions", "rollouts"] = "expansions"  # what n and T count
-    scale: Literal["archive", "found"] = "archive"  # rewards that set it: all, or without initial
+    scale: Literal["archive", "found"] = (
+        "archive"  # rewards that set it: all, or without initial
+    )
 
     def __post_init__(self):
         check_choices(self)
@@ -144,7 +159,12 @@ class Archive:
             self.total,
             self.cfg.c,
             self.cfg.bonus,
-            np.array([self.cfg.scale == "archive" or node.parent is not None for node in live]),
+            np.array(
+                [
+                    self.cfg.scale == "archive" or node.parent is not None
+                    for node in live
+                ]
+            ),
         )
         # of equal scores the better reward: with c = 0 a parent ties with its best child
         ranked = sorted(zip(scores, live), key=lambda pair: (-pair[0], -pair[1].reward))
@@ -165,7 +185,9 @@ class Archive:
     def update(
         self,
         parent: int,  # id that was expanded
-        children: Sequence[tuple[State, float]],  # each rollout's state and reward, failures too
+        children: Sequence[
+            tuple[State, float]
+        ],  # each rollout's state and reward, failures too
     ) -> list[int]:  # ids of what was stored and stayed, best first
         "Record one expansion. ValueError for an unknown parent."
         if not 0 <= parent < len(self.nodes):
@@ -203,7 +225,10 @@ class Archive:
         siblings = Counter()
         for node in found:
             siblings[node.parent] += 1
-            crowded = self.cfg.children_of == "parent" and siblings[node.parent] > self.cfg.children
+            crowded = (
+                self.cfg.children_of == "parent"
+                and siblings[node.parent] > self.cfg.children
+            )
             if crowded or room == 0:
                 node.state = State()
                 node.live = False

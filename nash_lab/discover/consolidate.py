@@ -42,7 +42,12 @@ from nash_lab.discover.problems import (
     problem_by_name,
 )
 from .search import discover_run
-from .ttt import DiscoverConfig, judge_rollout, sample_rollouts, steady_adam
+from nash_lab.discover.ttt import (
+    DiscoverConfig,
+    judge_rollout,
+    sample_rollouts,
+    steady_adam,
+)
 from ..evals.scores import Probe
 from ..train.optim import OptimConfig
 from ..train.pretrain import load_run
@@ -102,7 +107,8 @@ def sieved(found: Sequence[Discovery], sieve: Sieve) -> list[Discovery]:
     for one in good[:count]:
         # twice the characters in matching blocks over those of both (Ratcliff and Obershelp, 1988)
         matchers = [
-            SequenceMatcher(None, one.completion, head.completion, autojunk=False) for head in heads
+            SequenceMatcher(None, one.completion, head.completion, autojunk=False)
+            for head in heads
         ]
         if all(matcher.ratio() < sieve.alike for matcher in matchers):
             heads.append(one)
@@ -121,7 +127,9 @@ class Worth:
 
 def measure_run(
     run: str | Path,
-    tasks: Sequence[tuple[Problem, DiscoverConfig]],  # each with the settings of its search
+    tasks: Sequence[
+        tuple[Problem, DiscoverConfig]
+    ],  # each with the settings of its search
     draws: int,  # answers to each
 ) -> dict[str, Worth]:
     "Single answers of a run to each problem. ValueError: too long; OSError: they cannot be judged."
@@ -138,7 +146,9 @@ def measure_run(
         judged = [judge_rollout(problem, start, text) for text in drawn.texts]
         for one in judged:
             if one.lost:
-                raise OSError(f"{problem.name}: an answer could not be judged: {one.state.note}")
+                raise OSError(
+                    f"{problem.name}: an answer could not be judged: {one.state.note}"
+                )
         rewards = np.array([one.reward for one in judged])  # a failure has reward 0
         mean = float(rewards.mean())
         half = 1.96 * float(rewards.std(ddof=1)) / len(rewards) ** 0.5
@@ -161,15 +171,25 @@ class ConsolidateConfig:
 
     run: str = "runs/pretrain"  # run directory to start from; nothing is written there
     out: str = "runs/continual/night"  # run directory to make
-    suite: str = "data/suite.json"  # old skills that must not suffer, see adapt.continual.Suite
+    suite: str = (
+        "data/suite.json"  # old skills that must not suffer, see adapt.continual.Suite
+    )
     searches: tuple[str, ...] = ()  # folders of searches that are finished
-    problems: tuple[str, ...] = ()  # to be searched first: names and options, as for parse_problem
-    siblings: tuple[str, ...] = ()  # not searched, only measured; written in the same way
+    problems: tuple[
+        str, ...
+    ] = ()  # to be searched first: names and options, as for parse_problem
+    siblings: tuple[
+        str, ...
+    ] = ()  # not searched, only measured; written in the same way
     draws: int = 128  # single answers to each problem, before and after
-    buffer: str = ""  # file of old examples; "" is replay.json of `run`, or a new buffer
+    buffer: str = (
+        ""  # file of old examples; "" is replay.json of `run`, or a new buffer
+    )
     sieve: Sieve = field(default_factory=Sieve)  # which discoveries are taught
     sdft: SDFTConfig = field(default_factory=SDFTConfig)  # how
-    discover: DiscoverConfig = field(default_factory=DiscoverConfig)  # of `problems`: how
+    discover: DiscoverConfig = field(
+        default_factory=DiscoverConfig
+    )  # of `problems`: how
 
     def __post_init__(self):
         check_range(self, "draws", at_least=2)
@@ -225,7 +245,9 @@ def consolidate(cfg: ConsolidateConfig) -> Consolidation:
         siblings.append((problem, alike[0] if alike else searched[0][1]))
     leads = sorted({settings.lead for _, settings in searched})
     if len(leads) > 1:
-        raise ValueError(f"searches with different tokens in front, {leads}, are not one lesson")
+        raise ValueError(
+            f"searches with different tokens in front, {leads}, are not one lesson"
+        )
 
     # demonstrations: of each search the best answers, few and different
     examples = []
@@ -234,7 +256,9 @@ def consolidate(cfg: ConsolidateConfig) -> Consolidation:
         kept = sieved(read_discoveries(folder, problem), cfg.sieve)
         if not kept:
             least = cfg.sieve.least
-            raise ValueError(f"{folder}: no answer is worth {least}, nothing to learn from")
+            raise ValueError(
+                f"{folder}: no answer is worth {least}, nothing to learn from"
+            )
         student = problem.context(problem.initial_state(0))
         for found in kept:
             teacher = problem.context(State(found.solution))
@@ -294,7 +318,8 @@ class ExampleNight:
 
 
 def example_night(
-    folder: str | Path,  # of the base, which is trained when it is missing, and of the night
+    folder: str
+    | Path,  # of the base, which is trained when it is missing, and of the night
     size: ExampleNight = ExampleNight(),
 ) -> ConsolidateConfig:
     "All that the example needs, and its settings."
@@ -312,7 +337,9 @@ def example_night(
     suite = Suite(skills=(gate,), before="none", max_new_tokens=13, batch_size=80)
     write_json(folder / "suite.json", to_json(suite))
     buffer = ReplayBuffer()
-    buffer.remember([Example(f"{word}<", word[::-1], f"{word}<") for word in words[240:]])
+    buffer.remember(
+        [Example(f"{word}<", word[::-1], f"{word}<") for word in words[240:]]
+    )
     buffer.write_to(folder / "old.json")
 
     hidden = []

@@ -139,7 +139,9 @@ def train_prior(
 ) -> tuple[LM, list[float]]:
     "A small model trained on random pairs, and its loss at every tenth of the way. ValueError."
     warm_up = min(20, cfg.updates // 4)
-    optim = OptimConfig(learning_rate=cfg.learning_rate, warmup_steps=warm_up, final_scale=0.02)
+    optim = OptimConfig(
+        learning_rate=cfg.learning_rate, warmup_steps=warm_up, final_scale=0.02
+    )
     tx = optimizer(optim, cfg.updates)
     model = LM(prior_model(cfg, tokenizer.vocab_size, length), nnx.Rngs(cfg.seed))
     graphdef, weights = nnx.split(model, nnx.Param)
@@ -154,10 +156,14 @@ def train_prior(
         answers = tokenizer.encode_batch([answer for _, answer in pairs])
         rows = np.zeros((len(pairs), length + 1), np.int32)
         mask = np.zeros(rows.shape, bool)  # of answer and end
-        for pair, prompt, answer, row, counts in zip(pairs, prompts, answers, rows, mask):
+        for pair, prompt, answer, row, counts in zip(
+            pairs, prompts, answers, rows, mask
+        ):
             filled = [*prompt, *answer, tokenizer.eos_id]
             if len(filled) > length:
-                raise ValueError(f"{pair}: {len(filled)} tokens, the model has {length}")
+                raise ValueError(
+                    f"{pair}: {len(filled)} tokens, the model has {length}"
+                )
             row[: len(filled)] = filled
             counts[len(prompt) : len(filled)] = True
 
@@ -171,7 +177,9 @@ def train_prior(
 # %% ../../nbs/discover/74_prior.ipynb #c024
 def prior_run(lm: LM, tokenizer: HFTokenizer, run: str | Path) -> Path:
     "A prior as a run directory that `load_run` opens. ValueError when there is one already."
-    cfg = TrainConfig(model=lm.cfg, loader=LoaderConfig(seq_len=lm.cfg.max_len, documents="mask"))
+    cfg = TrainConfig(
+        model=lm.cfg, loader=LoaderConfig(seq_len=lm.cfg.max_len, documents="mask")
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"
         write_atomic(file, tokenizer.__reduce__()[1][0])  # its bytes

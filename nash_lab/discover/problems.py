@@ -64,14 +64,18 @@ def plain_numbers(
     return numbers
 
 # %% ../../nbs/discover/70_problems.ipynb #c009
-SLACK = 1e-12  # of every inequality: 10,000 ulps of 1, far below any digit that is reported
+SLACK = (
+    1e-12  # of every inequality: 10,000 ulps of 1, far below any digit that is reported
+)
 
 
 def erdos_overlap(h: Float[np.ndarray, "n"]) -> float:
     "Largest overlap of heights in [0, 1], rescaled to sum n/2; smaller is better. ValueError."
     h = plain_numbers(h, 1, 10_000, "h")
     if h.min() < 0 or h.max() > 1 + SLACK:
-        raise ValueError(f"h: heights from {h.min():.6g} to {h.max():.6g}, expected 0 to 1")
+        raise ValueError(
+            f"h: heights from {h.min():.6g} to {h.max():.6g}, expected 0 to 1"
+        )
     if h.max() == 0:
         raise ValueError("h: all heights are zero, no sum can be made of them")
 
@@ -79,7 +83,9 @@ def erdos_overlap(h: Float[np.ndarray, "n"]) -> float:
     h = h / math.fsum(h) * (len(h) / 2)
     if h.max() > 1 + SLACK:
         total = len(h) / 2
-        raise ValueError(f"h: rescaled to sum {total} the highest step is {h.max():.6g}, above 1")
+        raise ValueError(
+            f"h: rescaled to sum {total} the highest step is {h.max():.6g}, above 1"
+        )
     h = np.minimum(h, 1.0)
     return float(np.correlate(h, 1 - h, "full").max() * 2 / len(h))
 
@@ -121,7 +127,9 @@ def packing_radius_sum(circles: Float[np.ndarray, "n 3"]) -> float:
     x, y, r = c.T
     wall = np.minimum.reduce([x - r, y - r, 1 - x - r, 1 - y - r])
     if wall.min() < -SLACK:
-        raise ValueError(f"circles: number {wall.argmin()} is {-wall.min():.3g} outside")
+        raise ValueError(
+            f"circles: number {wall.argmin()} is {-wall.min():.3g} outside"
+        )
 
     distance = np.hypot(x[:, None] - x, y[:, None] - y)
     gap = distance - (r[:, None] + r)
@@ -143,7 +151,9 @@ def json_inside(text: str) -> Any:
 
 def numbers_inside(text: str, ndim: int, most: int, name: str) -> list:
     "The list of numbers, or of rows of numbers, in a chatty answer. ValueError without one."
-    return (plain_numbers(json_inside(text), ndim, most, name) + 0.0).tolist()  # + 0.0: no -0.0
+    return (
+        plain_numbers(json_inside(text), ndim, most, name) + 0.0
+    ).tolist()  # + 0.0: no -0.0
 
 # %% ../../nbs/discover/70_problems.ipynb #c028
 LETTERS = string.ascii_letters  # a is level 0, Z level 51
@@ -163,7 +173,9 @@ def levels(
     text = text.strip()
     for character in text:
         if character not in LETTERS[: top + 1]:
-            raise ValueError(f"{character!r} is not one of {LETTERS[0]} to {LETTERS[top]}")
+            raise ValueError(
+                f"{character!r} is not one of {LETTERS[0]} to {LETTERS[top]}"
+            )
     if len(text) != steps:
         raise ValueError(f"{len(text)} letters, expected {steps}")
     return [LETTERS.index(character) for character in text]
@@ -173,7 +185,10 @@ def character_tokenizer(characters: str) -> HFTokenizer:
     "A tokenizer of single characters with pad, begin, end, and one unknown piece for all others."
     pieces = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(characters)]
     off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = [dict(id=i, content=piece, **off, special=True) for i, piece in enumerate(pieces[:4])]
+    special = [
+        dict(id=i, content=piece, **off, special=True)
+        for i, piece in enumerate(pieces[:4])
+    ]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     data = {
         "version": "1.0",
@@ -193,8 +208,12 @@ def character_tokenizer(characters: str) -> HFTokenizer:
 class State:
     "A candidate, or (without solution) an initial state or a failure."
 
-    solution: Any = None  # JSON value that the verifier judges: heights, circles, code, text
-    note: str = ""  # why an answer failed, what the tests printed; never part of the judgement
+    solution: Any = (
+        None  # JSON value that the verifier judges: heights, circles, code, text
+    )
+    note: str = (
+        ""  # why an answer failed, what the tests printed; never part of the judgement
+    )
 
 # %% ../../nbs/discover/70_problems.ipynb #c036
 COMPLAINTS = (
@@ -225,12 +244,19 @@ class Problem:
     def __init__(
         self,
         name: str,  # in logs, and of the run's folder
-        parse: Callable[[str], Any],  # text -> solution, a JSON value; ValueError without one
-        grade: Callable[[Any], float],  # solution -> reward, larger is better; or ValueError
+        parse: Callable[
+            [str], Any
+        ],  # text -> solution, a JSON value; ValueError without one
+        grade: Callable[
+            [Any], float
+        ],  # solution -> reward, larger is better; or ValueError
         ask: Callable[[State, float], str],  # a state and its reward -> prompt
-        first: Callable[[int], Any] | None = None,  # seed -> initial solution; None: none
-        explain: Callable[[Any], str] | None = None,  # solution -> note for the next prompt
-        value: Callable[[Any], float] | None = None,  # in the problem's own unit; None: the reward
+        first: Callable[[int], Any]
+        | None = None,  # seed -> initial solution; None: none
+        explain: Callable[[Any], str]
+        | None = None,  # solution -> note for the next prompt
+        value: Callable[[Any], float]
+        | None = None,  # in the problem's own unit; None: the reward
     ):
         self.name = name
         self.parse = parse
@@ -255,7 +281,9 @@ class Problem:
             self.grade(solution)
         except COMPLAINTS as error:
             return State(None, printable(f"{type(error).__name__}: {error}")[:500])
-        return State(solution, printable(self.explain(solution)) if self.explain else "")
+        return State(
+            solution, printable(self.explain(solution)) if self.explain else ""
+        )
 
     def reward(self, state: State) -> float:
         "Recomputed from the solution; 0 without one, or with one that `grade` refuses."
@@ -326,9 +354,13 @@ def step_function(
         ("start", start, ("empty", "random")),
     ):
         if found not in known:
-            raise ValueError(f"step_function: {field}={found!r}, expected {', '.join(known)}")
+            raise ValueError(
+                f"step_function: {field}={found!r}, expected {', '.join(known)}"
+            )
     if steps < 1 or not 1 <= top < len(LETTERS):
-        raise ValueError(f"step_function: steps={steps} from 1, top={top} within 1 to 51")
+        raise ValueError(
+            f"step_function: steps={steps} from 1, top={top} within 1 to 51"
+        )
     goal = OBJECTIVES[objective]
 
     def grade(heights):
@@ -461,7 +493,9 @@ def near_target(
     def parse_guess(text):
         if "[" in text:
             return numbers_inside(text, 1, 1000, "answer")
-        return (plain_numbers([parse_json(text.strip())], 1, 1, "answer") + 0.0).tolist()
+        return (
+            plain_numbers([parse_json(text.strip())], 1, 1, "answer") + 0.0
+        ).tolist()
 
     def grade(guess):
         if len(guess) != len(target):
@@ -472,15 +506,21 @@ def near_target(
         name,
         parse=parse_guess,
         grade=grade,
-        ask=lambda state, reward: f"{prompt}\n{json.dumps(state.solution)}\n{reward:.4f}\n",
+        ask=lambda state, reward: (
+            f"{prompt}\n{json.dumps(state.solution)}\n{reward:.4f}\n"
+        ),
     )
 
 # %% ../../nbs/discover/70_problems.ipynb #c061
-Runner = Callable[[str, str], tuple[bool, str]]  # code, tests -> all passed?, what was printed
+Runner = Callable[
+    [str, str], tuple[bool, str]
+]  # code, tests -> all passed?, what was printed
 
 
 @lru_cache(maxsize=4096)
-def _verdict(run: Runner, code: str, setup: str, tests: tuple[str, ...]) -> tuple[float, str]:
+def _verdict(
+    run: Runner, code: str, setup: str, tests: tuple[str, ...]
+) -> tuple[float, str]:
     "Share of tests that pass, and the first that does not with the end of its output."
     passed, output = run(code, "\n".join([setup, *tests]))
     if passed:
@@ -509,7 +549,9 @@ def code_tests(
     "Write code that passes tests. ValueError without tests."
     tests = tuple(tests)
     if not tests:
-        raise ValueError(f"code_tests {name!r} has no tests, every answer would be right")
+        raise ValueError(
+            f"code_tests {name!r} has no tests, every answer would be right"
+        )
 
     def parse(text):
         if len(text) > 100_000:
@@ -517,7 +559,9 @@ def code_tests(
         code = text
         blocks = text.split("```")
         if len(blocks) > 1:
-            code = blocks[-2 if len(blocks) % 2 else -1]  # the last block may be left open
+            code = blocks[
+                -2 if len(blocks) % 2 else -1
+            ]  # the last block may be left open
             language, _, rest = code.partition("\n")
             if language.strip().lower() in ("python", "py", "python3", ""):
                 code = rest
@@ -559,10 +603,14 @@ def code_problems(path: str | Path, run: Runner) -> list[Problem]:
                 head = item["prompt"]
                 entry = item["entry_point"]
                 name = str(item["task_id"]).lower()
-                made = code_tests(head, [f"check({entry})"], run, item["test"], head, entry, name)
+                made = code_tests(
+                    head, [f"check({entry})"], run, item["test"], head, entry, name
+                )
             else:
                 prompt = item["text"] if "text" in item else item["prompt"]
-                setup = item.get("test_setup_code") or "\n".join(item.get("test_imports", ()))
+                setup = item.get("test_setup_code") or "\n".join(
+                    item.get("test_imports", ())
+                )
                 name = f"mbpp/{item['task_id']}"
                 made = code_tests(prompt, item["test_list"], run, setup, name=name)
         except KeyError as error:
@@ -596,7 +644,9 @@ def problem_by_name(
         make = getattr(import_module(module), attribute) if colon else PROBLEMS[name]
     except (KeyError, ImportError, AttributeError, ValueError, TypeError):
         known = ", ".join(PROBLEMS)
-        raise ValueError(f"problem {name!r}: not one of {known}, nor a module:name") from None
+        raise ValueError(
+            f"problem {name!r}: not one of {known}, nor a module:name"
+        ) from None
     try:
         made = make(**settings)
     except TypeError as error:

@@ -21,7 +21,13 @@ from ..core.files import write_json
 from ..core.text import Tokenizer
 from .archive import archive_from_json, archive_to_json
 from .problems import Problem, State, problem_by_name, value_of
-from .ttt import DiscoverConfig, Search, best_node, new_search, ttt_round
+from nash_lab.discover.ttt import (
+    DiscoverConfig,
+    Search,
+    best_node,
+    new_search,
+    ttt_round,
+)
 from ..evals.scores import weights_hash
 from ..model.transformer import LM
 from ..run.checkpoint import Checkpoints
@@ -31,7 +37,12 @@ from ..train.pretrain import load_run
 from ..train.settings import run_tokenizer
 
 # %% ../../nbs/discover/73_search.ipynb #c006
-FREE = ("run", "out", "steps", "save_every")  # settings that may differ when a search is resumed
+FREE = (
+    "run",
+    "out",
+    "steps",
+    "save_every",
+)  # settings that may differ when a search is resumed
 
 
 def _numbered_arrays(search: Search) -> dict:
@@ -73,7 +84,9 @@ def discover(
     tokenizer: Tokenizer,
     cfg: DiscoverConfig,
     folder: str | Path | None = None,  # made, or resumed; None: nothing is written
-    hooks: Sequence[Callable[[dict], None]] = (),  # called with the record of each round
+    hooks: Sequence[
+        Callable[[dict], None]
+    ] = (),  # called with the record of each round
 ) -> DiscoverResult:
     "TTT-Discover on one problem. ValueError: settings that do not fit; OffPolicy; OSError."
     search = new_search(problem, lm, cfg)
@@ -85,7 +98,9 @@ def discover(
             if not (folder / "config.json").exists():
                 write_json(folder / "environment.json", environment())
             claim(folder / "config.json", cfg, free=FREE)
-            checkpoints = Checkpoints(folder / "checkpoints", keep=2, best=None, asynchronous=False)
+            checkpoints = Checkpoints(
+                folder / "checkpoints", keep=2, best=None, asynchronous=False
+            )
             stack.enter_context(closing(checkpoints))
             search = resume_search(search, checkpoints, lm)
             rounds = MetricsLog(folder / "metrics.jsonl", search.step)
@@ -94,7 +109,11 @@ def discover(
             stack.enter_context(closing(log))
 
         bar = tqdm(
-            total=cfg.steps, desc=problem.name, unit=" rounds", initial=search.step, disable=None
+            total=cfg.steps,
+            desc=problem.name,
+            unit=" rounds",
+            initial=search.step,
+            disable=None,
         )
         stack.enter_context(closing(bar))
         while search.step < cfg.steps:
@@ -108,7 +127,9 @@ def discover(
                     write_json(folder / "archive.json", data)
                     if cfg.parts.train:
                         adapter = folder / f"adapters/{search.step}"
-                        write_peft(adapter, search.learned.params, cfg.lora, lm, cfg.run)
+                        write_peft(
+                            adapter, search.learned.params, cfg.lora, lm, cfg.run
+                        )
                     facts = {
                         "archive": data,
                         "step": search.step,
@@ -125,7 +146,9 @@ def discover(
         best = best_node(search.archive)
         value = value_of(problem, best.state)
         count = search.step * cfg.groups * cfg.rollouts
-        result = DiscoverResult(best.state, best.reward, value, count, metrics, search, folder)
+        result = DiscoverResult(
+            best.state, best.reward, value, count, metrics, search, folder
+        )
         if folder is not None:
             result = replace(result, metrics=read_metrics(folder / "metrics.jsonl"))
             summary = {

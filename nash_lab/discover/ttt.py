@@ -38,11 +38,18 @@ from ..model.generate import SampleConfig, bucket, rollout, sequence_logprobs
 from ..model.transformer import LM
 from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer
-from ..train.step import TrainState, accumulate_gradients, apply_gradient, fresh_state
+from nash_lab.train.step import (
+    TrainState,
+    accumulate_gradients,
+    apply_gradient,
+    fresh_state,
+)
 
 # %% ../../nbs/discover/72_ttt.ipynb #c006
 LN2 = math.log(2)
-STEEPEST = 2.0**20  # beta times the spread of the rewards, where the search for beta ends
+STEEPEST = (
+    2.0**20
+)  # beta times the spread of the rewards, where the search for beta ends
 
 
 def tilt_kl(rewards: Float[np.ndarray, "n"], beta: float) -> float:
@@ -136,34 +143,61 @@ class DiscoverConfig:
     run: str = ""  # run directory of the base model
     out: str = ""  # folder of this search; runs/discover/<problem> when empty
     arm: Literal[
-        "best-of-n", "reuse-only", "train-only", "full", "constant-beta", "expected-reward"
+        "best-of-n",
+        "reuse-only",
+        "train-only",
+        "full",
+        "constant-beta",
+        "expected-reward",
     ] = "full"  # parts of the method
     steps: int = 50  # rounds of sampling, each with one update
     groups: int = 8  # states a round starts from
     rollouts: int = 64  # of each group
     beginnings: int = 1  # initial states: seeds 0, 1, ... of the problem
-    copies_earn: bool = True  # False: a rollout that repeats its parent counts 0 for the update
+    copies_earn: bool = (
+        True  # False: a rollout that repeats its parent counts 0 for the update
+    )
     max_new_tokens: int = 64  # of a rollout
-    think_tokens: int = 0  # of these, before `force` is written if it has not ended; 0: never
+    think_tokens: int = (
+        0  # of these, before `force` is written if it has not ended; 0: never
+    )
     force: str = "\nAnswer: "  # what is written then; the model is not trained on it
-    lead: Literal["", "bos", "eos"] = ""  # token before a prompt; eos if trained on packed text
+    lead: Literal["", "bos", "eos"] = (
+        ""  # token before a prompt; eos if trained on packed text
+    )
     kl_weight: float = 0.1  # lambda; 0.01 in the paper where long programs are written
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(rank=32, alpha=32.0))
-    optim: OptimConfig = field(default_factory=lambda: steady_adam(4e-5))  # of the adapter
-    archive: ArchiveConfig = field(default_factory=ArchiveConfig)  # which state is chosen
+    optim: OptimConfig = field(
+        default_factory=lambda: steady_adam(4e-5)
+    )  # of the adapter
+    archive: ArchiveConfig = field(
+        default_factory=ArchiveConfig
+    )  # which state is chosen
     accumulate: int = 1  # micro-batches of an update, to save memory
     save_every: int = 10  # rounds between checkpoints
     seed: int = 0  # of adapter and draws
 
     def __post_init__(self):
         check_choices(self)
-        ones = ("steps", "groups", "beginnings", "max_new_tokens", "accumulate", "save_every")
+        ones = (
+            "steps",
+            "groups",
+            "beginnings",
+            "max_new_tokens",
+            "accumulate",
+            "save_every",
+        )
         check_range(self, *ones, at_least=1)
         check_range(self, "rollouts", at_least=4 if self.parts.train else 1)
         check_range(self, "think_tokens", at_least=0, below=self.max_new_tokens)
         check_range(self, "kl_weight", at_least=0)
         rows = self.groups * self.rollouts
-        check_that(self, "accumulate", rows % self.accumulate == 0, f"a divisor of {rows} rollouts")
+        check_that(
+            self,
+            "accumulate",
+            rows % self.accumulate == 0,
+            f"a divisor of {rows} rollouts",
+        )
         self.problem_options()
 
     @property
@@ -261,7 +295,10 @@ class OffPolicy(ValueError):
     "The sampler's log-probabilities are not the learner's."
 
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token, cached steps against a full pass
+TOLERANCE = {
+    "float32": 1e-3,
+    "bfloat16": 0.2,
+}  # nats a token, cached steps against a full pass
 
 
 @nnx.jit
@@ -283,13 +320,21 @@ def policy_step(
     "One step of the optimizer on the loss of a round; loss, gradient norm, skipped steps."
 
     def negative_objective(adapter, micro, key):
-        lm = attach(nnx.merge(graphdef, weights), adapter, lora.scale, rate=lora.dropout, key=key)
+        lm = attach(
+            nnx.merge(graphdef, weights),
+            adapter,
+            lora.scale,
+            rate=lora.dropout,
+            key=key,
+        )
         logprobs = sequence_logprobs(lm, micro["tokens"])
         value = policy_loss(logprobs, micro["sampled"], micro["advantages"])
         return value, value
 
     key = jax.random.fold_in(jax.random.key(0), state.step)
-    value, grads = accumulate_gradients(negative_objective, state.params, batch, key, micro_batches)
+    value, grads = accumulate_gradients(
+        negative_objective, state.params, batch, key, micro_batches
+    )
     state, norm = apply_gradient(optimizer(optim, steps), state, value, grads)
     return state, {"loss": value, "grad_norm": norm, "skipped": state.skipped}
 
@@ -370,7 +415,9 @@ def group_advantages(
 ) -> tuple[Float[np.ndarray, "n"], float]:
     "Advantages of one group, and beta; 0 for lost rollouts, and for all where under 4 are known."
     advantages = np.zeros(len(group))
-    known = np.array([not judged.lost for judged in group])  # guard: search: lost answers
+    known = np.array(
+        [not judged.lost for judged in group]
+    )  # guard: search: lost answers
     if known.sum() < 4:
         return advantages, 0.0
     rewards = np.array([judged.reward for judged in group])
@@ -405,7 +452,9 @@ def new_search(problem: Problem, base: LM, cfg: DiscoverConfig) -> Search:
     for seed in range(cfg.beginnings):
         state = problem.initial_state(seed)
         archive.add(state, float(problem.reward(state)))
-    adapter = init_adapter(base, cfg.lora, named_key(jax.random.key(cfg.seed), "adapter"))
+    adapter = init_adapter(
+        base, cfg.lora, named_key(jax.random.key(cfg.seed), "adapter")
+    )
     return Search(archive, fresh_state(adapter, optimizer(cfg.optim, cfg.steps)))
 
 # %% ../../nbs/discover/72_ttt.ipynb #c042
@@ -419,7 +468,9 @@ def ttt_round(
     "One round (2601.16175, §3): its record, and a log row a rollout. OSError if all are lost."
     started = time.perf_counter()
     search.step += 1
-    key = jax.random.fold_in(named_key(jax.random.key(cfg.seed), "answers"), search.step)
+    key = jax.random.fold_in(
+        named_key(jax.random.key(cfg.seed), "answers"), search.step
+    )
 
     # reuse: PUCT picks the states; they repeat where there are fewer than groups
     if cfg.parts.reuse:
@@ -453,7 +504,9 @@ def ttt_round(
         groups.append([judge_rollout(problem, state, text) for text in texts])
     if all(judged.lost for group in groups for judged in group):
         note = groups[0][0].state.note
-        raise OSError(f"{problem.name}: no answer of round {search.step} could be judged: {note}")
+        raise OSError(
+            f"{problem.name}: no answer of round {search.step} could be judged: {note}"
+        )
 
     # learning: one step of the entropic policy gradient on all groups
     numbers = {}
@@ -462,15 +515,21 @@ def ttt_round(
         estimates = [group_advantages(group, cfg) for group in groups]
         advantages = np.concatenate([of_group for of_group, _ in estimates])
         numbers["beta"] = float(np.median([beta for _, beta in estimates]))
-        search.learned, made = update_policy(base, search.learned, rollouts, advantages, cfg)
+        search.learned, made = update_policy(
+            base, search.learned, rollouts, advantages, cfg
+        )
         numbers |= made
 
     # the archive keeps the best of each group
     for parent, group in zip(parents, groups):
-        search.archive.update(parent, [(judged.state, judged.reward) for judged in group])
+        search.archive.update(
+            parent, [(judged.state, judged.reward) for judged in group]
+        )
 
     search.time_s += time.perf_counter() - started
-    record, rows = round_report(problem, search, contexts, parents, groups, rollouts, advantages)
+    record, rows = round_report(
+        problem, search, contexts, parents, groups, rollouts, advantages
+    )
     return record | as_record(numbers), rows
 
 # %% ../../nbs/discover/72_ttt.ipynb #c044

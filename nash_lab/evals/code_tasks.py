@@ -92,7 +92,11 @@ def read_data(
                     continue
                 if name == "hellaswag":
                     query, choices = row["query"], row["choices"]
-                    row = {"query": query, "choices": choices, "label": str(row["gold"])}
+                    row = {
+                        "query": query,
+                        "choices": choices,
+                        "label": str(row["gold"]),
+                    }
                 if name in ("arc_easy", "arc_challenge"):
                     options = list(dict.fromkeys(row["choices"]))
                     labels = list("ABCDE"[: len(options)])
@@ -137,7 +141,9 @@ class BoxedCodeEval:
         self,
         references: Sequence[str],  # tests of each problem
         predictions: Sequence[list[str]],  # programs for each problem
-        k: Sequence[int] = (1,),  # as in pass@k; those above the number of programs are left out
+        k: Sequence[int] = (
+            1,
+        ),  # as in pass@k; those above the number of programs are left out
         **_: Any,  # num_workers, timeout: the limits decide
     ) -> tuple[dict[str, float], list]:
         "pass@k of the programs, each run in a box. SandboxError when there is none."
@@ -202,12 +208,16 @@ def task_config(
     folders = []
     if name in BENCHMARKS:  # five folders instead of thousands of files
         root = Path(manager.__file__).parent
-        folders = [root / part for part in ("gsm8k", "hellaswag", "arc", "humaneval", "mbpp")]
+        folders = [
+            root / part for part in ("gsm8k", "hellaswag", "arc", "humaneval", "mbpp")
+        ]
     with quiet():
         tasks = manager.TaskManager(include_defaults=not folders, include_path=folders)
     found = tasks.task_index.get(name)
     if found is None:
-        raise ValueError(f"task {name!r}, expected {', '.join(BENCHMARKS)} or another of lm-eval")
+        raise ValueError(
+            f"task {name!r}, expected {', '.join(BENCHMARKS)} or another of lm-eval"
+        )
     if found.yaml_path is None or found.kind.name != "TASK":
         kind = "a group or a program of lm-eval"
         raise ValueError(f"task {name!r} is {kind}, expected a single task")
@@ -249,7 +259,8 @@ def load_task(
     name: str,  # gsm8k, hellaswag, arc_easy, arc_challenge, humaneval, mbpp; with hub any
     folder: str | Path = "",  # with the files, or hub; empty: what NASH_LAB_DATA says
     *,
-    shots: int | None = None,  # examples in front of each problem; None: the task's own number
+    shots: int
+    | None = None,  # examples in front of each problem; None: the task's own number
     seed: int = 0,  # of their choice
     attempts: Attempts = Attempts(),  # at code problems
 ) -> Loaded:
@@ -261,7 +272,11 @@ def load_task(
     if code and not all(is_boxed(metric["metric"]) for metric in config["metric_list"]):
         raise ValueError(f"task {name!r} would run code outside the sandbox")
     if code and attempts.samples > 1:
-        draws = {"do_sample": True, "temperature": attempts.temperature, "top_p": attempts.top_p}
+        draws = {
+            "do_sample": True,
+            "temperature": attempts.temperature,
+            "top_p": attempts.top_p,
+        }
         config["generation_kwargs"] = config["generation_kwargs"] | draws
         config["repeats"] = attempts.samples
         if not config.get("filter_list"):
@@ -288,14 +303,18 @@ def load_task(
         raise ValueError(f"{name}: no data from the hub: {first_line(error)}") from None
 
     wanted = task.config.num_fewshot or 0
-    without = task.config.num_fewshot == 0  # lm-eval: a task to be asked without examples
+    without = (
+        task.config.num_fewshot == 0
+    )  # lm-eval: a task to be asked without examples
     if shots is not None and not without:
         wanted = shots
     task.set_config("num_fewshot", wanted)
     task.set_fewshot_seed(seed)
     apart = task.config.fewshot_split or task.config.training_split
     apart = apart or task.fewshot_cfg.samples is not None
-    examples = len(task.sampler.df) if apart else 0  # else they would be the problems themselves
+    examples = (
+        len(task.sampler.df) if apart else 0
+    )  # else they would be the problems themselves
     if wanted > examples:
         raise ValueError(
             f"{name}: {wanted} shots, there are {examples} examples beside the problems"
@@ -304,7 +323,9 @@ def load_task(
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c036
 def best_of(
-    scores: Float[np.ndarray, "m n"],  # of each attempt at each problem; the highest is handed in
+    scores: Float[
+        np.ndarray, "m n"
+    ],  # of each attempt at each problem; the highest is handed in
     passed: Bool[np.ndarray, "m n"],  # whether it is right
 ) -> Float[np.ndarray, "m"]:
     "1.0 where the attempt with the highest score, the first of equals, is right. ValueError."
@@ -327,7 +348,9 @@ def shown_tests(
     with contextlib.suppress(SyntaxError):
         tree = ast.parse(doc.get("prompt", "") + "\n    pass\n")
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and node.name == doc.get("entry_point"):
+            if isinstance(node, ast.FunctionDef) and node.name == doc.get(
+                "entry_point"
+            ):
                 docstring = ast.get_docstring(node) or ""
                 break
     lines = []
@@ -364,7 +387,9 @@ def score_programs(
         context = record["arguments"][0][0]
         pairs += [(context, answer) for answer in record["resps"][0]]
     per_token = np.full(len(pairs), -np.inf)
-    asked = [i for i, (_, answer) in enumerate(pairs) if answer]  # an empty one has no likelihood
+    asked = [
+        i for i, (_, answer) in enumerate(pairs) if answer
+    ]  # an empty one has no likelihood
     for i, (nats, _) in zip(asked, model.log_likelihoods([pairs[i] for i in asked])):
         per_token[i] = nats / max(1, len(model.tokenizer.encode(pairs[i][1])))
 

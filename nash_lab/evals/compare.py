@@ -81,16 +81,29 @@ def holm(
 class EvalConfig:
     "What is asked and how; ValueError for values out of range."
 
-    tasks: tuple[str, ...] = ("gsm8k", "hellaswag", "arc_easy", "humaneval")  # hub: any of lm-eval
-    limit: tuple[int, ...] = (0,)  # first problems: for all tasks, or one for each; 0 for all
-    shots: int | None = None  # examples before each problem, where possible; None for the task's
+    tasks: tuple[str, ...] = (
+        "gsm8k",
+        "hellaswag",
+        "arc_easy",
+        "humaneval",
+    )  # hub: any of lm-eval
+    limit: tuple[int, ...] = (
+        0,
+    )  # first problems: for all tasks, or one for each; 0 for all
+    shots: int | None = (
+        None  # examples before each problem, where possible; None for the task's
+    )
     data: str = ""  # folder with the files, or hub; empty for NASH_LAB_DATA
     batch_size: int = 16  # requests at once
     max_new_tokens: int = 0  # bound on the tokens of an answer; 0 for the task's own
     seed: int = 0  # of the choice of examples, of drawn answers and of intervals
-    answers: str = ""  # file that keeps answers, so that an interrupted evaluation resumes
+    answers: str = (
+        ""  # file that keeps answers, so that an interrupted evaluation resumes
+    )
     attempts: Attempts = field(default_factory=Attempts)  # at code problems
-    limits: Limits = field(default_factory=Limits)  # of the box that runs model-written code
+    limits: Limits = field(
+        default_factory=Limits
+    )  # of the box that runs model-written code
 
     def __post_init__(self):
         names = self.names
@@ -120,8 +133,12 @@ def run_task(
     "One task's part of the report, as JSON values."
     from lm_eval.evaluator import evaluate
 
-    limit = cfg.limit[cfg.names.index(name) % len(cfg.limit)]  # one for all tasks, or one for each
-    loaded = load_task(name, cfg.data, shots=cfg.shots, seed=cfg.seed, attempts=cfg.attempts)
+    limit = cfg.limit[
+        cfg.names.index(name) % len(cfg.limit)
+    ]  # one for all tasks, or one for each
+    loaded = load_task(
+        name, cfg.data, shots=cfg.shots, seed=cfg.seed, attempts=cfg.attempts
+    )
     before = model.counts.copy()
     CODE_EVAL.limits = cfg.limits
     CODE_EVAL.log.clear()
@@ -149,20 +166,29 @@ def run_task(
             },
         )
         if isinstance(item["answers"][0], tuple):
-            item["answers"] = [answer[0][0] for answer in record["resps"]]  # likelihoods
+            item["answers"] = [
+                answer[0][0] for answer in record["resps"]
+            ]  # likelihoods
         for metric in record["metrics"]:
             if np.ndim(record[metric]) == 0:
                 under = "" if record["filter"] == "none" else f",{record['filter']}"
                 item["scores"][metric + under] = float(record[metric])
     items = list(by_problem.values())
 
-    settings = {"shots": loaded.task.config.num_fewshot, "max_new_tokens": cfg.max_new_tokens}
+    settings = {
+        "shots": loaded.task.config.num_fewshot,
+        "max_new_tokens": cfg.max_new_tokens,
+    }
     if loaded.code:
         settings["attempts"] = to_json(cfg.attempts)
         programs, passed = zip(*CODE_EVAL.log)
-        scored = score_programs(model, records, programs, passed, cfg.attempts, cfg.limits)
+        scored = score_programs(
+            model, records, programs, passed, cfg.attempts, cfg.limits
+        )
         for i, item in enumerate(items):
-            item["scores"] = {metric: float(values[i]) for metric, values in scored.items()}
+            item["scores"] = {
+                metric: float(values[i]) for metric, values in scored.items()
+            }
 
     metrics = {}
     lower = []
@@ -200,7 +226,9 @@ def evaluate_tasks(
     tokenizer: Tokenizer,
     cfg: EvalConfig,
     *,
-    documents: Literal["cross", "mask"] = "mask",  # `loader.documents` of the run, see `front_of`
+    documents: Literal[
+        "cross", "mask"
+    ] = "mask",  # `loader.documents` of the run, see `front_of`
     name: str = "",  # of the model, for readers
 ) -> dict:
     "A report of every task. ValueError, FileNotFoundError or SandboxError in one line."
@@ -227,7 +255,8 @@ def evaluate_tasks(
         "config": to_json(cfg),
         "seed": cfg.seed,
         "config_hash": hashlib.sha256(settings.encode()).hexdigest(),
-        "environment": environment() | {"lm_eval": importlib.metadata.version("lm-eval")},
+        "environment": environment()
+        | {"lm_eval": importlib.metadata.version("lm-eval")},
         "tasks": {task: run_task(task, model, cfg) for task in cfg.names},
     }
 
@@ -285,19 +314,27 @@ def compare(
             if one[key] != other[key]:
                 raise ValueError(f"{task}: {key} differ: {one[key]} and {other[key]}")
         if len(one["items"]) != len(other["items"]):
-            raise ValueError(f"{task}: {len(one['items'])} and {len(other['items'])} problems")
+            raise ValueError(
+                f"{task}: {len(one['items'])} and {len(other['items'])} problems"
+            )
         for x, y in zip(one["items"], other["items"]):
             for key in ("id", "problem", "prompt"):
                 if x[key] != y[key]:
-                    raise ValueError(f"{task}: item {x['id']}: another {key} in the second report")
+                    raise ValueError(
+                        f"{task}: item {x['id']}: another {key} in the second report"
+                    )
 
     metrics = []
     for report in reports:
-        pairs = [(task, m) for task, part in report["tasks"].items() for m in part["metrics"]]
+        pairs = [
+            (task, m) for task, part in report["tasks"].items() for m in part["metrics"]
+        ]
         metrics.append(pairs)
     shared = [pair for pair in metrics[0] if pair in metrics[1]]
     if not shared:
-        raise ValueError(f"no task in common: {', '.join(tasks_a)} and {', '.join(tasks_b)}")
+        raise ValueError(
+            f"no task in common: {', '.join(tasks_a)} and {', '.join(tasks_b)}"
+        )
 
     tested = []
     for task, metric in shared:
@@ -349,7 +386,9 @@ def describe(
     if isinstance(result, dict):
         for task, part in result["tasks"].items():
             for metric, m in part["metrics"].items():
-                interval = f"95 % {m['low']:.4f} to {m['high']:.4f}, {m['items']} problems"
+                interval = (
+                    f"95 % {m['low']:.4f} to {m['high']:.4f}, {m['items']} problems"
+                )
                 lines.append(f"{task} {metric}: {m['value']:.4f} ({interval})")
         return "\n".join(lines)
 
@@ -357,6 +396,8 @@ def describe(
         means = f"A {row.a:.4f}, B {row.b:.4f}, B - A {row.effect:+.4f}"
         interval = f"95 % {row.low:+.4f} to {row.high:+.4f}"
         test = f"{row.test} p {row.adjusted:.2g} over {row.items} problems"
-        lines.append(f"{row.task} {row.metric}: {means} ({interval}), {test}: {row.verdict}")
+        lines.append(
+            f"{row.task} {row.metric}: {means} ({interval}), {test}: {row.verdict}"
+        )
     lines += [f"left out, only in one report: {name}" for name in result.left_out]
     return "\n".join(lines)

@@ -40,7 +40,9 @@ def call_numbers(
         raise ValueError(f"{machine=}: no system call numbers, expected {expected}")
     words = table.split()
     numbers = words[1 + PROCESSORS.index(machine) :: 3]
-    return {name: int(number) for name, number in zip(words[::3], numbers) if number != "-"}
+    return {
+        name: int(number) for name, number in zip(words[::3], numbers) if number != "-"
+    }
 
 
 def kernel(
@@ -70,7 +72,11 @@ def prctl(
 
 # %% ../../nbs/evals/50_confine.ipynb #c010
 NO_NEW_PRIVS, PARENT_DEATH_SIGNAL, SECCOMP = 38, 1, 22  # options of prctl
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on all processors
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = (
+    444,
+    445,
+    446,
+)  # the same on all processors
 READ_FILE, LIST_FOLDER = 0b0100, 0b1000
 
 # %% ../../nbs/evals/50_confine.ipynb #c012
@@ -78,7 +84,11 @@ def become_user(
     uid: int,  # user and group id, of nobody
 ):
     "Gives up all groups and becomes `uid`, with the standard library still importable. OSError."
-    opened = {folder: os.open(folder, os.O_PATH) for folder in sys.path if os.path.isdir(folder)}
+    opened = {
+        folder: os.open(folder, os.O_PATH)
+        for folder in sys.path
+        if os.path.isdir(folder)
+    }
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -105,7 +115,9 @@ def become_user(
 
 # %% ../../nbs/evals/50_confine.ipynb #c016
 REFUSED = {}
-REFUSED["network"] = "socket 41 198 connect 42 203 bind 49 200"  # guard: sandbox: network
+REFUSED["network"] = (
+    "socket 41 198 connect 42 203 bind 49 200"  # guard: sandbox: network
+)
 REFUSED["children"] = (  # guard: sandbox: children
     "fork 57 - vfork 58 - execve 59 221 execveat 322 281"
 )
@@ -142,7 +154,13 @@ REFUSED["changing files"] = """
 LAST = 450  # the newest call known to these tables
 
 # %% ../../nbs/evals/50_confine.ipynb #c018
-LOAD, EQUAL, ABOVE, BITS, RETURN = 0x20, 0x15, 0x25, 0x45, 0x06  # classic BPF instructions
+LOAD, EQUAL, ABOVE, BITS, RETURN = (
+    0x20,
+    0x15,
+    0x25,
+    0x45,
+    0x06,
+)  # classic BPF instructions
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 CONVENTION = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # in which a call was made
 UNNAMED_FILE = 0o20000000
@@ -208,17 +226,24 @@ def filter_program(
 
 # %% ../../nbs/evals/50_confine.ipynb #c023
 def close_box(
-    limits: dict[str, int | None],  # memory_mb, cpu_s, files, and threads of the user or None
-    readable: list[str] | None = None,  # all that stays readable; None: Landlock is not asked
+    limits: dict[
+        str, int | None
+    ],  # memory_mb, cpu_s, files, and threads of the user or None
+    readable: list[str]
+    | None = None,  # all that stays readable; None: Landlock is not asked
     uid: int | None = None,  # for `become_user`; None keeps the user
     filtered: bool = False,  # seccomp?
     parent: int | None = None,  # its process id; None where it cannot be seen from here
-    packages: tuple[str, ...] = (),  # folders to import from, beside the standard library
+    packages: tuple[
+        str, ...
+    ] = (),  # folders to import from, beside the standard library
 ):
     "Applies the guards that are asked for. OSError or ValueError with the reason."
     sys.path += packages
     bounds = dict.fromkeys(("FSIZE", "CORE", "MEMLOCK", "MSGQUEUE"), 0)
-    bounds["AS"] = limits["memory_mb"] << 20  # address space, which bounds memory from above
+    bounds["AS"] = (
+        limits["memory_mb"] << 20
+    )  # address space, which bounds memory from above
     bounds["NOFILE"] = limits["files"]
     if limits["threads"] is not None:  # else the user has other processes too
         bounds["NPROC"] = limits["threads"]
@@ -226,17 +251,23 @@ def close_box(
         if hasattr(resource, f"RLIMIT_{name}"):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     seconds = limits["cpu_s"]
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # a signal, then the end
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (seconds, seconds + 1)
+    )  # a signal, then the end
 
     if readable is not None:  # guard: sandbox: reading files
         prctl(NO_NEW_PRIVS, 1)
         version = kernel(LANDLOCK_CREATE, None, 0, 1)
-        kinds = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # read, write, make, remove, ...
+        kinds = {1: 13, 2: 14, 3: 15, 4: 15}.get(
+            version, 16
+        )  # read, write, make, remove, ...
         handled = struct.pack("Q", (1 << kinds) - 1)
         if version >= 4:
             handled += struct.pack("Q", 0b11)  # TCP: bind and connect
         if version >= 6:
-            handled += struct.pack("Q", 0b11)  # abstract sockets, and signals to processes outside
+            handled += struct.pack(
+                "Q", 0b11
+            )  # abstract sockets, and signals to processes outside
         rules = kernel(LANDLOCK_CREATE, handled, len(handled), 0)
         for path in filter(os.path.exists, readable):
             fd = os.open(path, os.O_PATH)
@@ -254,7 +285,9 @@ def close_box(
             os._exit(1)
     if filtered:
         prctl(NO_NEW_PRIVS, 1)
-        program = filter_program(os.uname().machine, os.getpid(), threads=uid is not None)
+        program = filter_program(
+            os.uname().machine, os.getpid(), threads=uid is not None
+        )
         code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
         buffer = ctypes.create_string_buffer(code)
         head = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
@@ -303,8 +336,12 @@ def run_candidate(
         for changed, original in before:
             changed.update(original)
         status = "failed"
-        visible = {name: value for name, value in names.items() if not name.startswith("__")}
-        defined = {name for name, value in visible.items() if not isinstance(value, type(sys))}
+        visible = {
+            name: value for name, value in names.items() if not name.startswith("__")
+        }
+        defined = {
+            name for name, value in visible.items() if not isinstance(value, type(sys))
+        }
         if len(defined) > 1:  # a lone `sum` is what the tests are about
             for name in defined & vars(builtins).keys():
                 del visible[name]

@@ -57,7 +57,9 @@ def front_of(
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c012
 def split_pair(
-    encode: Callable[[str], list[int]],  # text to ids, with what stands before every text
+    encode: Callable[
+        [str], list[int]
+    ],  # text to ids, with what stands before every text
     context: str,  # may be empty
     continuation: str,  # not empty
     empty: int,  # the id to condition on when there is no context
@@ -72,7 +74,9 @@ def split_pair(
     if context_alone or whole[: len(before)] == before:
         after = whole[len(before) :]
     if not after:
-        raise ValueError(f"the continuation {continuation[:40]!r} has no token of its own")
+        raise ValueError(
+            f"the continuation {continuation[:40]!r} has no token of its own"
+        )
     return before, after
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c020
@@ -104,7 +108,9 @@ def score_pairs(
     window = lm.cfg.max_len
     longest = max((len(after) for _, after in pairs), default=0)
     if longest > window:
-        raise ValueError(f"a continuation of {longest} tokens, the model reads at most {window}")
+        raise ValueError(
+            f"a continuation of {longest} tokens, the model reads at most {window}"
+        )
     graphdef, weights = nnx.split(lm)
 
     sizes = [len(before) + len(after) for before, after in pairs]
@@ -151,7 +157,9 @@ def windows(
     pairs = []
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
-        pairs.append((whole[max(0, end - length) : start + 1], whole[start + 1 : end + 1]))
+        pairs.append(
+            (whole[max(0, end - length) : start + 1], whole[start + 1 : end + 1])
+        )
     return pairs
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c030
@@ -186,7 +194,9 @@ def read_settings(
     temperature = float(rest.pop("temperature", 1.0 if draws else 0.0))
     if draws is False:
         temperature = 0.0
-    sampling = {name: rest.pop(name) for name in ("top_p", "top_k", "min_p") if name in rest}
+    sampling = {
+        name: rest.pop(name) for name in ("top_p", "top_k", "min_p") if name in rest
+    }
     if rest:
         raise ValueError(f"generation setting {min(rest)!r} is not known here")
     return until, length, SampleConfig(1, temperature, **sampling)
@@ -198,7 +208,9 @@ class Answers:
     def __init__(
         self,
         owner: str,  # everything an answer depends on beside the question
-        path: str | Path | None = None,  # JSONL file to read and to extend; None: memory only
+        path: str
+        | Path
+        | None = None,  # JSONL file to read and to extend; None: memory only
     ):
         self.owner = owner
         self.path = Path(path) if path else None
@@ -207,7 +219,9 @@ class Answers:
         if self.path:
             rows = read_metrics(self.path) if self.path.exists() else []
             self.known = {row["key"]: row["answer"] for row in rows}
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            write_atomic(
+                self.path, "".join(json.dumps(row) + "\n" for row in rows).encode()
+            )
 
     def key(self, question: Any) -> str:
         "Name of a question, which is a JSON value, to this model."
@@ -216,20 +230,34 @@ class Answers:
     def answer_all(
         self,
         questions: Sequence[Any],  # JSON values
-        answer: Callable[[list[Any]], Iterator[tuple[int, Any]]],  # indices and answers, any order
+        answer: Callable[
+            [list[Any]], Iterator[tuple[int, Any]]
+        ],  # indices and answers, any order
         what: str = "",  # for the progress bar
     ) -> list[Any]:
         "An answer to each question; `answer` sees only what is new, and that once."
         keys = [self.key(question) for question in questions]
-        new = {k: question for k, question in zip(keys, questions) if k not in self.known}
+        new = {
+            k: question for k, question in zip(keys, questions) if k not in self.known
+        }
         self.found += len(keys) - len(new)
         names = list(new)
-        log = open(self.path, "a", encoding="utf-8") if self.path and new else nullcontext()
+        log = (
+            open(self.path, "a", encoding="utf-8")
+            if self.path and new
+            else nullcontext()
+        )
         with log as file:
-            for i, reply in tqdm(answer(list(new.values())), what, len(new), disable=None):
+            for i, reply in tqdm(
+                answer(list(new.values())), what, len(new), disable=None
+            ):
                 self.known[names[i]] = reply
                 if file:
-                    print(json.dumps({"key": names[i], "answer": reply}), file=file, flush=True)
+                    print(
+                        json.dumps({"key": names[i], "answer": reply}),
+                        file=file,
+                        flush=True,
+                    )
         return [self.known[k] for k in keys]
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c039
@@ -251,7 +279,8 @@ class Responder:
         lm: LM,
         tokenizer: Tokenizer,
         *,
-        front: Sequence[int] | None = None,  # ids before every text; None: `front_of` the tokenizer
+        front: Sequence[int]
+        | None = None,  # ids before every text; None: `front_of` the tokenizer
         batch_size: int = 16,  # requests at once
         seed: int = 0,  # of answers that are drawn
         answers: str | Path | None = None,  # file that keeps them; None: memory only
@@ -259,7 +288,9 @@ class Responder:
     ):
         v = tokenizer.vocab_size
         if v > lm.cfg.vocab_size:
-            raise ValueError(f"a tokenizer of {v} pieces, the model has {lm.cfg.vocab_size}")
+            raise ValueError(
+                f"a tokenizer of {v} pieces, the model has {lm.cfg.vocab_size}"
+            )
         self.lm = lm
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -285,14 +316,20 @@ class Responder:
         bare = text.removeprefix(self.front_text) if self.front_text else text
         return [*self.front, *self.tokenizer.encode(bare)]
 
-    def log_likelihoods(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def log_likelihoods(
+        self, requests: Sequence[tuple[str, str]]
+    ) -> list[tuple[float, bool]]:
         "For contexts and continuations: log-likelihood in nats, and whether it is the greedy one."
         self.counts["requests"] += len(requests)
         pairs = []
         for context, continuation in requests:
-            before, after = split_pair(self.encode_text, context, continuation, self.empty)
+            before, after = split_pair(
+                self.encode_text, context, continuation, self.empty
+            )
             pairs.append((before, after))
-            self.counts["contexts cut"] += len(before) + len(after) > self.lm.cfg.max_len + 1
+            self.counts["contexts cut"] += (
+                len(before) + len(after) > self.lm.cfg.max_len + 1
+            )
         score = partial(score_pairs, self.lm, batch_size=self.batch_size)
         found = self.answers.answer_all(pairs, score, "likelihoods")
         return [(nats, greedy) for nats, greedy in found]
@@ -302,7 +339,9 @@ class Responder:
         self.counts["requests"] += len(documents)
         pairs = [windows(ids, self.empty, self.lm.cfg.max_len) for ids in documents]
         score = partial(score_pairs, self.lm, batch_size=self.batch_size)
-        found = iter(self.answers.answer_all(list(itertools.chain(*pairs)), score, "rolling"))
+        found = iter(
+            self.answers.answer_all(list(itertools.chain(*pairs)), score, "rolling")
+        )
         sums = []
         for parts in pairs:
             nats = [next(found)[0] for _ in parts]
@@ -334,7 +373,9 @@ class Responder:
             replies[drawn[k]] = reply
         return [replies[i] for i in range(len(requests))]
 
-    def write_answers(self, requests: Sequence[tuple[str, dict]]) -> Iterator[tuple[int, str]]:
+    def write_answers(
+        self, requests: Sequence[tuple[str, dict]]
+    ) -> Iterator[tuple[int, str]]:
         "Index and answer of each request, by settings, the longest first."
         decode = self.tokenizer.decode
         groups = {}
@@ -391,7 +432,9 @@ def score_texts(
     "Bits per byte and perplexity of whole documents, of any length. ValueError without a text."
     ids = [model.tokenizer.encode(text) for text in texts]
     if not ids or not all(ids):
-        raise ValueError(f"{len(ids)} documents, {sum(not i for i in ids)} of them empty")
+        raise ValueError(
+            f"{len(ids)} documents, {sum(not i for i in ids)} of them empty"
+        )
     nats = -np.asarray(model.document_sums(ids), np.float64)
     text_bytes = np.asarray([len(text.encode("utf-8")) for text in texts], np.float64)
     bits = nats / math.log(2)

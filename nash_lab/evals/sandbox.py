@@ -38,23 +38,33 @@ from . import confine
 class Limits:
     "Bounds of one run. ValueError for a bound that is not positive, or level 0 without `unsafe`."
 
-    wall_s: float = 5.0  # seconds from the moment the box is closed; enforced by the parent
+    wall_s: float = (
+        5.0  # seconds from the moment the box is closed; enforced by the parent
+    )
     cpu_s: int = 5  # seconds of processor time; enforced by the kernel
     memory_mb: int = 512  # address space of the box, which is one process
-    threads: int = 16  # at most, where the box has a user of its own; elsewhere it has one thread
+    threads: int = (
+        16  # at most, where the box has a user of its own; elsewhere it has one thread
+    )
     files: int = 64  # open descriptors
     output_bytes: int = 1_000_000  # kept of each of output, errors and verdict
     packages: tuple[str, ...] = ()  # folders to import from, for example site-packages
     level: int | None = None  # the isolation to use; None: the best on this machine
-    start_s: float = 60.0  # for the interpreter to start, which can be slow on a crowded machine
-    unsafe: bool = False  # accept level 0, limits alone, where the machine offers nothing better
+    start_s: float = (
+        60.0  # for the interpreter to start, which can be slow on a crowded machine
+    )
+    unsafe: bool = (
+        False  # accept level 0, limits alone, where the machine offers nothing better
+    )
 
     def __post_init__(self):
         check_range(self, "wall_s", "cpu_s", "memory_mb", "threads", "files", above=0)
         check_range(self, "output_bytes", "start_s", above=0)
         check_that(self, "level", self.level in (None, 0, 1, 2, 3), "0 to 3, or None")
         allowed = self.level != 0 or self.unsafe
-        check_that(self, "level", allowed, "unsafe=True beside it: level 0 isolates nothing")
+        check_that(
+            self, "level", allowed, "unsafe=True beside it: level 0 isolates nothing"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,9 @@ class Result:
     passed: bool  # the tests ran to their end and held
     status: str  # passed, failed (tests), error (code), timeout, crashed (no verdict), invalid
     error: str  # one line: the exception, or how the run ended
-    values: tuple[Any, ...]  # of the expressions, in their order, when tests were expressions
+    values: tuple[
+        Any, ...
+    ]  # of the expressions, in their order, when tests were expressions
     stdout: str  # UTF-8 with replacements, cut at the limit
     stderr: str  # likewise
     truncated: bool  # was either cut?
@@ -84,7 +96,9 @@ def guards_of(
     "The guards that make a level on this machine. SandboxError with what is missing."
     root = os.geteuid() == 0
     try:
-        lock = confine.kernel(confine.LANDLOCK_CREATE, None, 0, 1) > 0  # the kernel's version of it
+        lock = (
+            confine.kernel(confine.LANDLOCK_CREATE, None, 0, 1) > 0
+        )  # the kernel's version of it
     except (OSError, AttributeError):
         lock = False
     if level == 3 and not shutil.which("bwrap"):
@@ -118,7 +132,9 @@ INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", None) or sys.exe
 
 
 SOURCE = Path(confine.__file__).read_text(encoding="utf-8")
-SOURCE += "\nrun_box(int(sys.argv[1]), int(sys.argv[2]))\n"  # the descriptors of its pipes
+SOURCE += (
+    "\nrun_box(int(sys.argv[1]), int(sys.argv[2]))\n"  # the descriptors of its pipes
+)
 LAUNCHER = [INTERPRETER, "-s", "-S", "-P", "-B", "-c", SOURCE]  # starts a box
 
 
@@ -145,9 +161,16 @@ def bubblewrap(
     else:
         command += ["--unshare-user", "--disable-userns"]
 
-    parents = {str(parent) for folder in folders for parent in list(Path(folder).parents)[:-1]}
+    parents = {
+        str(parent) for folder in folders for parent in list(Path(folder).parents)[:-1]
+    }
     for parent in sorted(parents):
-        command += ["--perms", "0755", "--dir", parent]  # outside, /root is closed to others
+        command += [
+            "--perms",
+            "0755",
+            "--dir",
+            parent,
+        ]  # outside, /root is closed to others
     for folder in folders:
         command += ["--ro-bind-try", folder, folder]
     return [*command, "--chdir", "/", "--"]
@@ -204,7 +227,9 @@ def converse(
                     if not data:
                         selector.unregister(key.fileobj)
                     elif key.data == "result" and not kept["result"]:
-                        deadline = time.monotonic() + limits.wall_s  # guard: sandbox: time
+                        deadline = (
+                            time.monotonic() + limits.wall_s
+                        )  # guard: sandbox: time
                         os.write(tell, b"g")
                     room = limits.output_bytes + 1 - len(kept[key.data])
                     kept[key.data] += data[:room]
@@ -244,7 +269,12 @@ def outcome_of(
         if len(lines) != 3 or lines[2]:
             raise ValueError(f"{len(lines) - 2} verdicts, expected 1")
         verdict = parse_json(lines[1])
-        if not isinstance(verdict, dict) or set(verdict) != {"nonce", "status", "error", "values"}:
+        if not isinstance(verdict, dict) or set(verdict) != {
+            "nonce",
+            "status",
+            "error",
+            "values",
+        }:
             raise ValueError("not a verdict")
         repeated = verdict.pop("nonce")
         if repeated != nonce:  # guard: sandbox: nonce
@@ -269,7 +299,9 @@ def outcome_of(
     return verdict
 
 # %% ../../nbs/evals/51_sandbox.ipynb #c020
-PRIVATE_UIDS = range(61_184, 65_520)  # systemd sets these aside for services without an account
+PRIVATE_UIDS = range(
+    61_184, 65_520
+)  # systemd sets these aside for services without an account
 
 
 def run_at(
@@ -315,7 +347,9 @@ def run_at(
                     box["uid"] = uid
                     break
             if box["uid"] is None:
-                raise SandboxError(f"all {len(PRIVATE_UIDS):,} user ids for boxes are in use")
+                raise SandboxError(
+                    f"all {len(PRIVATE_UIDS):,} user ids for boxes are in use"
+                )
         request = {"box": box, "job": job, "nonce": nonce}
         kept, late, exit_code = converse(command, request, limits)
 
@@ -364,12 +398,16 @@ def level_of(limits: Limits) -> int:
     if limits.unsafe:
         return 0
     why = "; ".join(missing.values())
-    raise SandboxError(f"no isolation on this machine ({why}); Limits(unsafe=True) runs without")
+    raise SandboxError(
+        f"no isolation on this machine ({why}); Limits(unsafe=True) runs without"
+    )
 
 
 def run_python(
     code: str,  # a module
-    tests: str | dict | list = "",  # assertions; expression -> expected value; or expressions
+    tests: str
+    | dict
+    | list = "",  # assertions; expression -> expected value; or expressions
     limits: Limits | None = None,  # None: the defaults
 ) -> Result:
     "Runs code, then tests, in a box. SandboxError when the box cannot be closed as asked."

@@ -33,7 +33,9 @@ from ..model.transformer import LM
 class Rows(NamedTuple):
     "Loss sums of rows of a file; row i of every model on one file holds the same targets."
 
-    nats: Float[np.ndarray, "r"]  # negative log-likelihood, summed over the row's targets
+    nats: Float[
+        np.ndarray, "r"
+    ]  # negative log-likelihood, summed over the row's targets
     targets: Int[np.ndarray, "r"]  # how many
     bytes_per_token: float  # of the file's text
 
@@ -57,9 +59,13 @@ def model_rows(
     "Loss of a model on a packed file, in order. ValueError when model and file do not fit."
     v = packed.meta.vocab_size
     if seq_len > lm.cfg.max_len:
-        raise ValueError(f"{seq_len=} is longer than the model's max_len={lm.cfg.max_len}")
+        raise ValueError(
+            f"{seq_len=} is longer than the model's max_len={lm.cfg.max_len}"
+        )
     if v > lm.cfg.vocab_size:
-        raise ValueError(f"{packed.path}: vocabulary of {v}, the model has {lm.cfg.vocab_size}")
+        raise ValueError(
+            f"{packed.path}: vocabulary of {v}, the model has {lm.cfg.vocab_size}"
+        )
 
     graphdef, weights = nnx.split(lm)
     nats = []
@@ -162,7 +168,9 @@ def table_rows(
 ) -> dict[str, Rows]:
     "Uniform, unigram and bigram on the targets of `model_rows`. ValueError for two tokenizers."
     if train.meta.tokenizer_hash != packed.meta.tokenizer_hash:
-        raise ValueError(f"{train.path} and {packed.path} were packed with different tokenizers")
+        raise ValueError(
+            f"{train.path} and {packed.path} were packed with different tokenizers"
+        )
     v = packed.meta.vocab_size
     seen = np.asarray(train.tokens[:most]).astype(np.int64)
     end = batches * batch_size * seq_len + 1 if batches else None
@@ -176,7 +184,9 @@ def table_rows(
     row = np.arange(len(text) - 1) // seq_len
     rows = {}
     for name, logprob in logprobs.items():
-        rows[name] = Rows(np.bincount(row, -logprob), np.bincount(row), packed.bytes_per_token)
+        rows[name] = Rows(
+            np.bincount(row, -logprob), np.bincount(row), packed.bytes_per_token
+        )
     return rows
 
 # %% ../../nbs/evals/52_scores.ipynb #c032
@@ -190,7 +200,12 @@ class Probe:
 
     def __post_init__(self):
         check_choices(self)
-        check_that(self, "target", bool(self.target), "some text, or every answer would be right")
+        check_that(
+            self,
+            "target",
+            bool(self.target),
+            "some text, or every answer would be right",
+        )
         if self.kind == "regex":
             try:
                 re.compile(self.target)
@@ -318,7 +333,8 @@ def evaluate(
     batch_size: int = 16,  # as in `model_rows`
     batches: int | None = None,  # None or 0: the whole file
     probes: Sequence[Probe] = (),  # needs `generate_text`
-    generate_text: Callable[[list[str]], list[str]] | None = None,  # prompts -> continuations
+    generate_text: Callable[[list[str]], list[str]]
+    | None = None,  # prompts -> continuations
 ) -> EvalReport:
     "Score a model. ValueError when model, files and probes do not fit together."
     if probes and generate_text is None:

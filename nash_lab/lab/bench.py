@@ -34,7 +34,9 @@ from ..train.step import fresh_state, make_train_step
 
 # %% ../../nbs/lab/83_bench.ipynb #c006
 def take_turns(
-    contestants: dict[str, Callable],  # each does its work once and waits for the device
+    contestants: dict[
+        str, Callable
+    ],  # each does its work once and waits for the device
     rounds: int,
 ) -> dict[str, list[float]]:
     "Seconds of every turn of every contestant. A first turn, for compilation, is left out."
@@ -51,7 +53,9 @@ def take_turns(
 # %% ../../nbs/lab/83_bench.ipynb #c007
 def timing_rows(
     what: str,  # name of the comparison
-    seconds: dict[str, list[float]],  # from take_turns; the first contestant is the peer
+    seconds: dict[
+        str, list[float]
+    ],  # from take_turns; the first contestant is the peer
     tokens: int,  # that one turn handles
 ) -> list[dict]:
     "One row a contestant: time and tokens per second at the median, and ratios to the peer."
@@ -96,7 +100,9 @@ class AblationConfig:
     eval_batches: int = 24  # validation batches of the same size
     vocab_size: int = 1024  # pieces
     # the standard library
-    corpus: CorpusConfig = field(default_factory=lambda: CorpusConfig(max_bytes=4_000_000))
+    corpus: CorpusConfig = field(
+        default_factory=lambda: CorpusConfig(max_bytes=4_000_000)
+    )
     # everything that is not switched
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig(
@@ -119,9 +125,13 @@ class AblationConfig:
     )
 
     def __post_init__(self):
-        check_range(self, "seeds", "steps", "batch_size", "seq_len", "eval_batches", at_least=1)
+        check_range(
+            self, "seeds", "steps", "batch_size", "seq_len", "eval_batches", at_least=1
+        )
         pieces = self.model.vocab_size
-        check_that(self, "vocab_size", self.vocab_size == pieces, f"model.vocab_size={pieces}")
+        check_that(
+            self, "vocab_size", self.vocab_size == pieces, f"model.vocab_size={pieces}"
+        )
         check_that(self, "residuals", bool(self.residuals), "at least one")
         check_that(self, "attentions", bool(self.attentions), "at least one")
 
@@ -157,7 +167,9 @@ class BenchConfig:
         known = all(name in COMPARISONS for name in self.what)
         check_that(self, "what", known, f"some of {', '.join(COMPARISONS)}")
         has_run = bool(self.run) or "speculative" not in self.what
-        check_that(self, "run", has_run, "for speculative, a run trained with MTP heads")
+        check_that(
+            self, "run", has_run, "for speculative, a run trained with MTP heads"
+        )
 
 # %% ../../nbs/lab/83_bench.ipynb #c014
 def train_turn(model: ModelConfig, cfg: BenchConfig) -> Callable[[], None]:
@@ -168,8 +180,12 @@ def train_turn(model: ModelConfig, cfg: BenchConfig) -> Callable[[], None]:
     state = fresh_state(nnx.to_pure_dict(params), tx)
 
     key = jax.random.key(0)
-    ids = jax.random.randint(key, (cfg.batch_size, cfg.seq_len + 1), 0, model.vocab_size)
-    batch = dict(tokens=ids[:, :-1], targets=ids[:, 1:], mask=jnp.ones(ids[:, 1:].shape, bool))
+    ids = jax.random.randint(
+        key, (cfg.batch_size, cfg.seq_len + 1), 0, model.vocab_size
+    )
+    batch = dict(
+        tokens=ids[:, :-1], targets=ids[:, 1:], mask=jnp.ones(ids[:, 1:].shape, bool)
+    )
 
     def turn():
         nonlocal state
@@ -192,7 +208,9 @@ def forward_turn(
     @jax.jit
     def append_token(weights, tokens, at):
         model = nnx.merge(graphdef, weights)
-        last = jax.lax.dynamic_index_in_dim(model.hidden(tokens), at - 1, axis=1, keepdims=False)
+        last = jax.lax.dynamic_index_in_dim(
+            model.hidden(tokens), at - 1, axis=1, keepdims=False
+        )
         token = jnp.argmax(model.logits(last), -1).astype(jnp.int32)
         return jax.lax.dynamic_update_index_in_dim(tokens, token, at, axis=1)
 
@@ -244,7 +262,9 @@ def bench(cfg: BenchConfig) -> list[dict]:
                 for mode in ("sinkhorn", "lite", "identity"):
                     mhc = replace(cfg.model.mhc, h_res=mode)
                     models[f"mhc {mode}"] = replace(cfg.model, residual="mhc", mhc=mhc)
-                contestants = {name: train_turn(model, cfg) for name, model in models.items()}
+                contestants = {
+                    name: train_turn(model, cfg) for name, model in models.items()
+                }
                 tokens = cfg.steps * cfg.batch_size * cfg.seq_len
 
             case "decode":
@@ -259,10 +279,14 @@ def bench(cfg: BenchConfig) -> list[dict]:
 
             case "speculative":
                 model = load(cfg.run)
-                prompts = [model.token_ids(CODE[i % len(CODE)]) for i in range(cfg.prompts)]
+                prompts = [
+                    model.token_ids(CODE[i % len(CODE)]) for i in range(cfg.prompts)
+                ]
                 sampling = SampleConfig(max_new_tokens=cfg.new_tokens, temperature=0)
                 _, stats = speculate(model.lm, prompts, sampling)
-                ours = f"drafts {stats.acceptance:.0%}, {stats.tokens_per_call:.2f} a call"
+                ours = (
+                    f"drafts {stats.acceptance:.0%}, {stats.tokens_per_call:.2f} a call"
+                )
                 contestants = {
                     "cached loop": partial(rollout, model.lm, prompts, sampling),
                     ours: partial(speculate, model.lm, prompts, sampling),

@@ -65,7 +65,9 @@ class TokenizerJob:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # size and kind
 
     def __call__(self):
-        found = tqdm(documents(self.corpus), desc="reading", unit=" documents", disable=None)
+        found = tqdm(
+            documents(self.corpus), desc="reading", unit=" documents", disable=None
+        )
         texts = (document.text for document in found)
         tokenizer = train_tokenizer(texts, Path(self.out), self.tokenizer)
         print(f"{self.out}: {tokenizer.vocab_size} pieces, hash {tokenizer.hash[:12]}")
@@ -152,7 +154,9 @@ class EvalJob:
     def __call__(self):
         if self.compare:
             if len(self.compare) != 2:
-                raise ValueError(f"eval --compare: {len(self.compare)} reports, expected two")
+                raise ValueError(
+                    f"eval --compare: {len(self.compare)} reports, expected two"
+                )
             print(describe(compare(*self.compare)))
             return
         path = Path(self.run) / "config.json"
@@ -163,7 +167,9 @@ class EvalJob:
             probes = ()
             if self.probes:
                 probes = read_rows(self.probes, partial(from_json, Probe), "probes")
-            answer = partial(model.generate, max_new_tokens=self.probe_tokens, temperature=0.0)
+            answer = partial(
+                model.generate, max_new_tokens=self.probe_tokens, temperature=0.0
+            )
             report = evaluate(
                 model.lm,
                 PackedTokens.open(data, tokenizer_hash=model.tokenizer.hash),
@@ -174,7 +180,10 @@ class EvalJob:
                 train=PackedTokens.open(cfg.train_bin) if self.tables else None,
             )
             measured = to_json(report)
-            for name, score in {"model": measured["model"], **measured["tables"]}.items():
+            for name, score in {
+                "model": measured["model"],
+                **measured["tables"],
+            }.items():
                 print(
                     f"{name}: {score['bits_per_byte']:.4f} bits per byte"
                     f" (95 % {score['low']:.4f} to {score['high']:.4f}),"
@@ -184,7 +193,9 @@ class EvalJob:
                 counts = measured["probes"]
                 print(f"probes: {counts['passed']} of {counts['total']} passed")
         else:
-            if path.is_file() and "model_type" in read_json(path):  # transformers wrote the folder
+            if path.is_file() and "model_type" in read_json(
+                path
+            ):  # transformers wrote the folder
                 lm = load_hf(self.run)
                 tokenizer = load_tokenizer(self.run)
                 boundaries = "mask"
@@ -193,8 +204,12 @@ class EvalJob:
                 lm = model.lm
                 tokenizer = model.tokenizer
                 boundaries = model.config.loader.documents
-            cfg = replace(self.ask, tasks=self.tasks, limit=self.limit, shots=self.shots)
-            measured = evaluate_tasks(lm, tokenizer, cfg, documents=boundaries, name=self.run)
+            cfg = replace(
+                self.ask, tasks=self.tasks, limit=self.limit, shots=self.shots
+            )
+            measured = evaluate_tasks(
+                lm, tokenizer, cfg, documents=boundaries, name=self.run
+            )
             print(describe(measured))
         if self.out:
             write_json(Path(self.out), measured)
@@ -224,7 +239,9 @@ class ExportHFJob:
 
     def __call__(self):
         lm, _ = load_run(self.run)
-        how = dict(dtype=self.dtype, shard_bytes=self.shard_bytes, tokenizer_from=self.run)
+        how = dict(
+            dtype=self.dtype, shard_bytes=self.shard_bytes, tokenizer_from=self.run
+        )
         print(save_hf(lm, self.folder, **how))
 
 # %% ../../nbs/lab/86_cli.ipynb #c016
@@ -323,13 +340,19 @@ def perform(job: Any) -> None:
             code, text = preflight_text(job)
             print(text)
             if code:
-                raise ValueError(f"{job.target}: does not fit, what to change stands above")
+                raise ValueError(
+                    f"{job.target}: does not fit, what to change stands above"
+                )
 
         case ContinualConfig():
             decision = continual(job)
             for check in decision.checks:
                 print(check)
-            verdict = "accepted" if decision.accepted else f"rejected, the weights of {job.run}"
+            verdict = (
+                "accepted"
+                if decision.accepted
+                else f"rejected, the weights of {job.run}"
+            )
             print(f"{job.out}: {verdict}")
             decision.enforce()
 
@@ -364,7 +387,9 @@ class Verb(NamedTuple):
 VERBS = {
     "tokenizer": Verb(TokenizerJob, "train a tokenizer on a corpus"),
     "pack": Verb(PackJob, "encode a corpus into packed token files"),
-    "pretrain": Verb(TrainConfig, "train a model, or continue an interrupted run", perform),
+    "pretrain": Verb(
+        TrainConfig, "train a model, or continue an interrupted run", perform
+    ),
     "generate": Verb(GenerateJob, "continue prompts with a trained model"),
     "eval": Verb(EvalJob, "bits per byte, benchmarks, or two reports side by side"),
     "preflight": Verb(
@@ -376,23 +401,37 @@ VERBS = {
     "hf export": Verb(ExportHFJob, "write a run as a folder for transformers"),
     "lora apply": Verb(ApplyJob, "continue prompts with adapters beside the weights"),
     "lora merge": Verb(MergeJob, "write a run whose weights contain adapters"),
-    "lora export": Verb(ExportJob, "write a PEFT folder, of adapters or of what a run has learned"),
-    "sdft": Verb(
-        ContinualConfig, "learn from demonstrations, behind gates that may refuse", perform
+    "lora export": Verb(
+        ExportJob, "write a PEFT folder, of adapters or of what a run has learned"
     ),
-    "discover": Verb(DiscoverConfig, "search a problem with test-time training", perform),
-    "discover arms": Verb("arms", "compare the search with its parts at equal numbers of answers"),
+    "sdft": Verb(
+        ContinualConfig,
+        "learn from demonstrations, behind gates that may refuse",
+        perform,
+    ),
+    "discover": Verb(
+        DiscoverConfig, "search a problem with test-time training", perform
+    ),
+    "discover arms": Verb(
+        "arms", "compare the search with its parts at equal numbers of answers"
+    ),
     "consolidate": Verb(
         ConsolidateConfig, "search, then teach what was found, behind gates", perform
     ),
     "report": Verb(ReportJob, "write the HTML report of a run"),
     "bench": Verb(
-        BenchConfig, "step time of mHC against plain, cached against uncached decoding", bench
+        BenchConfig,
+        "step time of mHC against plain, cached against uncached decoding",
+        bench,
     ),
     "demo": Verb(DemoConfig, "the whole life of a small model on this machine", demo),
-    "study ablation": Verb("ablation", "twenty variants of one model: score, spread and time"),
+    "study ablation": Verb(
+        "ablation", "twenty variants of one model: score, spread and time"
+    ),
     "study arms": Verb("arms", "the same as discover arms"),
-    "study learning": Verb("learning", "what is learned and what is lost, with controls"),
+    "study learning": Verb(
+        "learning", "what is learned and what is lost, with controls"
+    ),
 }
 
 # %% ../../nbs/lab/86_cli.ipynb #c023
@@ -418,7 +457,9 @@ def overlay(job: Any, values: Any) -> Any:
     ValueError for an unknown key or a wrong type."""
     cls = type(job)
     if not isinstance(values, dict):
-        raise ValueError(f"{cls.__name__}: {type(values).__name__}, expected a JSON object")
+        raise ValueError(
+            f"{cls.__name__}: {type(values).__name__}, expected a JSON object"
+        )
 
     nested = {name for name in values if is_dataclass(getattr(job, name, None))}
     flat = {name: value for name, value in values.items() if name not in nested}
@@ -471,7 +512,9 @@ def read_job(args: list[str]) -> tuple[Verb, Any]:
         try:
             job = overlay(job, read_json(path))
         except (ValueError, OSError) as error:
-            raise Usage(f"--config {path}: {str(error).removeprefix(f'{path}: ')}") from None
+            raise Usage(
+                f"--config {path}: {str(error).removeprefix(f'{path}: ')}"
+            ) from None
 
     box = io.StringIO()
     try:

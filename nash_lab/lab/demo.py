@@ -24,11 +24,22 @@ from tqdm import tqdm
 from ..core.configs import check_that, claim, from_json, to_json
 from ..core.files import read_json, write_atomic, write_json
 from ..core.text import Tokenizer
-from ..data.corpus import CorpusConfig, CorpusReport, PackedTokens, documents, pack
+from nash_lab.data.corpus import (
+    CorpusConfig,
+    CorpusReport,
+    PackedTokens,
+    documents,
+    pack,
+)
 from ..data.loader import LoaderConfig
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from ..discover.archive import archive_from_json
-from ..discover.consolidate import Consolidation, ExampleNight, consolidate, example_night
+from nash_lab.discover.consolidate import (
+    Consolidation,
+    ExampleNight,
+    consolidate,
+    example_night,
+)
 from ..evals.scores import Probe, evaluate, model_rows, score
 from .report import RunFiles, html_table, paragraph, write_report
 from .run import load
@@ -54,12 +65,16 @@ class DemoConfig:
     new_tokens: int = 96  # tokens the trained model adds to each prompt
     corpus: CorpusConfig = field(default_factory=CorpusConfig)  # the standard library
     # pieces
-    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=2048))
+    tokenizer: TokenizerConfig = field(
+        default_factory=lambda: TokenizerConfig(vocab_size=2048)
+    )
     # the baselines differ in its residual alone
     model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("demo"))
     # Muon on the blocks' matrices, AdamW on the rest
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig("muon", learning_rate=6e-3, final_scale=0.02)
+        default_factory=lambda: OptimConfig(
+            "muon", learning_rate=6e-3, final_scale=0.02
+        )
     )
     loader: LoaderConfig = field(default_factory=LoaderConfig)  # batches
     # searches and a lesson of a model of their own
@@ -137,7 +152,9 @@ def pack_split(
 ) -> str:
     "Pack one split with a progress bar; says what was packed and what was left out."
     report = CorpusReport()
-    docs = tqdm(documents(corpus, split, report), desc=split, unit=" documents", disable=None)
+    docs = tqdm(
+        documents(corpus, split, report), desc=split, unit=" documents", disable=None
+    )
     meta = pack(docs, tokenizer, folder / f"{split}.bin", split=split, report=report)
     return (
         f"{split}: {meta.documents:,} documents, {meta.tokens:,} tokens of "
@@ -168,7 +185,9 @@ def score_models(cfg: DemoConfig) -> str:
     asked = dict(probes=PROBES, generate_text=answer)
     report = to_json(evaluate(model.lm, packed, train=train, **asked, **sizes))
     untrained = LM(cfg.model, nnx.Rngs(cfg.training().seed))
-    report["tables"]["untrained"] = to_json(score(model_rows(untrained, packed, **sizes)))
+    report["tables"]["untrained"] = to_json(
+        score(model_rows(untrained, packed, **sizes))
+    )
     write_json(cfg.folder / "eval.json", report)
 
     figures = {"mHC": report["model"]}
@@ -204,7 +223,9 @@ def draw_night(files: RunFiles) -> Iterable[str]:
         )
         yield files.show(
             "archive",
-            archive_tree(archive_from_json(read_json(search / "archive.json"), search).nodes),
+            archive_tree(
+                archive_from_json(read_json(search / "archive.json"), search).nodes
+            ),
             "Notice the red line: each of its steps began from a state found earlier.",
         )
 
@@ -222,13 +243,17 @@ def demo(cfg: DemoConfig) -> Path:
 
     with stage("tokenizer") as say:
         if not path.exists():
-            found = tqdm(documents(cfg.corpus), desc="tokenizer", unit=" files", disable=None)
+            found = tqdm(
+                documents(cfg.corpus), desc="tokenizer", unit=" files", disable=None
+            )
             train_tokenizer((document.text for document in found), path, cfg.tokenizer)
         tokenizer = load_tokenizer(path)
         say(f"{tokenizer.vocab_size} pieces")
 
     with stage("pack") as say:
-        missing = [s for s in ("train", "validation") if not (data / f"{s}.bin.json").exists()]
+        missing = [
+            s for s in ("train", "validation") if not (data / f"{s}.bin.json").exists()
+        ]
         for split in missing:
             say(pack_split(cfg.corpus, split, tokenizer, data))
         if not missing:
@@ -252,7 +277,9 @@ def demo(cfg: DemoConfig) -> Path:
         rows = []
         for prompts, how in (drawn, greedy):
             texts = model.generate(list(prompts), max_new_tokens=cfg.new_tokens, **how)
-            rows += [{"prompt": p, "text": text, **how} for p, text in zip(prompts, texts)]
+            rows += [
+                {"prompt": p, "text": text, **how} for p, text in zip(prompts, texts)
+            ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(cfg.folder / "samples" / "samples.jsonl", lines.encode())
         say(f"{len(rows)} texts")

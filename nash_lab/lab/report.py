@@ -45,7 +45,9 @@ from ..train.pretrain import load_run, read_metrics
 from ..train.settings import own_tokenizer, saved_config
 
 # %% ../../nbs/lab/82_report.ipynb #c006
-def paragraph(text: str, kind: str = "") -> str:  # CSS class: notice, missing, small or none
+def paragraph(
+    text: str, kind: str = ""
+) -> str:  # CSS class: notice, missing, small or none
     "A paragraph of plain text."
     return f'<p class="{kind}">{escape(text)}</p>'
 
@@ -59,7 +61,11 @@ def cell_text(value: Any) -> str:
     "A cell: thousands separated, three decimals for numbers near one, a dash for nothing."
     if value is None:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+    ):
         return str(value)
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
@@ -84,7 +90,11 @@ def html_table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 # %% ../../nbs/lab/82_report.ipynb #c009
-BASELINES = ("plain", "twin", "identity")  # folders inside a run; version 0.1 wrote twin for plain
+BASELINES = (
+    "plain",
+    "twin",
+    "identity",
+)  # folders inside a run; version 0.1 wrote twin for plain
 
 
 class RunFiles:
@@ -177,7 +187,10 @@ def score_cells(score: Mapping) -> list:
 def result_rows(files: RunFiles) -> list[dict]:
     "The table of results: counting baselines, trained baselines, the run."
     tables = files.evaluation.get("tables", {})
-    rows = [[NAMES.get(name, name), *score_cells(s)] + [None] * 4 for name, s in tables.items()]
+    rows = [
+        [NAMES.get(name, name), *score_cells(s)] + [None] * 4
+        for name, s in tables.items()
+    ]
     first = files.validated[:1]
     if "untrained" not in tables and first and first[0]["step"] == 0:
         source = [first[0]["val_bpb"], None, "validation at step 0"]
@@ -221,7 +234,11 @@ def draw_results(files: RunFiles) -> None:
             bars += f'<div class="bar">{label}{bar}<span>{bits:.3f}</span></div>'
         add(bars)
         add(html_table([row.values() for row in rows], RESULTS))
-        add(paragraph("Lower is better. One run with one seed: small differences may be chance."))
+        add(
+            paragraph(
+                "Lower is better. One run with one seed: small differences may be chance."
+            )
+        )
 
         ours = rows[-1]
         for theirs in rows[-1 - len(files.baselines) : -1]:
@@ -247,7 +264,12 @@ def draw_results(files: RunFiles) -> None:
             )
             add(paragraph(text, "notice"))
         if not files.baselines:
-            add(paragraph("Not shown: baselines, because the run has no folder plain.", "missing"))
+            add(
+                paragraph(
+                    "Not shown: baselines, because the run has no folder plain.",
+                    "missing",
+                )
+            )
         if not files.evaluation:
             missing = "unigram and bigram models, because eval.json is missing"
             add(paragraph(f"Not shown: {missing}.", "missing"))
@@ -260,7 +282,10 @@ def draw_results(files: RunFiles) -> None:
             for name, one in runs.items()
             if one.validated
         ]
-        took = [f"{name} {one.metrics[-1].get('time_s', 0):,.0f} s" for name, one in runs.items()]
+        took = [
+            f"{name} {one.metrics[-1].get('time_s', 0):,.0f} s"
+            for name, one in runs.items()
+        ]
         notice = (
             "Notice the last dots, validation after the same text, in nats per token: "
             f"{', '.join(ends) or 'not validated'}."
@@ -277,7 +302,9 @@ def draw_streams(files: RunFiles) -> None:
         if config.model.residual != "mhc":
             raise ValueError("H_res: the residual is plain")
         lm, _ = load_run(files.folder)
-        batch = next(eval_batches(PackedTokens.open(config.val_bin), config.loader.seq_len, 4, 1))
+        batch = next(
+            eval_batches(PackedTokens.open(config.val_bin), config.loader.seq_len, 4, 1)
+        )
         tokens = batch["tokens"][batch["mask"].any(1)][:, :128]
         routing = Routing(*(np.asarray(x, np.float32) for x in lm.routing(tokens)))
 
@@ -374,7 +401,11 @@ def draw_record(files: RunFiles) -> None:
             prompt = row.pop("prompt")
             text = row.pop("text")
             add(f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>")
-            add(paragraph(", ".join(f"{key} {value}" for key, value in row.items()), "small"))
+            add(
+                paragraph(
+                    ", ".join(f"{key} {value}" for key, value in row.items()), "small"
+                )
+            )
 
     with files.section("Evaluation and probes") as add:
         if not files.evaluation.get("probes"):
@@ -394,18 +425,28 @@ def draw_record(files: RunFiles) -> None:
         )
         add(paragraph(text))
         lost = sorted(account["lost_s"].items(), key=lambda item: -item[1])
-        causes = [(cause, round(seconds, 1)) for cause, seconds in lost if seconds >= 0.05]
+        causes = [
+            (cause, round(seconds, 1)) for cause, seconds in lost if seconds >= 0.05
+        ]
         add(html_table(causes, ("cause", "seconds")))
 
         path = files.folder / "changes.jsonl"
         if path.exists():
             rows = [
-                (row["step"], change) for row in read_metrics(path) for change in row["changes"]
+                (row["step"], change)
+                for row in read_metrics(path)
+                for change in row["changes"]
             ]
             add(html_table(rows, ("step", "changed")))
-        damaged = sorted(path.name for path in (files.folder / "checkpoints").glob("*.damaged*"))
+        damaged = sorted(
+            path.name for path in (files.folder / "checkpoints").glob("*.damaged*")
+        )
         if damaged:
-            add(paragraph(f"Damaged checkpoints, set aside: {', '.join(damaged)}.", "notice"))
+            add(
+                paragraph(
+                    f"Damaged checkpoints, set aside: {', '.join(damaged)}.", "notice"
+                )
+            )
 
 # %% ../../nbs/lab/82_report.ipynb #c024
 STYLE = "\n".join(
@@ -469,8 +510,11 @@ Draw = Callable[[RunFiles], Iterable[str]]
 
 def write_report(
     run_dir: str | Path,  # its plots/ gets every picture as PNG
-    out: str | Path | None = None,  # HTML file; report.html in the run directory if None
-    extra: Mapping[str, Draw] | None = None,  # sections of later stages, before the settings
+    out: str
+    | Path
+    | None = None,  # HTML file; report.html in the run directory if None
+    extra: Mapping[str, Draw]
+    | None = None,  # sections of later stages, before the settings
 ) -> Path:
     "Write the report of a run as one file; FileNotFoundError or ValueError for what is no run."
     files = RunFiles(run_dir)
@@ -494,7 +538,9 @@ def write_report(
     body = []
     for i, (title, blocks) in enumerate(files.sections.items()):
         html = ""
-        for is_figure, group in groupby(blocks, lambda block: block.startswith("<figure")):
+        for is_figure, group in groupby(
+            blocks, lambda block: block.startswith("<figure")
+        ):
             inside = "".join(group)  # pictures side by side where there is room
             html += f'<div class="figures">{inside}</div>' if is_figure else inside
         contents.append(f'<a href="#s{i}">{escape(title)}</a>')

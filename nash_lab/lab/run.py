@@ -34,7 +34,9 @@ _routing = nnx.jit(lambda lm, tokens: lm.routing(tokens))
 def padded_row(ids: Sequence[int], max_len: int) -> np.ndarray:
     "Ids as a row [1, t], padded to a power of two. ValueError for more than max_len tokens."
     if len(ids) > max_len:
-        raise ValueError(f"the text has {len(ids)} tokens, the model reads at most {max_len}")
+        raise ValueError(
+            f"the text has {len(ids)} tokens, the model reads at most {max_len}"
+        )
     length = max(8, 1 << (len(ids) - 1).bit_length())
     row = np.full((1, min(length, max_len)), PAD, np.int32)
     row[0, : len(ids)] = ids
@@ -62,7 +64,9 @@ class Model:
     run: Path  # run directory
 
     def __repr__(self):
-        return f"Model({self.config.run!r}, {parameter_count(self.lm.cfg):,} parameters)"
+        return (
+            f"Model({self.config.run!r}, {parameter_count(self.lm.cfg):,} parameters)"
+        )
 
     @property
     def metrics(self) -> list[dict]:
@@ -87,7 +91,10 @@ class Model:
         texts = [text] if isinstance(text, str) else list(text)
         words = self.tokenizer
         beyond = range(words.vocab_size, self.lm.cfg.vocab_size)
-        never = {words.pad_id, words.bos_id, words.unk_id, *beyond} - {None, words.eos_id}
+        never = {words.pad_id, words.bos_id, words.unk_id, *beyond} - {
+            None,
+            words.eos_id,
+        }
         options = {
             "eos_id": words.eos_id,
             "forbidden": tuple(sorted(never)),
@@ -102,7 +109,9 @@ class Model:
         "How likely the model finds `text`. ValueError for fewer than two tokens or too many."
         ids = self.token_ids(text)
         if len(ids) < 2:
-            raise ValueError(f"scoring needs a token and one before it, found {len(ids)}")
+            raise ValueError(
+                f"scoring needs a token and one before it, found {len(ids)}"
+            )
         tokens = padded_row(ids[:-1], self.lm.cfg.max_len)
         targets = padded_row(ids[1:], self.lm.cfg.max_len)
         nats = np.asarray(_nats(self.lm, tokens, targets))
@@ -135,7 +144,9 @@ def load(
     lm, config = load_run(run_dir, step, tokenizer)
     path = tokenizer or own_tokenizer(run_dir) or config.tokenizer
     if not path:
-        raise ValueError(f"{run_dir}: the run has no tokenizer, expected tokenizer=FILE")
+        raise ValueError(
+            f"{run_dir}: the run has no tokenizer, expected tokenizer=FILE"
+        )
     words = load_tokenizer(path)
     if words.vocab_size > lm.cfg.vocab_size:
         raise ValueError(

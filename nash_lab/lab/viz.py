@@ -26,7 +26,14 @@ from ..model.mhc import Routing
 
 # %% ../../nbs/lab/80_viz.ipynb #c006
 WIDTH = 4.8  # inches: at 9 points the letters stay readable across a phone
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # blue ... vermillion
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+)  # blue ... vermillion
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -53,7 +60,9 @@ STYLE = {
 class Picture(Figure):
     "A figure that shows itself in a notebook, once."
 
-    def png(self, dpi: float = 100) -> bytes:  # 150 for a report that is read on dense screens
+    def png(
+        self, dpi: float = 100
+    ) -> bytes:  # 150 for a report that is read on dense screens
         "The picture as a PNG file, the same bytes every time."
         file = BytesIO()
         self.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
@@ -70,7 +79,9 @@ def new_picture(width: float, height: float) -> Iterator[Picture]:  # inches
         picture = Picture(figsize=(width, height), layout="constrained")
         yield picture
         picture.draw_without_rendering()  # ticks made later would have the global style
-        picture.set_layout_engine("none")  # or every further drawing moves things a little
+        picture.set_layout_engine(
+            "none"
+        )  # or every further drawing moves things a little
 
 # %% ../../nbs/lab/80_viz.ipynb #c008
 def draw_matrix(ax, h: np.ndarray, numbers: bool):
@@ -83,7 +94,9 @@ def draw_matrix(ax, h: np.ndarray, numbers: bool):
     if numbers:
         for (i, j), value in np.ndenumerate(h):
             colour = "white" if value < 0.6 else "black"
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+            ax.text(
+                j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8
+            )
     return image
 
 
@@ -157,13 +170,16 @@ def routing_heatmaps(routing: Routing, token: int | None = None) -> Picture:
     for k in range(len(h)):
         layer, is_ffn = divmod(k, 2)
         names.append(f"layer {layer}, {('attention', 'FFN')[is_ffn]}")
-        places.append((2 * (layer // 4) + is_ffn, layer % 4))  # four layers side by side
+        places.append(
+            (2 * (layer // 4) + is_ffn, layer % 4)
+        )  # four layers side by side
     return matrix_grid(h, names, places, f"H_res, {what}")
 
 # %% ../../nbs/lab/80_viz.ipynb #c017
 def composite_heatmaps(
     routing: Routing,
-    token: int | None = None,  # position in the first text; None for the mean over all tokens
+    token: int
+    | None = None,  # position in the first text; None for the mean over all tokens
     count: int = 8,  # products shown at most, evenly spaced, first and last included
 ) -> Picture:
     "Products of H_res over depth: what is left of each stream without the sublayers' outputs."
@@ -184,7 +200,9 @@ def statistics_of(stats: Mapping[str, Any], *names: str) -> list[np.ndarray]:
     return [np.asarray(stats[name], np.float64) for name in names]
 
 
-def gain_plot(stats: Mapping[str, Any]) -> Picture:  # one number a sublayer for each extreme
+def gain_plot(
+    stats: Mapping[str, Any],
+) -> Picture:  # one number a sublayer for each extreme
     "Extremes of the composite's row and column sums over depth."
     col_min, col_max, row_min, row_max = statistics_of(
         stats, "col_min", "col_max", "row_min", "row_max"
@@ -242,7 +260,9 @@ def drift_plot(metrics: Sequence[Mapping]) -> Picture:  # lines of metrics.jsonl
     return picture
 
 # %% ../../nbs/lab/80_viz.ipynb #c029
-def stream_usage(stats: Mapping[str, Any]) -> Picture:  # usage [sublayer, stream], rows sum to 1
+def stream_usage(
+    stats: Mapping[str, Any],
+) -> Picture:  # usage [sublayer, stream], rows sum to 1
     "Share of each stream in the input of each sublayer, stacked."
     (usage,) = statistics_of(stats, "usage")
     sublayers, streams = usage.shape
@@ -267,7 +287,8 @@ def stream_usage(stats: Mapping[str, Any]) -> Picture:  # usage [sublayer, strea
 
 # %% ../../nbs/lab/80_viz.ipynb #c033
 def loss_plot(
-    runs: Mapping[str, Sequence[Mapping]] | Sequence[Mapping],  # lines of metrics.jsonl, by name
+    runs: Mapping[str, Sequence[Mapping]]
+    | Sequence[Mapping],  # lines of metrics.jsonl, by name
     x: Literal["tokens", "time_s"] = "tokens",  # what the loss is drawn against
 ) -> Picture:
     "Training loss (thin) and validation loss (dots). ValueError for another `x` or no loss."
@@ -289,11 +310,17 @@ def loss_plot(
                 if known:
                     xs = [row[x] for row in known]
                     ys = [row[key] for row in known]
-                    ax.plot(xs, ys, color=colour, label=f"{name} {kind}".strip(), **look)
+                    ax.plot(
+                        xs, ys, color=colour, label=f"{name} {kind}".strip(), **look
+                    )
         if not ax.lines:
-            raise ValueError(f"no line of {', '.join(runs) or 'no run'} has a loss and {x!r}")
+            raise ValueError(
+                f"no line of {', '.join(runs) or 'no run'} has a loss and {x!r}"
+            )
 
-        ax.set(xlabel=labels[x][0], ylabel="nats per token (log scale)", title=labels[x][1])
+        ax.set(
+            xlabel=labels[x][0], ylabel="nats per token (log scale)", title=labels[x][1]
+        )
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_locator(MaxNLocator(7))
@@ -320,7 +347,9 @@ def discovery_plot(
         answers = [row["rollouts"] for row in metrics]
         for ax, (title, names) in zip(axes.flat, panels.items()):
             for name, colour, look in zip(names, COLOURS, ("-", "--", ":")):
-                values = np.array([row.get(name) for row in metrics], float)  # None becomes nan
+                values = np.array(
+                    [row.get(name) for row in metrics], float
+                )  # None becomes nan
                 ax.plot(answers, values, look, color=colour, label=name)
             ax.set_title(title)
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -332,7 +361,9 @@ def discovery_plot(
     return picture
 
 # %% ../../nbs/lab/80_viz.ipynb #c039
-def archive_tree(nodes: Sequence[Any]) -> Picture:  # with id, parent, reward, visits; or dicts
+def archive_tree(
+    nodes: Sequence[Any],
+) -> Picture:  # with id, parent, reward, visits; or dicts
     "Rewards of all states in order of arrival, joined to their parents."
     if not nodes:
         raise ValueError("an archive without states cannot be drawn")
@@ -357,14 +388,19 @@ def archive_tree(nodes: Sequence[Any]) -> Picture:  # with id, parent, reward, v
             ax.plot([parent, row["id"]], [reward[parent], row["reward"]], **look)
             lowest = min(lowest, row["reward"])
         visits = [row["visits"] for row in rows]
-        dots = ax.scatter(range(len(rows)), reward, c=visits, s=9, cmap="viridis", zorder=3)
+        dots = ax.scatter(
+            range(len(rows)), reward, c=visits, s=9, cmap="viridis", zorder=3
+        )
         picture.colorbar(dots, label="expansions")
         margin = 0.05 * (max(reward) - lowest) + 1e-9
         ax.set(
             xlabel="order of arrival",
             ylabel="reward",
             title="The archive, the line of its best in red",
-            ylim=(lowest - margin, None),  # an initial state of reward 0 would squeeze the rest
+            ylim=(
+                lowest - margin,
+                None,
+            ),  # an initial state of reward 0 would squeeze the rest
         )
     return picture
 
@@ -381,10 +417,14 @@ def arms_plot(
         arms = dict.fromkeys(run["arm"] for run in runs)
         for arm, colour in zip(arms, COLOURS):
             mine = [run for run in runs if run["arm"] == arm]
-            lines = np.array([run["best_value"] for run in mine], float)  # None becomes nan
+            lines = np.array(
+                [run["best_value"] for run in mine], float
+            )  # None becomes nan
             x = np.linspace(0, mine[0]["rollouts"], lines.shape[1] + 1)[1:]
             ax.plot(x, lines.mean(0), color=colour, label=arm)
-            ax.fill_between(x, lines.min(0), lines.max(0), color=colour, alpha=0.15, lw=0)
+            ax.fill_between(
+                x, lines.min(0), lines.max(0), color=colour, alpha=0.15, lw=0
+            )
         if best_known is not None:
             ax.axhline(best_known, color="black", lw=0.8, ls="--", label="best known")
         ax.set(

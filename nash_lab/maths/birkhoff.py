@@ -21,7 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c010
-def birkhoff_residual(h: Float[Array, "*m n n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def birkhoff_residual(
+    h: Float[Array, "*m n n"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     "Largest |row sum - 1| and largest |column sum - 1| over all matrices."
     row_error = abs(h.sum(-1) - 1).max()
     col_error = abs(h.sum(-2) - 1).max()
@@ -59,7 +61,9 @@ def scaled_kernel(logits):
     g = below.max(1)
     k = jnp.exp(below - g[:, None])
 
-    limit = 0.9 * math.log(jnp.finfo(logits.dtype).max)  # exp(limit) and exp(-limit) are finite
+    limit = 0.9 * math.log(
+        jnp.finfo(logits.dtype).max
+    )  # exp(limit) and exp(-limit) are finite
     u = jnp.exp(jnp.maximum(g, -limit))
     v = jnp.exp(jnp.clip(f, -limit, limit))
     return k, u, v
@@ -82,7 +86,9 @@ def next_scales(k, scales, eps):
 def _sinkhorn(logits, n_iters, eps):
     "Sinkhorn of float32 or float64 logits [n, n, *m] (paper Eq. 9)."
     k, u, v = scaled_kernel(logits)
-    u, v = lax.fori_loop(0, n_iters, lambda _, scales: next_scales(k, scales, eps), (u, v))
+    u, v = lax.fori_loop(
+        0, n_iters, lambda _, scales: next_scales(k, scales, eps), (u, v)
+    )
     return u[:, None] * k * v[None]
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c031
@@ -116,7 +122,9 @@ def _sinkhorn_backward(n_iters, eps, logits, grad):
     return (gk * k,)
 
 
-_sinkhorn.defvjp(lambda logits, *static: (_sinkhorn(logits, *static), logits), _sinkhorn_backward)
+_sinkhorn.defvjp(
+    lambda logits, *static: (_sinkhorn(logits, *static), logits), _sinkhorn_backward
+)
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c034
 def sinkhorn_leading(
@@ -150,7 +158,9 @@ def check_square(shape: tuple[int, ...]) -> None:
 # %% ../../nbs/maths/05_birkhoff.ipynb #c039
 def composite(h: Float[Array, "l *m n n"]) -> Float[Array, "l *m n n"]:
     "Running product over depth, first layer first: entry i is H_i ... H_1 H_0."
-    return lax.associative_scan(lambda first, then: jnp.matmul(then, first, precision="highest"), h)
+    return lax.associative_scan(
+        lambda first, then: jnp.matmul(then, first, precision="highest"), h
+    )
 
 
 class Gains(NamedTuple):
@@ -169,7 +179,9 @@ def gains(h: Float[Array, "*m n n"]) -> Gains:
     return Gains(rows.max(-1), rows.min(-1), cols.max(-1), cols.min(-1))
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c042
-def mixing_distances(h: Float[Array, "*m n n"]) -> tuple[Float[Array, "*m"], Float[Array, "*m"]]:
+def mixing_distances(
+    h: Float[Array, "*m n n"],
+) -> tuple[Float[Array, "*m"], Float[Array, "*m"]]:
     "Frobenius norms of H - I (at most sqrt(2 n) in the polytope) and H - 1/n (sqrt(n - 1))."
     eye = jnp.eye(h.shape[-1], dtype=h.dtype)
     from_identity = h - jnp.broadcast_to(eye, h.shape)

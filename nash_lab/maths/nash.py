@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float
 # %% ../../nbs/maths/06_nash.ipynb #c008
 def simplex_projection(
     x: Float[Array, "*m l"],  # any finite numbers
-    where: Bool[Array, "*m l"] | None = None,  # entries that take part, at least one in each row
+    where: Bool[Array, "*m l"]
+    | None = None,  # entries that take part, at least one in each row
 ) -> Float[Array, "*m l"]:
     "The nearest point of the probability simplex (Duchi et al. 2008); 0 where not taking part."
     if where is not None:

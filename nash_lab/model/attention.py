@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from .layers import Linear, RMSNorm, RopeConfig, rope, rope_frequencies, wide
+from nash_lab.model.layers import (
+    Linear,
+    RMSNorm,
+    RopeConfig,
+    rope,
+    rope_frequencies,
+    wide,
+)
 
 # %% ../../nbs/model/11_attention.ipynb #c010
 Queries = Float[Array, "b t h k"]
@@ -44,7 +51,11 @@ def attention(q: Queries, k: Keys, v: Keys, mask: Mask) -> Queries:
     P = jax.nn.softmax(score, axis=-1).astype(q.dtype)
 
     y = jnp.einsum("bgts,bgsk->bgtk", P.reshape(b, g, group * t, s), v)
-    y = y.reshape(b, g, group, t, width).transpose(0, 3, 1, 2, 4).reshape(b, t, h, width)
+    y = (
+        y.reshape(b, g, group, t, width)
+        .transpose(0, 3, 1, 2, 4)
+        .reshape(b, t, h, width)
+    )
     seeing = jnp.any(mask, axis=-1)[:, 0, :, None, None]
     return jnp.where(seeing, y, jnp.zeros_like(y))
 
@@ -93,14 +104,18 @@ def read_cache(cache) -> tuple[Array, ...]:
     arrays = cache[:-1]
     if cache.layer is None:
         return arrays
-    return tuple(jax.lax.dynamic_index_in_dim(a, cache.layer, keepdims=False) for a in arrays)
+    return tuple(
+        jax.lax.dynamic_index_in_dim(a, cache.layer, keepdims=False) for a in arrays
+    )
 
 # %% ../../nbs/model/11_attention.ipynb #c029
 Positions = Int[Array, "#b t"]  # of each token in its row; "b t" with a cache
 Segments = Int[Array, "b t"] | None  # documents, only without a cache
 
 
-def visible_keys(k: Keys, v, positions: Positions, segments: Segments, cache: KVCache | None):
+def visible_keys(
+    k: Keys, v, positions: Positions, segments: Segments, cache: KVCache | None
+):
     "Keys, values, mask, cache: the new tokens alone, or all that the cache holds with them."
     if cache is None:
         return k, v, attention_mask(positions, segments), None
@@ -148,7 +163,13 @@ class GQA(nnx.Module):
         self.o = Linear((heads, head_dim), (width,), std=out_std, rngs=rngs)
 
     def __call__(
-        self, x: Hidden, *, positions: Positions, segments: Segments = None, cache=None, depth=None
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segments: Segments = None,
+        cache=None,
+        depth=None,
     ) -> tuple[Hidden, KVCache | None]:
         "Attend among `x`, or through the cache after writing `x` to it; `depth` is for siblings."
         q = self.q(x)
@@ -162,7 +183,9 @@ class GQA(nnx.Module):
         k, v, mask, cache = visible_keys(k, self.v(x), positions, segments, cache)
         return self.o(attention(q, k, v, mask)), cache
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
+    def init_cache(
+        self, batch: int, length: int, dtype: jnp.dtype = jnp.float32
+    ) -> KVCache:
         "Zeros for one layer."
         empty = jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype)
         return KVCache(empty, empty)

@@ -45,7 +45,9 @@ class ModelConfig:
     # attention sublayer
     attention: Literal["gqa", "diff1", "diff2", "mla", "maha"] = "gqa"
     # feed-forward sublayer
-    ffn: Literal["swiglu", "gelu", "relu2", "leaky_relu2", "signed_sqrt", "moe"] = "swiglu"
+    ffn: Literal["swiglu", "gelu", "relu2", "leaky_relu2", "signed_sqrt", "moe"] = (
+        "swiglu"
+    )
     residual: Literal["plain", "mhc"] = "mhc"  # how sublayers are joined to the stream
     # multi-token prediction: Meta's heads or DeepSeek's modules
     mtp: Literal["none", "parallel", "sequential"] = "none"
@@ -76,7 +78,9 @@ class ModelConfig:
     loss_chunk: int = 128  # time steps whose logits exist at once
     init_std: float = 0.02  # standard deviation at the start
 
-    RETIRED = {"casts": []}  # fields of old config.json files, at the value that changed nothing
+    RETIRED = {
+        "casts": []
+    }  # fields of old config.json files, at the value that changed nothing
 
     def __post_init__(self):
         check_choices(self)
@@ -86,9 +90,16 @@ class ModelConfig:
         check_range(self, "mtp_weight", at_least=0)
         groups = self.heads % self.kv_heads == 0
         check_that(self, "heads", groups, f"a multiple of kv_heads={self.kv_heads}")
-        check_that(self, "head_dim", self.head_dim % 2 == 0, "an even number, RoPE turns pairs")
+        check_that(
+            self, "head_dim", self.head_dim % 2 == 0, "an even number, RoPE turns pairs"
+        )
         left = self.max_len - 1 - self.depths
-        check_that(self, "mtp_depth", left > 0, f"something to predict in max_len={self.max_len}")
+        check_that(
+            self,
+            "mtp_depth",
+            left > 0,
+            f"something to predict in max_len={self.max_len}",
+        )
         if self.attention != "gqa":
             gqa = f"attention='gqa', not {self.attention!r}"
             check_that(self, "qkv_bias", not self.qkv_bias, gqa)
@@ -162,13 +173,16 @@ _GPT = dict(
     max_len=1024,
     compute_dtype="bfloat16",
 )
-_MACRO = _GPT | dict(vocab_size=50_432, head_dim=64, norm="centred", rope=RopeConfig(theta=2_000.0))
+_MACRO = _GPT | dict(
+    vocab_size=50_432, head_dim=64, norm="centred", rope=RopeConfig(theta=2_000.0)
+)
 _D12 = _GPT | dict(vocab_size=50_304, head_dim=128, norm="none")
 
 
 PRESETS = {
     "tiny": _TINY,
-    "nash-tiny": _TINY | dict(attention="maha", maha=MAHAConfig(scales=3, aggregate="nash")),
+    "nash-tiny": _TINY
+    | dict(attention="maha", maha=MAHAConfig(scales=3, aggregate="nash")),
     "demo": dict(
         vocab_size=2048,
         width=128,
@@ -263,7 +277,9 @@ class Block(nnx.Module):
     "Attention and FFN, each pre-normed and joined to the residual streams."
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        std = dict(std=cfg.init_std, out_std=cfg.init_std / sqrt(2 * cfg.layers), rngs=rngs)
+        std = dict(
+            std=cfg.init_std, out_std=cfg.init_std / sqrt(2 * cfg.layers), rngs=rngs
+        )
         self.cfg = cfg
         self.attention_norm = RMSNorm(cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
         self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
@@ -282,16 +298,21 @@ class Block(nnx.Module):
             self.ffn = FFNS[cfg.ffn](cfg.width, cfg.ffn_width, **std)
 
         mhc = cfg.residual == "mhc"
-        self.attention_hyper = HyperConnection(cfg.width, cfg.mhc, rngs=rngs) if mhc else None
+        self.attention_hyper = (
+            HyperConnection(cfg.width, cfg.mhc, rngs=rngs) if mhc else None
+        )
         self.ffn_hyper = HyperConnection(cfg.width, cfg.mhc, rngs=rngs) if mhc else None
-        self.place = None  # or a function that constrains the sharding of activations [b ...]
+        self.place = (
+            None  # or a function that constrains the sharding of activations [b ...]
+        )
 
     def __call__(
         self,
         streams: tuple[Float[Array, "b t d"], ...],
         *,
         positions: Int[Array, "b t"],  # of each token in its row
-        segments: Int[Array, "b t"] | None = None,  # document of each token, 0 is padding
+        segments: Int[Array, "b t"]
+        | None = None,  # document of each token, 0 is padding
         cache: KVCache | None = None,  # this layer's keys and values
         depth: Int[Array, ""] | None = None,  # index of the block, from 0
         key: PRNGKeyArray | None = None,  # turns dropout on
@@ -302,7 +323,9 @@ class Block(nnx.Module):
             streams = tuple(map(self.place, streams))
 
         def drop(y, name):
-            return dropout(y, cfg.dropout, None if key is None else named_key(key, name))
+            return dropout(
+                y, cfg.dropout, None if key is None else named_key(key, name)
+            )
 
         attention_aux = None
         ffn_aux = None
@@ -325,7 +348,12 @@ class Block(nnx.Module):
             y = self.ffn(x)
         y = drop(y, "ffn")
         streams = write_streams(self.ffn_hyper, streams, y, ffn_maps)
-        return streams, cache, (attention_maps, ffn_maps), add_aux(attention_aux, ffn_aux)
+        return (
+            streams,
+            cache,
+            (attention_maps, ffn_maps),
+            add_aux(attention_aux, ffn_aux),
+        )
 
 # %% ../../nbs/model/18_block.ipynb #c015
 REMATS = {
@@ -335,7 +363,9 @@ REMATS = {
 }
 
 
-def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stacked(
+    make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs
+) -> nnx.Module:
     "One module whose every weight has a leading axis of `count`, each slice drawn by itself."
     return nnx.split_rngs(splits=count)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
@@ -352,13 +382,17 @@ def run_stack(
 ):
     "Scan the blocks: streams, cache, maps of every layer, auxiliary losses summed or None."
     graph, weights = nnx.split(blocks)
-    keys = None if key is None else jax.random.split(named_key(key, "blocks"), cfg.layers)
+    keys = (
+        None if key is None else jax.random.split(named_key(key, "blocks"), cfg.layers)
+    )
 
     def layer(carry, own):
         streams, cache = carry
         weights, index, key = own
         if cache is not None:
-            cache = cache._replace(layer=index)  # written in place, not copied through the scan
+            cache = cache._replace(
+                layer=index
+            )  # written in place, not copied through the scan
         block = nnx.merge(graph, weights)
         where = dict(positions=positions, segments=segments, depth=index, key=key)
         streams, cache, maps, aux = block(streams, cache=cache, **where)
@@ -370,7 +404,9 @@ def run_stack(
         layer = jax.checkpoint(layer, policy=REMATS[cfg.remat], prevent_cse=False)
     start = streams, cache
     inputs = weights, jnp.arange(cfg.layers), keys
-    (streams, cache), (maps, aux) = jax.lax.scan(layer, start, inputs, unroll=cfg.unroll)
+    (streams, cache), (maps, aux) = jax.lax.scan(
+        layer, start, inputs, unroll=cfg.unroll
+    )
     if aux is not None:
         aux = aux.sum()
     return streams, cache, maps, aux
@@ -402,7 +438,9 @@ def join_time(chunks, t: int):
 
 def map_chunks(f: Callable, arrays, chunk: int):
     "Apply `f` to `chunk` time steps of a pytree [b t ...] at once; join its results to [b t ...]."
-    one_chunk = jax.checkpoint(lambda _, part: (None, f(part)))  # recomputed in the backward pass
+    one_chunk = jax.checkpoint(
+        lambda _, part: (None, f(part))
+    )  # recomputed in the backward pass
     _, results = jax.lax.scan(one_chunk, None, cut_time(arrays, chunk))
     t = jax.tree.leaves(arrays)[0].shape[1]
     return join_time(results, t)

@@ -55,7 +55,9 @@ def triangle(q: Queries, k: Keys) -> Bool[Array, "1 1 t s"]:
     return jnp.tril(jnp.ones((t, t), bool))[None, None]
 
 
-def attention_map(q: Queries, k: Keys, mask: Mask | None = None) -> Float[Array, "b h t s"]:
+def attention_map(
+    q: Queries, k: Keys, mask: Mask | None = None
+) -> Float[Array, "b h t s"]:
     "The softmax map, at least fp32; zeros where a query sees nothing. Without mask: causal."
     if mask is None:
         mask = triangle(q, k)
@@ -70,7 +72,13 @@ LONG = 1024  # tokens from which `jax.nn.dot_product_attention` is asked
 
 
 def uneven_attention(
-    q: Queries, k: Keys, v: Values, mask: Mask | None = None, *, scale=None, kernel: str = "auto"
+    q: Queries,
+    k: Keys,
+    v: Values,
+    mask: Mask | None = None,
+    *,
+    scale=None,
+    kernel: str = "auto",
 ) -> Outputs:
     "`attention` for values of any width; without mask: causal; `scale` of scores, else 1/sqrt(k)."
     m = v.shape[-1]
@@ -87,7 +95,9 @@ def uneven_attention(
         return attention(q, k, v, visible)[..., :m]
     implementation = None if kernel == "auto" else kernel
     with jax.numpy_dtype_promotion("standard"):  # the library mixes types inside
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+        y = jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation=implementation
+        )
     return y[..., :m]
 
 # %% ../../nbs/model/12_diff.ipynb #c018
@@ -107,14 +117,25 @@ def subtract(y1: Outputs, y2: Outputs, lam: Lambda) -> Outputs:
 
 
 def diff_attention_v1(
-    q1, k1, q2, k2, v: Values, lam: Lambda, *, mask=None, kernel="auto", stabilised=False
+    q1,
+    k1,
+    q2,
+    k2,
+    v: Values,
+    lam: Lambda,
+    *,
+    mask=None,
+    kernel="auto",
+    stabilised=False,
 ) -> Outputs:
     "Differential attention (2410.05258, Eq. 1) before the norm; `mask` None: causal."
     if stabilised:  # PythonCoder's form: lambda in [0, 1], negative entries become zero
         lam = jnp.clip(lam, 0, 1)
         difference = attention_map(q1, k1, mask) - lam * attention_map(q2, k2, mask)
         v = jnp.repeat(v, q1.shape[2] // v.shape[2], axis=2)
-        return jnp.einsum("bhts,bshm->bthm", jnp.maximum(difference, 0).astype(v.dtype), v)
+        return jnp.einsum(
+            "bhts,bshm->bthm", jnp.maximum(difference, 0).astype(v.dtype), v
+        )
 
     y1 = uneven_attention(q1, k1, v, mask, kernel=kernel)
     y2 = uneven_attention(q2, k2, v, mask, kernel=kernel)
@@ -140,16 +161,24 @@ class DiffConfig:
     def __post_init__(self):
         check_choices(self)
         mapless = not self.stabilised or self.kernel == "auto"
-        check_that(self, "kernel", mapless, "auto with stabilised=True, which needs its map")
+        check_that(
+            self, "kernel", mapless, "auto with stabilised=True, which needs its map"
+        )
 
-    def check_heads(self, *, heads: int, kv_heads: int, version: int = 2, **others) -> None:
+    def check_heads(
+        self, *, heads: int, kv_heads: int, version: int = 2, **others
+    ) -> None:
         "ValueError for heads that make no groups or pairs; other sizes of the model are free."
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"{heads=} is not divisible by {kv_heads=}")
         if version == 1 and (heads % 2 or kv_heads % 2):
-            raise ValueError(f"{heads=} and {kv_heads=} must both be even: DIFF V1 pairs them")
+            raise ValueError(
+                f"{heads=} and {kv_heads=} must both be even: DIFF V1 pairs them"
+            )
         if version == 2:
-            check_that(self, "stabilised", not self.stabilised, "False: it belongs to DIFF V1")
+            check_that(
+                self, "stabilised", not self.stabilised, "False: it belongs to DIFF V1"
+            )
 
 # %% ../../nbs/model/12_diff.ipynb #c036
 def split_pairs(heads: Float[Array, "b t h2 k"]) -> tuple[Outputs, Outputs]:
@@ -190,10 +219,18 @@ class DIFF1(nnx.Module):
         self.norm = RMSNorm(2 * head_dim, 1e-5, rngs=rngs)  # one gain for all heads
         vector = normal_init(0.01 if cfg.stabilised else 0.1)
         for name in LAMBDAS:
-            setattr(self, name, nnx.Param(vector(rngs.params(), (head_dim,), jnp.float32)))
+            setattr(
+                self, name, nnx.Param(vector(rngs.params(), (head_dim,), jnp.float32))
+            )
 
     def __call__(
-        self, x: Hidden, *, positions: Positions, segments: Segments = None, cache=None, depth=None
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segments: Segments = None,
+        cache=None,
+        depth=None,
     ) -> tuple[Hidden, KVCache | None]:
         "Attend among `x`, or through the cache; `depth` from 0, for lambda; None is 0."
         rotary = rope_frequencies(self.head_dim, self.rope)
@@ -212,7 +249,9 @@ class DIFF1(nnx.Module):
         y = diff_attention_v1(q1, k1, q2, k2, v, lam, mask=mask, **options)
         return self.o(self.norm(y) * (1 - start).astype(y.dtype)), cache
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
+    def init_cache(
+        self, batch: int, length: int, dtype: jnp.dtype = jnp.float32
+    ) -> KVCache:
         "Zeros, as many bytes as plain attention has: half as many values of twice the width."
         k = jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype)
         v = jnp.zeros((batch, length, self.kv_heads // 2, 2 * self.head_dim), dtype)
@@ -220,11 +259,19 @@ class DIFF1(nnx.Module):
 
 # %% ../../nbs/model/12_diff.ipynb #c042
 def diff_attention_v2(
-    q: Float[Array, "b t h2 k"], k: Keys, v: Values, lam: Lambda, *, mask=None, kernel="auto"
+    q: Float[Array, "b t h2 k"],
+    k: Keys,
+    v: Values,
+    lam: Lambda,
+    *,
+    mask=None,
+    kernel="auto",
 ) -> Outputs:
     "Differential attention V2: of 2h heads the even minus lambda times the odd; as V1 otherwise."
     if q.shape[2] % (2 * k.shape[2]):
-        raise ValueError(f"{q.shape[2]} query heads make no pairs within {k.shape[2]} groups")
+        raise ValueError(
+            f"{q.shape[2]} query heads make no pairs within {k.shape[2]} groups"
+        )
     even, odd = split_pairs(uneven_attention(q, k, v, mask, kernel=kernel))
     return subtract(even, odd, lam)
 
@@ -259,7 +306,13 @@ class DIFF2(nnx.Module):
         self.o = Linear((heads, head_dim), (width,), std=out_std, rngs=rngs)
 
     def __call__(
-        self, x: Hidden, *, positions: Positions, segments: Segments = None, cache=None, depth=None
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segments: Segments = None,
+        cache=None,
+        depth=None,
     ) -> tuple[Hidden, KVCache | None]:
         "Attend among `x`, or through the cache; V2 has no schedule and needs no `depth`."
         rotary = rope_frequencies(self.head_dim, self.rope)
@@ -274,7 +327,9 @@ class DIFF2(nnx.Module):
         y = diff_attention_v2(q, k, v, lam, mask=mask, kernel=self.cfg.kernel)
         return self.o(y), cache
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
+    def init_cache(
+        self, batch: int, length: int, dtype: jnp.dtype = jnp.float32
+    ) -> KVCache:
         "Zeros, as plain attention has them."
         empty = jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype)
         return KVCache(empty, empty)

@@ -60,11 +60,20 @@ class SampleConfig:
         ids = f"token ids from 0 to {vocab_size - 1}"
         eos = 0 if self.eos_id is None else self.eos_id
         check_that(self, "eos_id", 0 <= eos < vocab_size, ids)
-        check_that(self, "forbidden", all(0 <= i < vocab_size for i in self.forbidden), ids)
+        check_that(
+            self, "forbidden", all(0 <= i < vocab_size for i in self.forbidden), ids
+        )
         mask = np.isin(np.arange(vocab_size), self.forbidden)
-        check_that(self, "forbidden", not mask.all(), f"one of {vocab_size} tokens left to draw")
+        check_that(
+            self,
+            "forbidden",
+            not mask.all(),
+            f"one of {vocab_size} tokens left to draw",
+        )
 
-        temperature, top_p, min_p = np.float32([self.temperature, self.top_p, self.min_p])
+        temperature, top_p, min_p = np.float32(
+            [self.temperature, self.top_p, self.min_p]
+        )
         return Sampling(temperature, np.int32(self.top_k), top_p, min_p, mask)
 
 # %% ../../nbs/model/21_generate.ipynb #c012
@@ -136,7 +145,9 @@ class DecodeState(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("graphdef", "room", "copies"))
-def _decode(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, room, copies=1):
+def _decode(
+    graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, room, copies=1
+):
     "Prefill `prompt` [b t] and decode `copies` rows of each; rows not `active` count as done."
     lm = nnx.merge(graphdef, weights)
     b, t = prompt.shape
@@ -231,7 +242,9 @@ def prompt_batch(
         raise ValueError("prompts is empty, expected at least one prompt")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompts[{i}] is empty, expected at least one token, such as BOS")
+            raise ValueError(
+                f"prompts[{i}] is empty, expected at least one token, such as BOS"
+            )
         wrong = [t for t in prompt if not 0 <= t <= most]
         if wrong:
             raise ValueError(f"prompts[{i}]: token id {wrong[0]}, expected 0 to {most}")
@@ -301,11 +314,15 @@ def generate(
     key: Array | None = None,  # needed unless temperature is 0
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
     "New tokens of every prompt (after the end: EOS, or 0) and their number, the EOS counted."
-    cfg = SampleConfig(max_new_tokens, temperature, top_p, top_k, min_p, eos_id, tuple(forbidden))
+    cfg = SampleConfig(
+        max_new_tokens, temperature, top_p, top_k, min_p, eos_id, tuple(forbidden)
+    )
     return rollout(lm, prompts, cfg, key)[:2]
 
 
-def unpad(tokens: Int[np.ndarray, "b t"], lengths: Int[np.ndarray, "b"]) -> list[list[int]]:
+def unpad(
+    tokens: Int[np.ndarray, "b t"], lengths: Int[np.ndarray, "b"]
+) -> list[list[int]]:
     "Rows as lists of their own lengths."
     return [row[:n].tolist() for row, n in zip(tokens, lengths)]
 
@@ -328,7 +345,8 @@ def best_of_n(
     *,
     key: Array,
     cfg: SampleConfig | None = None,  # None: the defaults
-    score: Callable[[list[int]], float] | None = None,  # None: log-probability per token
+    score: Callable[[list[int]], float]
+    | None = None,  # None: log-probability per token
 ) -> list[tuple[float, list[int]]]:
     "Pairs of score and new tokens, best first. ValueError if n < 1."
     if n < 1:

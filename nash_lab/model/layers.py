@@ -48,7 +48,9 @@ NORMS = ("uncentred", "centred", "scalar", "none")
 class RMSNorm(nnx.Module):
     "Holds the gain of `rms_norm`: g, 1 + g, one number, or none. ValueError for another mode."
 
-    def __init__(self, width: int, eps: float = 1e-6, mode: str = "uncentred", *, rngs=None):
+    def __init__(
+        self, width: int, eps: float = 1e-6, mode: str = "uncentred", *, rngs=None
+    ):
         if mode not in NORMS:
             raise ValueError(f"{mode=}, expected one of {', '.join(NORMS)}")
         self.eps = eps
@@ -79,13 +81,18 @@ class Rotary(NamedTuple):
 
 
 def rope(
-    x: Float[Array, "b t h k"], positions: Int[Array, "#b t"], rotary: Rotary, interleaved=False
+    x: Float[Array, "b t h k"],
+    positions: Int[Array, "#b t"],
+    rotary: Rotary,
+    interleaved=False,
 ) -> Float[Array, "b t h k"]:
     "Rotate each pair by position times frequency, in fp32 (2104.09864, Eq. 34)."
     width = 2 * rotary.frequencies.shape[0]  # the other dimensions stay
     y = wide(x[..., :width])
     frequencies = jnp.asarray(rotary.frequencies)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    angle = (
+        positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    )
     cos = jnp.cos(angle).astype(y.dtype) * rotary.scale
     sin = jnp.sin(angle).astype(y.dtype) * rotary.scale
 
@@ -146,7 +153,9 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> Rotary:
     width = int(head_dim * cfg.rotary_fraction)  # rounded down as Hugging Face does
     if width <= 0 or width % 2:
         turning = f"{head_dim=} with rotary_fraction={cfg.rotary_fraction} turns {width} dimensions"
-        raise ValueError(f"{turning}, which must be even and positive for rotary positions")
+        raise ValueError(
+            f"{turning}, which must be even and positive for rotary positions"
+        )
     plain = cfg.theta ** (-np.arange(0, width, 2) / width)  # 2104.09864, Eq. 15
     scale = 1.0
 
@@ -155,7 +164,9 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> Rotary:
         slowed = np.zeros(width // 2)
     elif cfg.scaling == "llama3":
         turns = cfg.original_len * plain / (2 * math.pi)
-        ramp = (turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)
+        ramp = (turns - cfg.low_freq_factor) / (
+            cfg.high_freq_factor - cfg.low_freq_factor
+        )
         slowed = 1 - np.clip(ramp, 0, 1)
     else:
         ends = []  # indices of the pairs that make so many turns in L tokens
@@ -173,7 +184,9 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> Rotary:
 # %% ../../nbs/model/10_layers.ipynb #c030
 def _product(x, weight, axes, precision):
     inner = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
-    return jax.lax.dot_general(x, weight.astype(x.dtype), (inner, ((), ())), precision=precision)
+    return jax.lax.dot_general(
+        x, weight.astype(x.dtype), (inner, ((), ())), precision=precision
+    )
 
 
 def _backward(axes, precision, saved, dy):
@@ -182,7 +195,9 @@ def _backward(axes, precision, saved, dy):
     outs = weight.ndim - axes
     outer = (tuple(range(dy.ndim - outs, dy.ndim)), tuple(range(axes, weight.ndim)))
     dot = partial(jax.lax.dot_general, precision=precision)
-    dx = dot(dy, weight.astype(dy.dtype), (outer, ((), ())), preferred_element_type=x.dtype)
+    dx = dot(
+        dy, weight.astype(dy.dtype), (outer, ((), ())), preferred_element_type=x.dtype
+    )
     dw = dot(x, dy, ((lead, lead), ((), ())), preferred_element_type=weight.dtype)
     return dx, dw
 
@@ -212,7 +227,9 @@ normal_init = jax.nn.initializers.normal  # (std)(key, shape, dtype); not trunca
 class Linear(nnx.Module):
     "Holds the weight of `linear`, fp32, normal with standard deviation `std`; bias zero."
 
-    def __init__(self, shape_in: tuple, shape_out: tuple, *, std: float, bias=False, rngs):
+    def __init__(
+        self, shape_in: tuple, shape_out: tuple, *, std: float, bias=False, rngs
+    ):
         shape = (*shape_in, *shape_out)
         self.axes = len(shape_in)
         self.weight = nnx.Param(normal_init(std)(rngs.params(), shape, jnp.float32))
@@ -223,7 +240,9 @@ class Linear(nnx.Module):
         return linear(x, self.weight[...], self.axes, bias)
 
 # %% ../../nbs/model/10_layers.ipynb #c033
-def dropout(x: Float[Array, "*m"], rate: float, key: Array | None) -> Float[Array, "*m"]:
+def dropout(
+    x: Float[Array, "*m"], rate: float, key: Array | None
+) -> Float[Array, "*m"]:
     "Inverted dropout; `x` itself without key or at rate 0."
     if key is None or rate == 0:
         return x
@@ -250,7 +269,9 @@ def activate(u: Float[Array, "*m"], name: str) -> Float[Array, "*m"]:
 class SwiGLU(nnx.Module):
     "Gated FFN with SiLU (2002.05202, Eq. 6), without biases."
 
-    def __init__(self, width: int, ffn_width: int, *, std: float, out_std: float, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, ffn_width: int, *, std: float, out_std: float, rngs: nnx.Rngs
+    ):
         self.gate = Linear((width,), (ffn_width,), std=std, rngs=rngs)
         self.up = Linear((width,), (ffn_width,), std=std, rngs=rngs)
         self.down = Linear((ffn_width,), (width,), std=out_std, rngs=rngs)
@@ -262,7 +283,9 @@ class SwiGLU(nnx.Module):
 class FFN(nnx.Module):
     "Two-layer FFN without biases. ValueError for an unknown activation."
 
-    def __init__(self, width: int, ffn_width: int, *, activation: str, std, out_std, rngs):
+    def __init__(
+        self, width: int, ffn_width: int, *, activation: str, std, out_std, rngs
+    ):
         activate(jnp.zeros(()), activation)  # refuses an unknown name here
         self.activation = activation
         self.up = Linear((width,), (ffn_width,), std=std, rngs=rngs)
@@ -272,4 +295,6 @@ class FFN(nnx.Module):
         return self.down(activate(self.up(x), self.activation))
 
 
-FFNS = {"swiglu": SwiGLU} | {name: partial(FFN, activation=name) for name in ACTIVATIONS}
+FFNS = {"swiglu": SwiGLU} | {
+    name: partial(FFN, activation=name) for name in ACTIVATIONS
+}

@@ -55,14 +55,22 @@ class MAHAConfig:
         check_range(self, "stride", at_least=2)
         check_range(self, "steps", "sparsity", at_least=0)
         check_range(self, "temperature", above=0)
-        check_that(self, "kernel", self.taps >= self.stride, f"at least stride={self.stride}")
+        check_that(
+            self, "kernel", self.taps >= self.stride, f"at least stride={self.stride}"
+        )
 
     @property
     def taps(self) -> int:
         return self.kernel if self.downsample == "conv" else self.stride
 
     def check_scales(
-        self, *, width: int, heads: int, kv_heads: int, head_dim: int, max_len: int | None = None
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        max_len: int | None = None,
     ) -> None:
         "ValueError when heads, blocks or channels do not fit the rest of a model."
         if kv_heads < 1 or heads % kv_heads:
@@ -70,7 +78,11 @@ class MAHAConfig:
         block = self.stride ** (self.scales - 1)
         fits = max_len is None or block <= max_len
         check_that(self, "scales", fits, f"blocks within {max_len=}, not of {block}")
-        alike = self.downsample == "pool" or self.scales == 1 or kv_heads * head_dim == width
+        alike = (
+            self.downsample == "pool"
+            or self.scales == 1
+            or kv_heads * head_dim == width
+        )
         expected = f"pool, as {kv_heads=} * {head_dim=} is not {width=}"
         check_that(self, "downsample", alike, expected)
 
@@ -130,7 +142,9 @@ def next_blocks(
     return Blocks(windows, last, at, latest, own)
 
 # %% ../../nbs/model/14_maha.ipynb #c011
-def indexed(array: Array, slots: Int[Array, "b ..."], layer: Int[Array, ""] | None = None):
+def indexed(
+    array: Array, slots: Int[Array, "b ..."], layer: Int[Array, ""] | None = None
+):
     "`array.at[...]` of these slots in each row (and layer); a negative slot is out of bounds."
     rows = jnp.expand_dims(jnp.arange(slots.shape[0]), tuple(range(1, slots.ndim)))
     if layer is None:
@@ -140,7 +154,9 @@ def indexed(array: Array, slots: Int[Array, "b ..."], layer: Int[Array, ""] | No
     return array.at[layer, rows, slots]
 
 
-def windows_of(x: Float[Array, "b n ..."], blocks: Blocks, cfg: MAHAConfig, layer=None) -> Array:
+def windows_of(
+    x: Float[Array, "b n ..."], blocks: Blocks, cfg: MAHAConfig, layer=None
+) -> Array:
     "What each block reads of the scale below, [b m j ...]; zeros where there is nothing."
     if blocks.windows is not None:
         return indexed(x, blocks.windows, layer).get(mode="fill", fill_value=0)
@@ -153,7 +169,9 @@ def windows_of(x: Float[Array, "b n ..."], blocks: Blocks, cfg: MAHAConfig, laye
     return jnp.stack(taps, axis=2)
 
 
-def down(windows: Float[Array, "b m j ..."], kernel: Linear | None) -> Float[Array, "b m ..."]:
+def down(
+    windows: Float[Array, "b m j ..."], kernel: Linear | None
+) -> Float[Array, "b m ..."]:
     "The blocks: a convolution over all channels, or without kernel the mean."
     if kernel is None:
         return windows.mean(2)
@@ -161,10 +179,14 @@ def down(windows: Float[Array, "b m j ..."], kernel: Linear | None) -> Float[Arr
     return kernel(windows.reshape(b, m, -1)).reshape(b, m, *channels)
 
 # %% ../../nbs/model/14_maha.ipynb #c023
-def up(y: Float[Array, "b m h k"], blocks: Blocks, size: int) -> Float[Array, "b t h k"]:
+def up(
+    y: Float[Array, "b m h k"], blocks: Blocks, size: int
+) -> Float[Array, "b t h k"]:
     "What the latest complete block says; zeros for tokens that have none."
     if blocks.windows is None:  # evenly spaced
-        later = jnp.pad(jnp.repeat(y, size, axis=1), ((0, 0), (size - 1, 0), (0, 0), (0, 0)))
+        later = jnp.pad(
+            jnp.repeat(y, size, axis=1), ((0, 0), (size - 1, 0), (0, 0), (0, 0))
+        )
         return later[:, : blocks.latest.shape[1]]
     index = jnp.maximum(blocks.latest, 0)[..., None, None]
     got = jnp.take_along_axis(y, index, axis=1, mode="clip")
@@ -180,7 +202,9 @@ class MAHACache(NamedTuple):
     layer: Int[Array, ""] | None = None  # which of the leading axis
 
 
-def multiscale(maha, x: Hidden, positions: Positions, segments: Segments = None, cache=None):
+def multiscale(
+    maha, x: Hidden, positions: Positions, segments: Segments = None, cache=None
+):
     "What each scale says [b t l h k], whether it can yet [b t l], and the cache (2512.14925)."
     cfg = maha.cfg
     rotary = rope_frequencies(maha.head_dim, maha.rope)
@@ -214,7 +238,9 @@ def multiscale(maha, x: Hidden, positions: Positions, segments: Segments = None,
                 taps = jnp.arange(cfg.stride - cfg.taps, cfg.stride)
                 windows = slots[..., None] * cfg.stride + taps[None, None]
                 complete = (positions + 1) // size - 1
-                latest = jnp.where(complete < 0, -1, complete - before)  # among those computed
+                latest = jnp.where(
+                    complete < 0, -1, complete - before
+                )  # among those computed
                 blocks = Blocks(windows, slots, slots * size + size - 1, latest)
                 layer = cache.layer
                 x = cache.x[scale - 1]
@@ -235,9 +261,13 @@ def multiscale(maha, x: Hidden, positions: Positions, segments: Segments = None,
                 arrays = list(getattr(cache, name))
                 if scale < len(arrays):  # inputs of the last scale are not kept
                     written = indexed(arrays[scale], blocks.last, cache.layer)
-                    arrays[scale] = written.set(new.astype(arrays[scale].dtype), mode="drop")
+                    arrays[scale] = written.set(
+                        new.astype(arrays[scale].dtype), mode="drop"
+                    )
                 cache = cache._replace(**{name: tuple(arrays)})
-            keys, values = read_cache(KVCache(cache.k[scale], cache.v[scale], cache.layer))
+            keys, values = read_cache(
+                KVCache(cache.k[scale], cache.v[scale], cache.layer)
+            )
             mask = causal_mask(blocks.last, keys.shape[1])
             y = attention(q, keys.astype(dtype), values.astype(dtype), mask)
 
@@ -250,12 +280,16 @@ def multiscale(maha, x: Hidden, positions: Positions, segments: Segments = None,
 class Scale(nnx.Module):
     "The weights of one coarse scale."
 
-    def __init__(self, width, heads, kv_heads, head_dim, *, std: float, rngs, cfg: MAHAConfig):
+    def __init__(
+        self, width, heads, kv_heads, head_dim, *, std: float, rngs, cfg: MAHAConfig
+    ):
         taps = cfg.taps * width
         convolves = cfg.downsample == "conv"
         self.q = Linear((width,), (heads, head_dim), std=std, rngs=rngs)
         self.k = Linear((width,), (kv_heads, head_dim), std=std, rngs=rngs)
-        self.down = Linear((taps,), (width,), std=taps**-0.5, rngs=rngs) if convolves else None
+        self.down = (
+            Linear((taps,), (width,), std=taps**-0.5, rngs=rngs) if convolves else None
+        )
 
 
 class MAHA(nnx.Module):
@@ -322,14 +356,24 @@ class MAHA(nnx.Module):
         return (y, cache), w, cfg.sparsity * penalty
 
     def __call__(
-        self, x: Hidden, *, positions: Positions, segments: Segments = None, cache=None, depth=None
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segments: Segments = None,
+        cache=None,
+        depth=None,
     ) -> tuple[Hidden, MAHACache | None]:
         "Attend among `x`, or through the cache, where positions are consecutive in each row."
         return self.weighted(x, positions=positions, segments=segments, cache=cache)[0]
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> MAHACache:
+    def init_cache(
+        self, batch: int, length: int, dtype: jnp.dtype = jnp.float32
+    ) -> MAHACache:
         "Zeros for one layer: `length` slots for the tokens, `length // r**l` for the blocks."
         slots = [length // self.cfg.stride**scale for scale in range(self.cfg.scales)]
-        heads = tuple(jnp.zeros((batch, s, self.kv_heads, self.head_dim), dtype) for s in slots)
+        heads = tuple(
+            jnp.zeros((batch, s, self.kv_heads, self.head_dim), dtype) for s in slots
+        )
         x = tuple(jnp.zeros((batch, s, self.width), dtype) for s in slots[:-1])
         return MAHACache(heads, heads, x)

@@ -50,17 +50,27 @@ class MHCConfig:
     def __post_init__(self):
         check_choices(self)
         check_range(self, "streams", at_least=1)
-        check_range(self, "iterations", at_least=2 if self.convention == "deepseek" else 1)
+        check_range(
+            self, "iterations", at_least=2 if self.convention == "deepseek" else 1
+        )
         check_range(self, "clamp", "eps", "phi_std", "stream_embedding", at_least=0)
         if self.h_res == "lite":
-            check_that(self, "streams", self.streams <= 5, "at most 5 with n! permutations")
+            check_that(
+                self, "streams", self.streams <= 5, "at most 5 with n! permutations"
+            )
         if self.h_res == "identity":
-            check_that(self, "gates", not self.gates, "False: nothing lies between I and I")
+            check_that(
+                self, "gates", not self.gates, "False: nothing lies between I and I"
+            )
 
     @property
     def packed(self) -> int:
         "Columns of phi: pre, post and res (n*n, n! or none) side by side."
-        res = {"sinkhorn": self.streams**2, "lite": factorial(self.streams), "identity": 0}
+        res = {
+            "sinkhorn": self.streams**2,
+            "lite": factorial(self.streams),
+            "identity": 0,
+        }
         return 2 * self.streams + res[self.h_res]
 
     @classmethod
@@ -79,7 +89,10 @@ def project(
     "Project the flattened stream, then divide by its RMS, in float32 or wider (paper Eqs. 14-16)."
     streams = [wide(x) for x in streams]
     parts = wide(phi).reshape(len(streams), -1, phi.shape[-1])
-    u = sum(linear(x, p, precision=jax.lax.Precision.HIGHEST) for x, p in zip(streams, parts))
+    u = sum(
+        linear(x, p, precision=jax.lax.Precision.HIGHEST)
+        for x, p in zip(streams, parts)
+    )
     u = jnp.moveaxis(u, -1, 0)
     mean_square = sum(jnp.sum(x * x, -1) for x in streams) / phi.shape[0]
     return u * jax.lax.rsqrt(mean_square + eps)[None]
@@ -175,7 +188,9 @@ def to_public(r: Routing, lead: int = 0) -> Routing:
 
 def routing(
     x: Float[Array, "b t n d"],
-    phi: Float[Array, "nd m"],  # packed [pre | post | res], n*n + 2n columns for Sinkhorn
+    phi: Float[
+        Array, "nd m"
+    ],  # packed [pre | post | res], n*n + 2n columns for Sinkhorn
     alpha: Float[Array, "3"],
     bias: Float[Array, "m"],
     cfg: MHCConfig,
@@ -198,7 +213,9 @@ def routing(
     return to_public(maps)
 
 
-def merge(x: Float[Array, "b t n d"], pre: Float[Array, "b t n"]) -> Float[Array, "b t d"]:
+def merge(
+    x: Float[Array, "b t n d"], pre: Float[Array, "b t n"]
+) -> Float[Array, "b t d"]:
     "`merge_streams` on one array."
     return merge_streams(tuple(jnp.moveaxis(x, 2, 0)), jnp.moveaxis(pre, 2, 0))
 
@@ -220,7 +237,9 @@ def spread(
 def starting_bias(cfg: MHCConfig) -> Float[Array, "m"]:
     "Static coefficients at step 0: read 1/n, write 1/n, H_res near the identity."
     n = cfg.streams
-    pre = -log(n - 1) if n > 1 else 15.0  # logit(1 / n); sigma(15) reads the only stream whole
+    pre = (
+        -log(n - 1) if n > 1 else 15.0
+    )  # logit(1 / n); sigma(15) reads the only stream whole
     half = 1 / (2 * n)  # post is twice a sigmoid
     post = log(half / (1 - half))
     res = np.zeros(cfg.packed - 2 * n)
@@ -242,7 +261,9 @@ class HyperConnection(nnx.Module):
 
     def __init__(self, width: int, cfg: MHCConfig, *, rngs: nnx.Rngs):
         size = cfg.streams * width
-        phi = cfg.phi_std * jax.random.normal(rngs.params(), (size, cfg.packed), jnp.float32)
+        phi = cfg.phi_std * jax.random.normal(
+            rngs.params(), (size, cfg.packed), jnp.float32
+        )
         self.cfg = cfg
         self.phi = nnx.Param(phi)
         self.alpha = nnx.Param(jnp.full(3, cfg.alpha, jnp.float32))
@@ -303,7 +324,9 @@ class StreamEnds(nnx.Module):
             return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
         self.cfg = cfg
-        self.embedding = draw(cfg.stream_embedding, n, width) if cfg.stream_embedding else None
+        self.embedding = (
+            draw(cfg.stream_embedding, n, width) if cfg.stream_embedding else None
+        )
         if cfg.readout == "head":
             self.phi = draw(cfg.phi_std, n * width, n)
             self.alpha = nnx.Param(jnp.full(1, cfg.alpha, jnp.float32))

@@ -51,10 +51,14 @@ class MLAConfig:
         "ValueError for a latent that compresses nothing; other sizes of the model are free."
         made = heads * (head_dim + (self.v_head_dim or head_dim))
         most = min(width, made)
-        check_that(self, "kv_rank", self.kv_rank <= most, f"at most {most} ({width=}, {made=})")
+        check_that(
+            self, "kv_rank", self.kv_rank <= most, f"at most {most} ({width=}, {made=})"
+        )
         made = heads * (head_dim + self.rope_dim)
         most = min(width, made)
-        check_that(self, "q_rank", self.q_rank <= most, f"at most {most} ({width=}, {made=})")
+        check_that(
+            self, "q_rank", self.q_rank <= most, f"at most {most} ({width=}, {made=})"
+        )
 
 # %% ../../nbs/model/13_mla.ipynb #c010
 class LatentCache(NamedTuple):
@@ -71,19 +75,31 @@ Split = Float[Array, "b t h kr"]  # queries, the last r numbers rotated
 
 
 def explicit(
-    q: Split, latent: Latents, k_up: UpKey, v_up: UpValue, mask: Mask | None, scale: float
+    q: Split,
+    latent: Latents,
+    k_up: UpKey,
+    v_up: UpValue,
+    mask: Mask | None,
+    scale: float,
 ) -> Float[Array, "b t h m"]:
     "Expand, then attend (2405.04434, Eq. 9 to 19); without mask: causal."
     c, shared = jnp.split(latent, [k_up.shape[0]], axis=-1)
     content = jnp.einsum("bsc,chk->bshk", c, k_up.astype(c.dtype))
     v = jnp.einsum("bsc,chm->bshm", c, v_up.astype(c.dtype))
-    shared = jnp.broadcast_to(shared[:, :, None], (*content.shape[:3], shared.shape[-1]))
+    shared = jnp.broadcast_to(
+        shared[:, :, None], (*content.shape[:3], shared.shape[-1])
+    )
     k = jnp.concatenate([content, shared], axis=-1)
     return uneven_attention(q, k, v, mask, scale=scale)
 
 # %% ../../nbs/model/13_mla.ipynb #c014
 def absorbed(
-    q: Split, latent: Latents, k_up: UpKey, v_up: UpValue, mask: Mask | None, scale: float
+    q: Split,
+    latent: Latents,
+    k_up: UpKey,
+    v_up: UpValue,
+    mask: Mask | None,
+    scale: float,
 ) -> Float[Array, "b t h m"]:
     "`explicit` without expanding: attention on the latents themselves (2405.04434, 2.1.2)."
     c, _, k = k_up.shape
@@ -135,7 +151,9 @@ class MLA(nnx.Module):
         # YaRN's factor squared, on the whole score (2412.19437, section 4.3, and its code)
         temperature = rope_frequencies(cfg.rope_dim, rope).scale ** 2
         self.scale = temperature * (head_dim + cfg.rope_dim) ** -0.5
-        self.q_latent = Latent(width, cfg.q_rank, std=std, rngs=rngs) if cfg.q_rank else None
+        self.q_latent = (
+            Latent(width, cfg.q_rank, std=std, rngs=rngs) if cfg.q_rank else None
+        )
         self.q = linear((cfg.q_rank or width,), (heads, head_dim + cfg.rope_dim))
         self.kv_latent = Latent(width, cfg.kv_rank, std=std, rngs=rngs)
         self.key = linear((width,), (cfg.rope_dim,))
@@ -144,7 +162,13 @@ class MLA(nnx.Module):
         self.o = Linear((heads, value_dim), (width,), std=out_std, rngs=rngs)
 
     def __call__(
-        self, x: Hidden, *, positions: Positions, segments: Segments = None, cache=None, depth=None
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segments: Segments = None,
+        cache=None,
+        depth=None,
     ) -> tuple[Hidden, LatentCache | None]:
         "Attend among `x`, or through the cache after writing `x` to it."
         r = self.cfg.rope_dim
@@ -172,6 +196,10 @@ class MLA(nnx.Module):
             y = explicit(q, latent, k_up, v_up, mask, self.scale)
         return self.o(y), cache
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> LatentCache:
+    def init_cache(
+        self, batch: int, length: int, dtype: jnp.dtype = jnp.float32
+    ) -> LatentCache:
         "Zeros for one layer: c + r numbers a token, for all heads together."
-        return LatentCache(jnp.zeros((batch, length, self.cfg.kv_rank + self.cfg.rope_dim), dtype))
+        return LatentCache(
+            jnp.zeros((batch, length, self.cfg.kv_rank + self.cfg.rope_dim), dtype)
+        )

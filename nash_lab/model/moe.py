@@ -47,7 +47,9 @@ class MoEConfig:
     def width_of(self, ffn_width: int) -> int:
         "Width of one expert in place of a dense FFN of that width. ValueError when it is 0."
         width = self.expert_width or ffn_width // (self.top_k + self.shared)
-        check_that(self, "top_k", width > 0, f"with shared={self.shared} at most {ffn_width=}")
+        check_that(
+            self, "top_k", width > 0, f"with shared={self.shared} at most {ffn_width=}"
+        )
         return width
 
 # %% ../../nbs/model/15_moe.ipynb #c009
@@ -59,7 +61,9 @@ class Routes(NamedTuple):
     scores: Float[Array, "m e"]  # of all experts
 
 
-def route(logits: Float[Array, "m e"], bias: Float[Array, "e"] | None, cfg: MoEConfig) -> Routes:
+def route(
+    logits: Float[Array, "m e"], bias: Float[Array, "e"] | None, cfg: MoEConfig
+) -> Routes:
     "Top-k by score plus bias, gates by score (2412.19437, Eqs. 12 to 16)."
     if cfg.score == "sigmoid":
         scores = jax.nn.sigmoid(logits)
@@ -78,7 +82,9 @@ def _ragged(x, weight, sizes):
     dims = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
     out = x.dtype
     weight = weight.astype(out)
-    return jax.lax.ragged_dot_general(x, weight, sizes, dims, preferred_element_type=out)
+    return jax.lax.ragged_dot_general(
+        x, weight, sizes, dims, preferred_element_type=out
+    )
 
 
 def _ragged_backward(saved, dy):
@@ -106,16 +112,22 @@ grouped.defvjp(lambda *args: (_ragged(*args), args), _ragged_backward)
 class ExpertLinear(nnx.Module):
     "Holds the matrices of `grouped`; fp32, normal with standard deviation `std`."
 
-    def __init__(self, experts: int, inputs: int, outputs: int, *, std: float, rngs: nnx.Rngs):
+    def __init__(
+        self, experts: int, inputs: int, outputs: int, *, std: float, rngs: nnx.Rngs
+    ):
         shape = (experts, inputs, outputs)
         self.weight = nnx.Param(normal_init(std)(rngs.params(), shape, jnp.float32))
 
-    def __call__(self, x: Float[Array, "r i"], sizes: Int[Array, "e"]) -> Float[Array, "r o"]:
+    def __call__(
+        self, x: Float[Array, "r i"], sizes: Int[Array, "e"]
+    ) -> Float[Array, "r o"]:
         return grouped(x, self.weight[...], sizes)
 
 # %% ../../nbs/model/15_moe.ipynb #c020
 @jax.custom_vjp
-def carry_load(y: Float[Array, "m d"], balance: Float[Array, "e"], share: Float[Array, "e"]):
+def carry_load(
+    y: Float[Array, "m d"], balance: Float[Array, "e"], share: Float[Array, "e"]
+):
     "`y` itself; backward, `share - 1/e` becomes the gradient of `balance`."
     return y
 
@@ -147,10 +159,14 @@ class MoE(nnx.Module):
         self.up = ExpertLinear(e, width, f, std=std, rngs=rngs)
         self.down = ExpertLinear(e, f, width, std=out_std, rngs=rngs)
         if cfg.shared:
-            self.shared = SwiGLU(width, cfg.shared * f, std=std, out_std=out_std, rngs=rngs)
+            self.shared = SwiGLU(
+                width, cfg.shared * f, std=std, out_std=out_std, rngs=rngs
+            )
         else:
             self.shared = None
-        self.balance = nnx.Param(jnp.zeros((e,), jnp.float32)) if cfg.balance == "bias" else None
+        self.balance = (
+            nnx.Param(jnp.zeros((e,), jnp.float32)) if cfg.balance == "bias" else None
+        )
 
     def routes(self, x: Float[Array, "b t d"]) -> Routes:
         "Routes of the b t tokens, in fp32."
@@ -160,7 +176,9 @@ class MoE(nnx.Module):
             bias = self.balance[...]
         return route(logits, bias, self.cfg)
 
-    def with_aux(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, ""]]:
+    def with_aux(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t d"], Float[Array, ""]]:
         "The output, and in switch mode the Switch loss times its coefficient, else 0."
         cfg = self.cfg
         routes = self.routes(x)

@@ -49,14 +49,18 @@ class MTPHead(nnx.Module):
         if cfg.mtp == "sequential":
             self.hidden_norm = RMSNorm(*norm, rngs=rngs)
             self.token_norm = RMSNorm(*norm, rngs=rngs)
-            self.project = Linear((2 * cfg.width,), (cfg.width,), std=cfg.init_std, rngs=rngs)
+            self.project = Linear(
+                (2 * cfg.width,), (cfg.width,), std=cfg.init_std, rngs=rngs
+            )
         else:
             self.hidden_norm = None
             self.token_norm = None
             self.project = None
         self.block = Block(cfg, rngs=rngs)
         self.norm = RMSNorm(*norm, rngs=rngs)
-        self.ends = StreamEnds(cfg.width, cfg.mhc, rngs=rngs) if cfg.residual == "mhc" else None
+        self.ends = (
+            StreamEnds(cfg.width, cfg.mhc, rngs=rngs) if cfg.residual == "mhc" else None
+        )
 
     def __call__(
         self,

@@ -56,10 +56,14 @@ def draw_token(
 
 
 def accept_drafts(
-    p: Float[Array, "b m v"],  # trunk, after the last token and after each draft; m = D + 1
+    p: Float[
+        Array, "b m v"
+    ],  # trunk, after the last token and after each draft; m = D + 1
     q: Float[Array, "b k v"],  # what the drafts were drawn from; k = D
     drafts: Int[Array, "b k"],
-    chances: Float[Array, "b m"],  # uniform: one a draft, the last for the token after them
+    chances: Float[
+        Array, "b m"
+    ],  # uniform: one a draft, the last for the token after them
 ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
     "How many leading drafts stay, and the token after them (2211.17192, algorithm 1)."
     depths = drafts.shape[1]
@@ -69,12 +73,16 @@ def accept_drafts(
     good = chances[:, :-1] * q_draft < p_draft
     kept = jnp.cumprod(good, axis=1).sum(1).astype(jnp.int32)
 
-    q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # q = 0 after the last draft: the residual is p
+    q = jnp.pad(
+        q, ((0, 0), (0, 1), (0, 0))
+    )  # q = 0 after the last draft: the residual is p
     here = kept[:, None, None]
     p_here = jnp.take_along_axis(p, here, 1)[:, 0]
     q_here = jnp.take_along_axis(q, here, 1)[:, 0]
     residual = jnp.maximum(p_here - q_here, 0.0)
-    some = residual.sum(-1, keepdims=True) > 0  # p = q up to rounding leaves nothing but p
+    some = (
+        residual.sum(-1, keepdims=True) > 0
+    )  # p = q up to rounding leaves nothing but p
     left = jnp.where(some, residual, p_here)
     return kept, draw_token(chances[:, -1], left)
 
@@ -188,7 +196,9 @@ def speculative_round(
 
 # %% ../../nbs/model/22_speculative.ipynb #c012
 @partial(jax.jit, static_argnames=("graphdef", "room", "rule"))
-def _speculate(graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, room, rule):
+def _speculate(
+    graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, room, rule
+):
     "Prefill, then rounds until every row has ended."
     lm = nnx.merge(graphdef, weights)
     b, t = prompt.shape

@@ -35,7 +35,9 @@ from .mtp import MTPHead, ahead_targets, head_at, look_ahead
 class LM(nnx.Module):
     "Causal language model; weights are float32, blocks stacked along a leading layer axis."
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs | None = None):  # nnx.Rngs(0) when None
+    def __init__(
+        self, cfg: ModelConfig, rngs: nnx.Rngs | None = None
+    ):  # nnx.Rngs(0) when None
         rngs = rngs or nnx.Rngs(0)
         mhc = cfg.residual == "mhc"
         draw = normal_init(cfg.init_std)
@@ -69,21 +71,26 @@ class LM(nnx.Module):
         tokens: Int[Array, "b t"],
         *,
         positions: Int[Array, "b t"] | None = None,  # 0, 1, 2, ... when None
-        segments: Int[Array, "b t"] | None = None,  # document of each token, 0 is padding
+        segments: Int[Array, "b t"]
+        | None = None,  # document of each token, 0 is padding
         cache: KVCache | None = None,  # keys and values of all layers
         dropout_key: PRNGKeyArray | None = None,  # turns dropout on
     ):
         "Hidden states, cache, maps of every layer, auxiliary loss. ValueError above max_len."
         cfg = self.cfg
         if cache is None and tokens.shape[1] > cfg.max_len:
-            raise ValueError(f"{tokens.shape[1]} tokens, the model's max_len is {cfg.max_len}")
+            raise ValueError(
+                f"{tokens.shape[1]} tokens, the model's max_len is {cfg.max_len}"
+            )
         if positions is None:
             positions = row_positions(tokens)
 
         key = None if dropout_key is None else named_key(dropout_key, "embedding")
         x = dropout(self.embed(tokens), cfg.dropout, key)
         streams = (x,) if self.ends is None else self.ends.split(x)
-        where = dict(positions=positions, segments=segments, cache=cache, key=dropout_key)
+        where = dict(
+            positions=positions, segments=segments, cache=cache, key=dropout_key
+        )
         streams, cache, maps, aux = run_stack(cfg, self.blocks, streams, **where)
         x = streams[0] if self.ends is None else self.ends.join(streams)
         return self.norm(x), cache, maps, aux
@@ -95,7 +102,9 @@ class LM(nnx.Module):
     def logits(self, hidden: Float[Array, "*m d"]) -> Float[Array, "*m v"]:
         "Float32 logits of hidden states."
         head = self.unembedding().astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...d,dv->...v", hidden, head, preferred_element_type=jnp.float32
+        )
 
     def __call__(self, tokens: Int[Array, "b t"], **where) -> Float[Array, "b t v"]:
         "Float32 logits at every position."
@@ -114,7 +123,9 @@ class LM(nnx.Module):
         hidden = self.hidden(tokens, **where)
         head = self.unembedding().T
         weights = target_weights(targets, mask)
-        return chunked_nats(hidden, head, targets, weights, self.cfg.loss_chunk), weights.sum()
+        return chunked_nats(
+            hidden, head, targets, weights, self.cfg.loss_chunk
+        ), weights.sum()
 
     def objective(
         self,
@@ -139,7 +150,9 @@ class LM(nnx.Module):
 
         if self.mtp is not None:
             if tokens.shape[1] <= cfg.depths:
-                raise ValueError(f"mtp_depth={cfg.depths} needs more than {tokens.shape[1]} tokens")
+                raise ValueError(
+                    f"mtp_depth={cfg.depths} needs more than {tokens.shape[1]} tokens"
+                )
             if positions is None:
                 where["positions"] = row_positions(tokens)
             read = hidden, tokens, self.embed
@@ -188,9 +201,15 @@ def row_positions(tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
 
-def target_weights(targets: Int[Array, "b t"], mask: Array | None) -> Float[Array, "b t"]:
+def target_weights(
+    targets: Int[Array, "b t"], mask: Array | None
+) -> Float[Array, "b t"]:
     "Weight of each target in the loss, float32."
-    return jnp.ones(targets.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    return (
+        jnp.ones(targets.shape, jnp.float32)
+        if mask is None
+        else mask.astype(jnp.float32)
+    )
 
 # %% ../../nbs/model/20_transformer.ipynb #c013
 def gates(lm: LM) -> Float[Array, "l 2"]:
@@ -205,7 +224,9 @@ def gates(lm: LM) -> Float[Array, "l 2"]:
 def draft(
     lm: LM,
     k: int,  # depth, from 1
-    hidden: Float[Array, "b t d"],  # of the trunk (parallel) or of depth k - 1 (sequential)
+    hidden: Float[
+        Array, "b t d"
+    ],  # of the trunk (parallel) or of depth k - 1 (sequential)
     after: Int[Array, "b t"],  # the tokens k positions later
     positions: Int[Array, "b t"],  # of the hidden states, which are their cache slots
     cache: KVCache,  # of this depth

@@ -135,7 +135,9 @@ def verify(folder: Path) -> dict:
         for key, value in found[name].items():
             expected = want[name][key]
             if value != expected:  # guard: checkpoint: manifest
-                raise Damaged(f"{folder / name}: {key} is {value}, the manifest says {expected}")
+                raise Damaged(
+                    f"{folder / name}: {key} is {value}, the manifest says {expected}"
+                )
     return manifest
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c011
@@ -154,10 +156,14 @@ def hashed_ahead(folder: Path, settled: float = 0.05) -> Iterator[dict]:
         before = {}
         asked = set()
         used = 0.0
-        while not over.wait(max(settled, 10 * used)):  # looking takes a tenth of a processor
+        while not over.wait(
+            max(settled, 10 * used)
+        ):  # looking takes a tenth of a processor
             begin = time.thread_time()
             now = {}
-            for path in iglob(f"{escape(str(folder))}*/**", recursive=True, include_hidden=True):
+            for path in iglob(
+                f"{escape(str(folder))}*/**", recursive=True, include_hidden=True
+            ):
                 with suppress(OSError):  # renamed just now
                     about = os.lstat(path)
                     if stat.S_ISREG(about.st_mode) and about.st_mtime_ns % 1_000_000:
@@ -189,7 +195,9 @@ def numbered(folder: Path) -> list[int]:
 
 def steps_in(folder: Path) -> list[int]:
     "The steps in `folder` that have a manifest, ascending."
-    return [step for step in numbered(folder) if (folder / str(step) / MANIFEST).is_file()]
+    return [
+        step for step in numbered(folder) if (folder / str(step) / MANIFEST).is_file()
+    ]
 
 
 def set_aside(path: Path) -> Path:
@@ -202,7 +210,9 @@ def set_aside(path: Path) -> Path:
             return free
 
 
-LEFTOVER = re.compile(r"\d+\.(partial|deleted|orbax-checkpoint-tmp)")  # how the name begins
+LEFTOVER = re.compile(
+    r"\d+\.(partial|deleted|orbax-checkpoint-tmp)"
+)  # how the name begins
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -217,7 +227,9 @@ def metric_values(folder: Path, metric: str | None) -> dict[int, float | None]:
     values = {}
     for step in steps_in(folder):
         with suppress(Damaged):
-            values[step] = read_manifest(folder / str(step)).get("metrics", {}).get(metric)
+            values[step] = (
+                read_manifest(folder / str(step)).get("metrics", {}).get(metric)
+            )
     return values
 
 
@@ -237,11 +249,17 @@ def prune(root: Path, metric: str | None, keep: int, just: int) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         with suppress(OSError):
             os.rename(folder, gone)  # guard: checkpoint: rename first
-        shutil.rmtree(gone, ignore_errors=True)  # what stays is left for `clear_leftovers`
+        shutil.rmtree(
+            gone, ignore_errors=True
+        )  # what stays is left for `clear_leftovers`
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c021
-LONGEST = 1 << 30  # bytes of a file that is read whole; pieces of arrays are as long as their shape
-NUMBERS = re.compile(r"[<|][biuf][1248]|bfloat16|float8_\w+|u?int[24]")  # types of numbers
+LONGEST = (
+    1 << 30
+)  # bytes of a file that is read whole; pieces of arrays are as long as their shape
+NUMBERS = re.compile(
+    r"[<|][biuf][1248]|bfloat16|float8_\w+|u?int[24]"
+)  # types of numbers
 
 
 def refuse_packed(folder: Path) -> None:
@@ -280,12 +298,15 @@ def restore_step(
     folder: Path,  # of all steps
     step: int,
     template: dict,  # item -> tree of arrays or jax.ShapeDtypeStruct, or None for a JSON item
-    facts: dict | None = None,  # that must not differ from those the step was saved with
+    facts: dict
+    | None = None,  # that must not differ from those the step was saved with
 ) -> dict:
     "Item -> value of a verified step. FileNotFoundError, Damaged, or ValueError for what differs."
     if step not in numbered(folder):
         found = steps_in(folder) or "none"
-        raise FileNotFoundError(f"{folder}: no checkpoint of step {step}, found {found}")
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint of step {step}, found {found}"
+        )
     source = folder / str(step)
     manifest = verify(source)
     refuse_packed(source)  # guard: checkpoint: packed arrays
@@ -294,7 +315,9 @@ def restore_step(
     for name, value in (facts or {}).items():
         saved = manifest.get(name, value)
         if saved != value:  # guard: checkpoint: another tokenizer
-            differs = f"made with another {name}, {str(saved)[:12]}, not {str(value)[:12]}"
+            differs = (
+                f"made with another {name}, {str(saved)[:12]}, not {str(value)[:12]}"
+            )
             raise ValueError(f"{source}: {differs}")
 
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -323,7 +346,9 @@ def restore_step(
         return dict(orbax.restore(source, args=ocp.args.Composite(**load)).items())
     except OSError:
         raise
-    except Exception as error:  # whole files that are something else than arrays and JSON
+    except (
+        Exception
+    ) as error:  # whole files that are something else than arrays and JSON
         reason = first_line(error.__cause__ or error)
         raise ValueError(f"{source}: cannot be read: {reason}") from error
 
@@ -373,7 +398,8 @@ class Checkpoints:
         folder: str | Path,  # of all steps, made at the first save
         *,
         keep: int = 3,  # newest steps kept
-        best: str | None = "val_loss",  # the step with the lowest value of this metric is kept too
+        best: str
+        | None = "val_loss",  # the step with the lowest value of this metric is kept too
         asynchronous: bool = True,  # save() returns once the arrays are copied off the device
         facts: dict | None = None,  # kept with every step, as the tokenizer's hash
     ):
@@ -445,7 +471,9 @@ class Checkpoints:
         save = {}
         for name, item in state.items():
             items[name] = array_types(item)
-            save[name] = ocp.args.PyTreeSave(item) if items[name] else ocp.args.JsonSave(item)
+            save[name] = (
+                ocp.args.PyTreeSave(item) if items[name] else ocp.args.JsonSave(item)
+            )
         body = {"step": step, "metrics": metrics or {}, **self.facts, "items": items}
 
         def finish():
@@ -514,12 +542,16 @@ class Checkpoints:
                     moved = ""
                     if repair:
                         moved = f", moved to {set_aside(folder / str(other)).name}"
-                    print(f"{error}; step {step} is used instead{moved}", file=sys.stderr)
+                    print(
+                        f"{error}; step {step} is used instead{moved}", file=sys.stderr
+                    )
             return state
         if not bad:
             raise FileNotFoundError(f"{folder}: no checkpoint, found none")
         newest = bad[max(bad)]
-        raise Damaged(f"{folder}: none of {len(bad)} checkpoints verifies; the newest: {newest}")
+        raise Damaged(
+            f"{folder}: none of {len(bad)} checkpoints verifies; the newest: {newest}"
+        )
 
     def close(self) -> None:
         "Wait, then end the threads."
@@ -530,4 +562,6 @@ class Checkpoints:
             with suppress(Exception):
                 self.orbax.close()  # where it fails, the save before has failed and said so
             if self.target and is_main_process():
-                _remove_parts(self.target)  # a save that failed may have gone on for a while
+                _remove_parts(
+                    self.target
+                )  # a save that failed may have gone on for a while

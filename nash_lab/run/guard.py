@@ -84,8 +84,12 @@ def run_lock(run: str | Path) -> Iterator[None]:
             if error.errno not in NO_LOCKS:
                 raise
             holder = _read_holder(path)
-            if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
-                start = _started(holder["pid"])  # another one: a new process with an old number
+            if holder.get("host") == socket.gethostname() and isinstance(
+                holder.get("pid"), int
+            ):
+                start = _started(
+                    holder["pid"]
+                )  # another one: a new process with an old number
                 taken = start is not None and holder.get("start") in ("", start)
             if not taken:
                 warning = f"{path}: no locks on this drive, let no other process write"
@@ -96,7 +100,9 @@ def run_lock(run: str | Path) -> Iterator[None]:
 
         pid = os.getpid()
         file.truncate(0)
-        json.dump({"pid": pid, "host": socket.gethostname(), "start": _started(pid)}, file)
+        json.dump(
+            {"pid": pid, "host": socket.gethostname(), "start": _started(pid)}, file
+        )
         file.flush()
         try:
             yield
@@ -186,7 +192,13 @@ def last_good(good: Seen, seen: Sequence[Seen]) -> tuple[Seen, int]:
     return good, row
 
 # %% ../../nbs/run/32_guard.ipynb #c024
-WHOLE = ("start", "compile", "data", "hooks", "validation")  # the state between two steps is there
+WHOLE = (
+    "start",
+    "compile",
+    "data",
+    "hooks",
+    "validation",
+)  # the state between two steps is there
 
 
 def _exit_now(code: int, message: str) -> None:
@@ -218,10 +230,16 @@ class Guard:
         self.outside.setblocking(False)
         self.before = {}
         self.wakeup = None
-        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # only it may set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self._note)  # guard: run: signals
-            self.wakeup = signal.set_wakeup_fd(self.outside.fileno(), warn_on_full_buffer=False)
+                self.before[number] = signal.signal(
+                    number, self._note
+                )  # guard: run: signals
+            self.wakeup = signal.set_wakeup_fd(
+                self.outside.fileno(), warn_on_full_buffer=False
+            )
         self.thread = threading.Thread(target=self._watch, name="guard", daemon=True)
         self.thread.start()
         return self
@@ -235,7 +253,9 @@ class Guard:
         self.thread.join()
         self.inside.close()
         if kind is KeyboardInterrupt:
-            raise Stopped(f"{self.run}: stopped before its first step; start it again") from None
+            raise Stopped(
+                f"{self.run}: stopped before its first step; start it again"
+            ) from None
 
     def _note(self, number, frame):
         self.signals.append(number)
@@ -258,12 +278,17 @@ class Guard:
             stuck = phase in WHOLE or (terminated and phase == "step")
             if late and stuck and self.leaving.acquire(blocking=False):
                 if phase not in WHOLE:
-                    self._end_hang(f"a step did not end in {self.grace_s:g} s after a signal")
+                    self._end_hang(
+                        f"a step did not end in {self.grace_s:g} s after a signal"
+                    )
                 try:
                     self.rescue()  # in place of the main thread
                 except BaseException as error:
                     _exit_now(1, f"{self.run}: stopped, not saved: {error}")
-                _exit_now(STOPPED, f"{self.run}: stopped and saved; the same command continues")
+                _exit_now(
+                    STOPPED,
+                    f"{self.run}: stopped and saved; the same command continues",
+                )
             if self.watchdog_s and still > self.watchdog_s:  # guard: run: watchdog
                 self._end_hang(f"{phase} did not end in {self.watchdog_s:g} s")
 
@@ -277,4 +302,6 @@ class Guard:
         text = text.replace(str(Path.home()), "~")  # guard: run: home directory
         with suppress(OSError):
             (self.run / "stacks.txt").write_text(text)
-        _exit_now(HUNG, f"{text}{self.run}: {why}; the stacks are above and in stacks.txt")
+        _exit_now(
+            HUNG, f"{text}{self.run}: {why}; the stacks are above and in stacks.txt"
+        )

@@ -43,7 +43,9 @@ def read_metrics(path: str | Path) -> list[dict]:
         try:
             rows.append(dict(parse_json(line)))
         except (ValueError, TypeError):
-            raise ValueError(f"{path}:{number}: not a JSON object: {line[:40]!r}") from None
+            raise ValueError(
+                f"{path}:{number}: not a JSON object: {line[:40]!r}"
+            ) from None
     return rows
 
 # %% ../../nbs/run/30_rundir.ipynb #c009
@@ -63,7 +65,9 @@ def as_record(value: Any) -> Any:
 # %% ../../nbs/run/30_rundir.ipynb #c012
 def retry(
     action: Callable[[], Any],  # may be repeated
-    pauses: Sequence[float],  # seconds before the second attempt, and before those after it
+    pauses: Sequence[
+        float
+    ],  # seconds before the second attempt, and before those after it
     quiet: bool = False,
 ) -> Any:
     "Do `action`, again after an OSError as long as there are pauses, each failure on stderr."
@@ -96,7 +100,9 @@ class MetricsLog:
         try:
             retry(lambda: self._append(line), self.pauses, quiet=True)
         except OSError as error:
-            raise OSError(f"{self.file.name}: line not written: {error.strerror}") from None
+            raise OSError(
+                f"{self.file.name}: line not written: {error.strerror}"
+            ) from None
 
     def _append(self, line):
         os.ftruncate(self.file.fileno(), self.end)  # half a line of an attempt before
@@ -119,11 +125,21 @@ def wandb_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
         except urllib.error.HTTPError:
             pass  # an answer, with whatever status
         except (OSError, ValueError, http.client.HTTPException):
-            print(f"tracker wandb is offline: {found.base_url} does not answer", file=sys.stderr)
+            print(
+                f"tracker wandb is offline: {found.base_url} does not answer",
+                file=sys.stderr,
+            )
             mode = "offline"
-    settings = wandb.Settings(init_timeout=5, login_timeout=5, finish_timeout=3, silent=True)
+    settings = wandb.Settings(
+        init_timeout=5, login_timeout=5, finish_timeout=3, silent=True
+    )
     job = wandb.init(
-        project="nash_lab", name=run.name, dir=run, config=config, settings=settings, mode=mode
+        project="nash_lab",
+        name=run.name,
+        dir=run,
+        config=config,
+        settings=settings,
+        mode=mode,
     )
     return lambda record: job.log(record, step=record["step"]), job.finish
 
@@ -161,7 +177,9 @@ class Trackers:
         self.queues = {name: queue.SimpleQueue() for name in names}
         self.threads = {}
         for name in self.queues:
-            work = threading.Thread(target=self._work, args=(name, run, config), daemon=True)
+            work = threading.Thread(
+                target=self._work, args=(name, run, config), daemon=True
+            )
             self.threads[name] = work
             work.start()
 
@@ -222,9 +240,18 @@ def environment() -> dict:
     root = Path(nash_lab.__file__).parents[1]
     revision = None  # of an installed package
     if (root / ".git").exists():
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        describe = [
+            "git",
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=40",
+            "--exclude=*",
+        ]
         with suppress(OSError, subprocess.TimeoutExpired):
-            found = subprocess.run(describe, cwd=root, capture_output=True, text=True, timeout=10)
+            found = subprocess.run(
+                describe, cwd=root, capture_output=True, text=True, timeout=10
+            )
             revision = found.stdout.strip() or None
 
     device = jax.devices()[0]

@@ -33,7 +33,13 @@ from nash_lab.lab.bench import (
 )
 from ..model.transformer import LM, ModelConfig, flops_per_token, parameter_count
 from ..train.optim import optimizer
-from ..train.step import PLAIN, evaluate_loss, fresh_state, make_eval_step, make_train_step
+from nash_lab.train.step import (
+    PLAIN,
+    evaluate_loss,
+    fresh_state,
+    make_eval_step,
+    make_train_step,
+)
 
 # %% ../../nbs/studies/90_ablation.ipynb #c006
 def variants(cfg: AblationConfig) -> dict[str, ModelConfig]:
@@ -63,8 +69,15 @@ def ablation_data(cfg: AblationConfig, folder: Path) -> dict[str, PackedTokens]:
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", pieces)
     packed = {}
     for split in ("train", "validation"):
-        pack(documents(cfg.corpus, split), tokenizer, folder / f"{split}.bin", split=split)
-        packed[split] = PackedTokens.open(folder / f"{split}.bin", vocab_size=cfg.vocab_size)
+        pack(
+            documents(cfg.corpus, split),
+            tokenizer,
+            folder / f"{split}.bin",
+            split=split,
+        )
+        packed[split] = PackedTokens.open(
+            folder / f"{split}.bin", vocab_size=cfg.vocab_size
+        )
     return packed
 
 # %% ../../nbs/studies/90_ablation.ipynb #c013
@@ -78,7 +91,9 @@ def train_seeds(
 
     tx = optimizer(cfg.optim, cfg.steps)
     graphdef = nnx.graphdef(nnx.eval_shape(make, jax.random.key(0)))
-    initial_params = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(key), nnx.Param)))
+    initial_params = jax.jit(
+        lambda key: nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
+    )
     step = make_train_step(graphdef, tx)
     eval_step = make_eval_step(graphdef)
 
@@ -86,7 +101,9 @@ def train_seeds(
     for seed in range(cfg.seeds):
         key = jax.random.key(seed)
         state = fresh_state(initial_params(key), tx)
-        rows = loader(data["train"], LoaderConfig(cfg.seq_len, cfg.batch_size, seed=seed))
+        rows = loader(
+            data["train"], LoaderConfig(cfg.seq_len, cfg.batch_size, seed=seed)
+        )
         for batch in islice(rows, cfg.steps):
             state, _ = step(state, {name: batch[name] for name in PLAIN}, key)
         sizes = (cfg.seq_len, cfg.batch_size, cfg.eval_batches)
@@ -120,14 +137,18 @@ def measure_variants(cfg: Config) -> list[dict]:
     if cfg.out and Path(cfg.out).exists():
         found = read_json(cfg.out)
         if found.get("config", {}).get("ablation") == to_json(cfg.ablation):
-            known = {row["name"]: row["scores"] for row in found["rows"] if "scores" in row}
+            known = {
+                row["name"]: row["scores"] for row in found["rows"] if "scores" in row
+            }
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = None
         if not models.keys() <= known.keys():
             data = ablation_data(cfg.ablation, Path(folder))
-        for name, model in tqdm(models.items(), desc="ablation", unit=" variant", disable=None):
+        for name, model in tqdm(
+            models.items(), desc="ablation", unit=" variant", disable=None
+        ):
             scores = known.get(name) or train_seeds(model, cfg.ablation, data)
             baseline = rows[0]["scores"] if rows else scores
             delta = np.subtract(scores, baseline)

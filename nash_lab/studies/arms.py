@@ -35,18 +35,24 @@ FIVE = ("best-of-n", "reuse-only", "train-only", "full", "expected-reward")
 class ArmsConfig:
     "Which arms are compared, on which problem. ValueError when nothing would be compared."
 
-    objective: Literal["erdos", "autocorrelation1", "autocorrelation2"] = "erdos"  # in letters
+    objective: Literal["erdos", "autocorrelation1", "autocorrelation2"] = (
+        "erdos"  # in letters
+    )
     heights: int = 30  # of it: prompt, answer and their ends fill 64 positions
     arms: tuple[str, ...] = FIVE  # keys of discover.ttt.ARMS, the baseline first
     seeds: int = 5  # of adapter and draws; the prior is one
     steps: int = 40  # rounds
     groups: int = 8  # of a round
     rollouts: int = 32  # of a group
-    copies_earn: bool = False  # False: an answer equal to its parent counts 0 for the update
+    copies_earn: bool = (
+        False  # False: an answer equal to its parent counts 0 for the update
+    )
     kl_weight: float = 0.1  # lambda
     learning_rate: float = 6e-3  # of the adapter, for a model of 0.1M parameters
     rank: int = 8  # of the adapter
-    prior: PriorConfig = field(default_factory=PriorConfig)  # the policy every search starts from
+    prior: PriorConfig = field(
+        default_factory=PriorConfig
+    )  # the policy every search starts from
     out: str = "runs/arms.json"  # results; what it has is not run again; .md and .png beside it
     run: str = "runs/prior"  # run directory of the prior, made when missing
 
@@ -134,8 +140,12 @@ def markdown(cfg: ArmsConfig, runs: Sequence[dict]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in arm_rows(cfg, runs):
-        values = " | ".join(f"{row[name]:.5f}" for name in ("mean", "std", "low", "high"))
-        counts = f"{row['wins']} of {row['runs']} | {row['valid']:.0%} | {row['time_s']:.0f}"
+        values = " | ".join(
+            f"{row[name]:.5f}" for name in ("mean", "std", "low", "high")
+        )
+        counts = (
+            f"{row['wins']} of {row['runs']} | {row['valid']:.0%} | {row['time_s']:.0f}"
+        )
         lines.append(f"| {row['arm']} | {values} | {counts} |")
     best = OBJECTIVES[cfg.objective].best
     return "\n".join([*lines, "", f"Best known, any number of heights: {best}", ""])
@@ -150,7 +160,9 @@ def run_study(cfg: ArmsConfig) -> str:
         stored = read_json(cfg.out)
         wanted = to_json(cfg)
         varied = ("arms", "seeds", "out", "run")
-        if all(stored["config"].get(k) == v for k, v in wanted.items() if k not in varied):
+        if all(
+            stored["config"].get(k) == v for k, v in wanted.items() if k not in varied
+        ):
             runs = stored["runs"]  # of these settings
     known = {(run["arm"], run["seed"]) for run in runs}
     asked = [(arm, seed) for seed in range(cfg.seeds) for arm in cfg.arms]

@@ -40,7 +40,13 @@ from nash_lab.adapt.sdft import (
     reverse_kl,
     teacher_prompt,
 )
-from ..core.configs import check_range, check_that, config_changes, from_json, to_json
+from nash_lab.core.configs import (
+    check_range,
+    check_that,
+    config_changes,
+    from_json,
+    to_json,
+)
 from ..core.files import read_json, write_json
 from ..evals.scores import Probe, weights_hash
 from ..model.block import ModelConfig
@@ -53,7 +59,11 @@ from ..train.step import fresh_state, make_train_step
 DIGITS = 5
 OPERATORS = "RLTSPND"
 MEANINGS = {"X": "L", "Y": "P", "Z": "R"}  # what the new symbols are to mean
-RIVALS = {"X": "T", "Y": "N", "Z": "S"}  # what they may mean as well, as far as a base model knows
+RIVALS = {
+    "X": "T",
+    "Y": "N",
+    "Z": "S",
+}  # what they may mean as well, as far as a base model knows
 NATIVE = "0123456789"
 EXPERT = "abcdefghij"
 
@@ -76,7 +86,9 @@ def right_answer(symbol: str, digits: list[int]) -> list[int]:
             return [9 - i for i in d]
         case "D":  # double every other
             return [d[0], d[0], d[2], d[2], d[4]]
-    raise ValueError(f"symbol {symbol!r}: expected one of {OPERATORS}{''.join(MEANINGS)}")
+    raise ValueError(
+        f"symbol {symbol!r}: expected one of {OPERATORS}{''.join(MEANINGS)}"
+    )
 
 
 def spell(digits: Sequence[int], style: str = NATIVE) -> str:
@@ -146,7 +158,9 @@ def lesson(rng: np.random.Generator) -> tuple[str, str]:
     return teacher_prompt(prompt, spell(content, EXPERT), TEMPLATE), spell(content)
 
 # %% ../../nbs/studies/91_learning.ipynb #c015
-def answer_rows(pairs: Sequence[tuple[str, str]], width: int = 32) -> dict[str, np.ndarray]:
+def answer_rows(
+    pairs: Sequence[tuple[str, str]], width: int = 32
+) -> dict[str, np.ndarray]:
     "A batch for the train step from prompts and answers; the answer and its EOS are counted."
     words = Symbols()
     prompts = [[words.eos_id, *words.encode(prompt)] for prompt, _ in pairs]
@@ -168,7 +182,8 @@ def train_on_rows(
     size: int,  # rows of an update
     optim: OptimConfig,
     steps: int,
-    hook: Callable | None = None,  # after each update: (step, function that gives the model)
+    hook: Callable
+    | None = None,  # after each update: (step, function that gives the model)
 ) -> LM:
     "Plain supervised training: pretraining, and fine-tuning on given answers."
     graphdef, params = nnx.split(lm, nnx.Param)
@@ -189,7 +204,11 @@ def train_on_rows(
     return trained_model()
 
 # %% ../../nbs/studies/91_learning.ipynb #c018
-SUPERVISED = {"sft": "expert", "sft-native": "native", "sft-teacher": "teacher"}  # whose answers
+SUPERVISED = {
+    "sft": "expert",
+    "sft-native": "native",
+    "sft-teacher": "teacher",
+}  # whose answers
 DISTILLED = {  # changes of SDFTConfig
     "offline": {"author": "teacher"},
     "sdft": {},
@@ -242,8 +261,17 @@ class LearningConfig:
     )
 
     def __post_init__(self):
-        check_range(self, "seeds", "pretrain_steps", "pretrain_batch", "pretrain_rows", at_least=1)
-        check_range(self, "examples", "steps", "batch_size", "every", "probes", at_least=1)
+        check_range(
+            self,
+            "seeds",
+            "pretrain_steps",
+            "pretrain_batch",
+            "pretrain_rows",
+            at_least=1,
+        )
+        check_range(
+            self, "examples", "steps", "batch_size", "every", "probes", at_least=1
+        )
         for name in ("arms", "everywhere"):
             known = set(getattr(self, name)) <= set(WAYS)
             check_that(self, name, known, f"some of {', '.join(WAYS)}")
@@ -264,9 +292,13 @@ Config = LearningConfig  # of `nash_lab study learning`
 def base_model(cfg: LearningConfig, seed: int) -> LM:
     "A model that knows seven operators and can read demonstrations."
     rng = np.random.default_rng((seed, 1))
-    rows = answer_rows([lesson(rng) for _ in range(cfg.pretrain_rows)], cfg.model.max_len)
+    rows = answer_rows(
+        [lesson(rng) for _ in range(cfg.pretrain_rows)], cfg.model.max_len
+    )
     lm = LM(cfg.model, nnx.Rngs(seed))
-    return train_on_rows(lm, rows, rng, cfg.pretrain_batch, cfg.optim, cfg.pretrain_steps)
+    return train_on_rows(
+        lm, rows, rng, cfg.pretrain_batch, cfg.optim, cfg.pretrain_steps
+    )
 
 
 def questions(symbols: Sequence[str], n: int, seed: int) -> list[tuple[str, list[int]]]:
@@ -315,7 +347,9 @@ def _answer_kl(lm, base, tokens, last, mask):
     return reverse_kl(logits, base_logits, mask)
 
 
-def measure_skills(lm: LM, base: LM, cfg: LearningConfig, symbol: str = "X") -> dict[str, float]:
+def measure_skills(
+    lm: LM, base: LM, cfg: LearningConfig, symbol: str = "X"
+) -> dict[str, float]:
     "New skill, old skills, and the distance to the base."
     new, _ = share_right(lm, questions([symbol], cfg.probes, 7))
     asked = questions(list(OPERATORS), cfg.probes, 8)
@@ -336,7 +370,9 @@ def measure_skills(lm: LM, base: LM, cfg: LearningConfig, symbol: str = "X") -> 
     }
 
 # %% ../../nbs/studies/91_learning.ipynb #c026
-def sdft_config(cfg: LearningConfig, rate: float, seed: int, **changes: Any) -> SDFTConfig:
+def sdft_config(
+    cfg: LearningConfig, rate: float, seed: int, **changes: Any
+) -> SDFTConfig:
     "Settings of SDFT at this size."
     return SDFTConfig(
         steps=cfg.steps,
@@ -366,7 +402,9 @@ def given_answers(
     return list(zip(prompts, answers))
 
 
-def learning_curve(base: LM, cfg: LearningConfig, way: str, rate: float, seed: int) -> list[dict]:
+def learning_curve(
+    base: LM, cfg: LearningConfig, way: str, rate: float, seed: int
+) -> list[dict]:
     "Measurements along one training."
     examples = demonstrations("X", cfg.examples, seed)
     points = []
@@ -402,11 +440,15 @@ def skill_suite(
 
     def probes(symbols, seed):
         asked = questions(symbols, cfg.probes, seed)
-        return tuple(Probe(prompt_of(*q), spell(right_answer(*q)), "exact") for q in asked)
+        return tuple(
+            Probe(prompt_of(*q), spell(right_answer(*q)), "exact") for q in asked
+        )
 
     gates = [SkillGate("old", probes=probes(list(OPERATORS), 11), least_change=-margin)]
     for symbol in learned:
-        gates.append(SkillGate(symbol, probes=probes([symbol], 12), least_change=-margin))
+        gates.append(
+            SkillGate(symbol, probes=probes([symbol], 12), least_change=-margin)
+        )
     if new:
         gates.append(SkillGate(new, probes=probes([new], 12), least_change=0.3))
     return Suite(skills=tuple(gates), batch_size=cfg.probes, max_new_tokens=ROOM)
@@ -425,13 +467,17 @@ def skill_shares(lm: LM, cfg: LearningConfig) -> dict[str, float]:
     return shares
 
 
-def skill_chain(base: LM, cfg: LearningConfig, rate: float, seed: int, folder: Path) -> dict:
+def skill_chain(
+    base: LM, cfg: LearningConfig, rate: float, seed: int, folder: Path
+) -> dict:
     "Three skills with replay and gates, a planted bad update, and the skills without either."
     settings = sdft_config(cfg, rate, seed)
     words = Symbols()
     buffer = ReplayBuffer(seed=seed)
     for symbol in OPERATORS:
-        buffer.remember(demonstrations(symbol, cfg.examples // len(OPERATORS), seed + 1))
+        buffer.remember(
+            demonstrations(symbol, cfg.examples // len(OPERATORS), seed + 1)
+        )
 
     lm = free = base
     gated_shares = [skill_shares(base, cfg)]
@@ -453,7 +499,9 @@ def skill_chain(base: LM, cfg: LearningConfig, rate: float, seed: int, folder: P
 
     # the planted fault: X answered with the nines complement, at ten times the rate
     asked = questions(["X"], cfg.examples, seed)
-    wrong = [Example(prompt_of(*q), spell(right_answer("N", q[1]), EXPERT)) for q in asked]
+    wrong = [
+        Example(prompt_of(*q), spell(right_answer("N", q[1]), EXPERT)) for q in asked
+    ]
     rash = replace(settings, optim=replace(settings.optim, learning_rate=10 * rate))
     suite = skill_suite(cfg, learned)
     block = folder / f"{seed}-bad"
@@ -487,7 +535,9 @@ def study_seeds(cfg: LearningConfig) -> list[dict]:
         del old["out"]
         changes = config_changes(old, settings)
         if changes:
-            raise ValueError(f"{path}: a study with other settings: {'; '.join(changes)}")
+            raise ValueError(
+                f"{path}: a study with other settings: {'; '.join(changes)}"
+            )
         seeds = found["seeds"]
 
     for seed in range(len(seeds), cfg.seeds):
@@ -496,7 +546,9 @@ def study_seeds(cfg: LearningConfig) -> list[dict]:
         base_skills = measure_skills(base, base, cfg)
         examples = demonstrations("X", cfg.examples, seed)
         reads = []  # does the teacher give the demonstration's content?
-        for example, (_, answer) in zip(examples, given_answers(base, examples, "teacher", seed)):
+        for example, (_, answer) in zip(
+            examples, given_answers(base, examples, "teacher", seed)
+        ):
             content, _ = read_answer(answer)
             reads.append(content == [EXPERT.index(c) for c in example.demonstration])
         pretrained = time.monotonic()
@@ -544,7 +596,9 @@ def chain_shares(seeds: Sequence[dict], kind: str) -> np.ndarray:
     chains = []
     for seed in seeds:
         blocks = seed["sequence"][kind]
-        chains.append([[block[name] for name in ("old", *MEANINGS)] for block in blocks])
+        chains.append(
+            [[block[name] for name in ("old", *MEANINGS)] for block in blocks]
+        )
     return np.array(chains)
 
 

@@ -41,7 +41,9 @@ def matrix_axes(path: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | No
     names = path.removesuffix("/value").split("/")
     if names[-1] != "weight" or not in_stack(path):
         return None
-    first = 2 if "ffn" in names and ndim == 4 else 1  # [l, e, d, f]: one matrix an expert
+    first = (
+        2 if "ffn" in names and ndim == 4 else 1
+    )  # [l, e, d, f]: one matrix an expert
     inputs = 2 if names[-2] == "o" else 1
     if ndim <= first + inputs:
         return None
@@ -71,7 +73,9 @@ def relaxed(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def muon(rate: Callable, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+def muon(
+    rate: Callable, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
     "Muon on parameters that have `matrix_axes`; the others must not reach it."
 
     rule = optax.contrib.muon(
@@ -134,7 +138,14 @@ class OptimConfig:
     def __post_init__(self):
         check_choices(self)
         check_range(self, "learning_rate", "eps", above=0)
-        check_range(self, "warmup_steps", "weight_decay", "clip_norm", "balance_rate", at_least=0)
+        check_range(
+            self,
+            "warmup_steps",
+            "weight_decay",
+            "clip_norm",
+            "balance_rate",
+            at_least=0,
+        )
         check_range(self, "beta1", "beta2", "momentum", "ema", at_least=0, below=1)
         check_range(self, "decay_fraction", above=0, at_most=1)
         check_range(self, "final_scale", at_least=0, at_most=1)
@@ -157,18 +168,24 @@ def schedule(cfg: OptimConfig, steps: int) -> Callable:
     warm = cfg.warmup_steps
     decay = max(1, round(cfg.decay_fraction * steps)) if cfg.schedule == "wsd" else 1
     if warm + decay > steps:
-        raise ValueError(f"optim.warmup_steps={warm} and {decay} more do not fit into {steps=}")
+        raise ValueError(
+            f"optim.warmup_steps={warm} and {decay} more do not fit into {steps=}"
+        )
 
     pieces = [optax.linear_schedule(0.0, peak, max(warm, 1))]
     starts = [warm]
     if cfg.schedule == "cosine":
-        pieces.append(optax.cosine_decay_schedule(peak, steps - warm, alpha=cfg.final_scale))
+        pieces.append(
+            optax.cosine_decay_schedule(peak, steps - warm, alpha=cfg.final_scale)
+        )
     else:
         pieces.append(optax.constant_schedule(peak))
     if cfg.schedule == "wsd":
         starts.append(steps - decay)
         pieces.append(
-            lambda step: peak - (peak - final) * jnp.sqrt(jnp.clip(step / decay, 0.0, 1.0))
+            lambda step: (
+                peak - (peak - final) * jnp.sqrt(jnp.clip(step / decay, 0.0, 1.0))
+            )
         )
     joined = optax.join_schedules(pieces, starts)
     return lambda count: joined(count + 1)
@@ -182,13 +199,17 @@ def factored_rms() -> optax.GradientTransformation:
         g = by_path(matrix_stack, grads)
         p = by_path(matrix_stack, params)
         pairs = jax.tree.map(jax.vmap(one.update), g, state, p)
-        directions = jax.tree.map(lambda g, pair: pair[0].reshape(g.shape), grads, pairs)
+        directions = jax.tree.map(
+            lambda g, pair: pair[0].reshape(g.shape), grads, pairs
+        )
         state = jax.tree.map(lambda _, pair: pair[1], grads, pairs)
         return directions, state
 
     return relaxed(
         optax.GradientTransformation(
-            lambda params: jax.tree.map(jax.vmap(one.init), by_path(matrix_stack, params)),
+            lambda params: jax.tree.map(
+                jax.vmap(one.init), by_path(matrix_stack, params)
+            ),
             update_factors,
         )
     )
@@ -197,7 +218,9 @@ def factored_rms() -> optax.GradientTransformation:
 MOMENTS = ("mu", "nu")  # fields of optax states that are as large as the parameters
 
 
-def kept_in(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+def kept_in(
+    tx: optax.GradientTransformation, dtype: str
+) -> optax.GradientTransformation:
     "`tx` with its moments stored in `dtype` and computed in float32."
 
     def cast(state, dtype):
@@ -213,7 +236,9 @@ def kept_in(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTrans
         return updates, cast(state, dtype)
 
     return relaxed(
-        optax.GradientTransformation(lambda params: cast(tx.init(params), dtype), update_cast)
+        optax.GradientTransformation(
+            lambda params: cast(tx.init(params), dtype), update_cast
+        )
     )
 
 # %% ../../nbs/train/41_optim.ipynb #c040
@@ -314,9 +339,14 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
             rule = update_rule(own, steps, name, group.learning_rate_scale, mask)
             rules[f"{i}:{name}"] = rule
 
-    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    clip = (
+        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    )
     trained = partial(by_path, lambda path, _: not path.endswith("/balance"))
-    links = [optax.masked(clip, trained), optax.multi_transform(rules, partial(rule_names, cfg))]
+    links = [
+        optax.masked(clip, trained),
+        optax.multi_transform(rules, partial(rule_names, cfg)),
+    ]
     if cfg.ema:
         links.append(average_weights(cfg.ema))
     return relaxed(optax.chain(*links))

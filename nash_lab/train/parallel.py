@@ -27,7 +27,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ..core.configs import check_range, check_that
 
 # %% ../../nbs/train/40_parallel.ipynb #c010
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
 
 # %% ../../nbs/train/40_parallel.ipynb #c015
 AXES = ("data", "fsdp", "tp", "ep")
@@ -37,11 +43,15 @@ AXES = ("data", "fsdp", "tp", "ep")
 class MeshConfig:
     "Devices along each axis of the mesh; ValueError for numbers that make none."
 
-    data: int = 1  # copies of the model, each with a share of the batch; -1: the devices left
+    data: int = (
+        1  # copies of the model, each with a share of the batch; -1: the devices left
+    )
     fsdp: int = 1  # shares of every weight and of the batch
     tp: int = 1  # shares of the heads, the FFN and the vocabulary
     ep: int = 1  # shares of the experts of a MoE layer, and of the batch
-    zero: bool = True  # the optimizer's state is divided along data as well (ZeRO, stage 1)
+    zero: bool = (
+        True  # the optimizer's state is divided along data as well (ZeRO, stage 1)
+    )
 
     def __post_init__(self):
         check_that(self, "data", self.data >= 1 or self.data == -1, "at least 1 or -1")
@@ -85,21 +95,31 @@ class MeshSlice:
         if not isinstance(key, dict):
             positions = key if isinstance(key, tuple) else (key,)
             if Ellipsis in positions:
-                raise ValueError(f"MeshSlice: {positions} has an ellipsis, name the axes instead")
+                raise ValueError(
+                    f"MeshSlice: {positions} has an ellipsis, name the axes instead"
+                )
             if len(positions) > len(names):
                 count = len(positions)
-                raise ValueError(f"MeshSlice: {count} positions, the mesh has axes {names}")
+                raise ValueError(
+                    f"MeshSlice: {count} positions, the mesh has axes {names}"
+                )
             cuts = dict(zip(names, positions))
         for name in cuts:
             if name not in names:
-                raise ValueError(f"MeshSlice: axis {name!r}, expected one of {', '.join(names)}")
+                raise ValueError(
+                    f"MeshSlice: axis {name!r}, expected one of {', '.join(names)}"
+                )
         part = self.mesh.devices
         for name, cut in cuts.items():
             axis = names.index(name)
-            kept = np.atleast_1d(np.arange(part.shape[axis])[cut])  # an index keeps its axis
+            kept = np.atleast_1d(
+                np.arange(part.shape[axis])[cut]
+            )  # an index keeps its axis
             part = np.take(part, kept, axis)
         if not part.size:
-            raise ValueError(f"MeshSlice: {cuts} leaves no device of {dict(self.mesh.shape)}")
+            raise ValueError(
+                f"MeshSlice: {cuts} leaves no device of {dict(self.mesh.shape)}"
+            )
         return Mesh(part, names, axis_types=self.mesh.axis_types)
 
 # %% ../../nbs/train/40_parallel.ipynb #c021
@@ -161,7 +181,10 @@ class AxisRules:
     kv_heads: tuple[str, ...] = ("tp",)  # key and value heads
     ffn: tuple[str, ...] = ("tp",)  # f
     features: tuple[str, ...] = ("tp",)  # outputs of a projection from width to width
-    vocab: tuple[str, ...] = ("tp", "fsdp")  # v; fsdp too, or looked up rows are divided along d
+    vocab: tuple[str, ...] = (
+        "tp",
+        "fsdp",
+    )  # v; fsdp too, or looked up rows are divided along d
     experts: tuple[str, ...] = ("ep",)  # e
     layers: tuple[str, ...] = ()  # stacked blocks: every device has a part of each
     streams: tuple[str, ...] = ()  # n of mHC
@@ -244,7 +267,9 @@ def unsharded(
             wanted = getattr(rules, axis) if axis else ()
             for a in wanted:
                 if a in dividing - used:
-                    whole.append(f"{axis}={length} is not divided by {a}={mesh.shape[a]}")
+                    whole.append(
+                        f"{axis}={length} is not divided by {a}={mesh.shape[a]}"
+                    )
         if whole:
             found[name] = "; ".join(whole)
     return found
@@ -303,7 +328,9 @@ def state_shardings(
             spec = with_zero(spec, shape, mesh)
         moments.append(NamedSharding(mesh, spec))
     shardings = jax.tree.map(lambda _: whole, state)
-    return shardings._replace(params=params, opt_state=jax.tree.unflatten(tree, moments))
+    return shardings._replace(
+        params=params, opt_state=jax.tree.unflatten(tree, moments)
+    )
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
@@ -334,7 +361,9 @@ def batch_shares(mesh: Mesh, rules: AxisRules = RULES) -> int:
 @lru_cache(maxsize=32)
 def batch_sharding(mesh: Mesh, rules: AxisRules = RULES) -> NamedSharding:
     "The sharding of rows [b, ...]."
-    return NamedSharding(mesh, spec_of(("batch",), (batch_shares(mesh, rules),), rules, mesh))
+    return NamedSharding(
+        mesh, spec_of(("batch",), (batch_shares(mesh, rules),), rules, mesh)
+    )
 
 
 def check_rows(rows: int, mesh: Mesh, rules: AxisRules = RULES) -> None:
@@ -342,19 +371,25 @@ def check_rows(rows: int, mesh: Mesh, rules: AxisRules = RULES) -> None:
     shares = batch_shares(mesh, rules)
     if rows % shares:
         sizes = " * ".join(f"{a}={mesh.shape[a]}" for a in rules.batch)
-        raise ValueError(f"{rows} rows of a batch do not divide among the {shares} of {sizes}")
+        raise ValueError(
+            f"{rows} rows of a batch do not divide among the {shares} of {sizes}"
+        )
 
 
 @lru_cache(maxsize=32)
 def data_shard(mesh: Mesh, rules: AxisRules = RULES) -> tuple[int, int]:
     "(shard, shards) of each batch for this process. ValueError when its rows are not neighbours."
     shares = batch_shares(mesh, rules)
-    parts = batch_sharding(mesh, rules).addressable_devices_indices_map((shares,)).values()
+    parts = (
+        batch_sharding(mesh, rules).addressable_devices_indices_map((shares,)).values()
+    )
     mine = sorted({index[0].indices(shares)[0] for index in parts})
     neighbours = list(range(mine[0], mine[0] + len(mine)))
     if mine != neighbours or mine[0] % len(mine):
         here = f"process {jax.process_index()}"
-        raise ValueError(f"{here} holds the shares {mine} of {shares}, not neighbouring rows")
+        raise ValueError(
+            f"{here} holds the shares {mine} of {shares}, not neighbouring rows"
+        )
     return mine[0] // len(mine), shares // len(mine)
 
 
@@ -402,7 +437,10 @@ def place_rows(lm: Any, mesh: Mesh, rules: AxisRules = RULES) -> Any:
 def shard_step(step: Callable, shardings: NamedTuple) -> Callable:
     "The step (state, batch, key) -> (state, metrics), jitted, its state donated and kept in place."
     mesh = jax.tree.leaves(shardings)[0].mesh
-    out = (shardings, NamedSharding(mesh, PartitionSpec()))  # metrics whole on every device
+    out = (
+        shardings,
+        NamedSharding(mesh, PartitionSpec()),
+    )  # metrics whole on every device
     return jax.jit(lambda *args: step(*args), donate_argnums=0, out_shardings=out)
 
 

@@ -37,8 +37,19 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 
-from ..core.configs import check_choices, check_range, check_that, from_json, to_json
-from ..model.transformer import ModelConfig, flops_per_token, model_shapes, parameter_count
+from nash_lab.core.configs import (
+    check_choices,
+    check_range,
+    check_that,
+    from_json,
+    to_json,
+)
+from nash_lab.model.transformer import (
+    ModelConfig,
+    flops_per_token,
+    model_shapes,
+    parameter_count,
+)
 from .optim import OptimConfig, optimizer, tree_bytes
 from nash_lab.train.parallel import (
     RULES,
@@ -66,7 +77,9 @@ def product_flops(jaxpr: Any) -> float:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
-            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+            total += (
+                2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+            )
         elif eqn.primitive.name == "cond":
             total += max(inner, default=0.0)  # the larger side: either may be taken
         else:
@@ -74,7 +87,13 @@ def product_flops(jaxpr: Any) -> float:
     return total
 
 # %% ../../nbs/train/45_preflight.ipynb #c010
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
 ITEM_BYTES = {
     **dict.fromkeys(("s4", "u4"), 0.5),
     **dict.fromkeys(("pred", "s8", "u8"), 1),
@@ -90,7 +109,9 @@ def hbm_bytes(shape: str) -> float:
     for kind, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
         if "S(1)" not in layout:
             size = math.prod(int(n) for n in dims.split(",") if n)
-            total += ITEM_BYTES.get(kind, 0) * size  # tokens and other kinds hold no data
+            total += (
+                ITEM_BYTES.get(kind, 0) * size
+            )  # tokens and other kinds hold no data
     return total
 
 # %% ../../nbs/train/45_preflight.ipynb #c012
@@ -334,7 +355,9 @@ def row_costs(
     for rows in (2, 1):
         tokens = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
         pullback = jax.eval_shape(
-            lambda params, tokens, key: jax.vjp(lambda p: row_loss(p, tokens, key), params)[1],
+            lambda params, tokens, key: jax.vjp(
+                lambda p: row_loss(p, tokens, key), params
+            )[1],
             params,
             tokens,
             key,
@@ -368,7 +391,10 @@ class Target(NamedTuple):
     kind: str  # TPU_ACCELERATOR_TYPE
 
 
-CHIPS = {"v6e": Chip(31.25, 918e12, 1640e9, 448e9), "v5e": Chip(15.75, 197e12, 819e9, 200e9)}
+CHIPS = {
+    "v6e": Chip(31.25, 918e12, 1640e9, 448e9),
+    "v5e": Chip(15.75, 197e12, 819e9, 200e9),
+}
 TARGETS = {
     "v6e-1": Target("v6e", "v6e:1x1", (1, 1, 1), "v6e-1"),
     "v6e-4": Target("v6e", "v6e:2x2", (2, 2, 1), "v6e-4"),
@@ -384,21 +410,35 @@ PROGRAMS = ("train", "prefill", "decode")
 class PreflightConfig:
     "What to compile and for which chips; ValueError when the numbers do not fit together."
 
-    target: Literal["v6e-1", "v6e-4", "v6e-8", "v5e-1", "local"] = "v6e-1"  # local: this machine
-    programs: tuple[Literal["train", "prefill", "decode"], ...] = PROGRAMS  # what to compile
+    target: Literal["v6e-1", "v6e-4", "v6e-8", "v5e-1", "local"] = (
+        "v6e-1"  # local: this machine
+    )
+    programs: tuple[Literal["train", "prefill", "decode"], ...] = (
+        PROGRAMS  # what to compile
+    )
     seq_len: int = 2048  # tokens of a row while training, and slots of the cache
     batch_size: int = 8  # rows of an update, over all chips
     accumulate: int = 1  # micro-batches an update is cut into
-    accumulate_dtype: Literal["float32", "bfloat16"] = "float32"  # of the sum of their gradients
-    documents: Literal["cross", "mask"] = "cross"  # mask: batches carry positions and segments too
+    accumulate_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the sum of their gradients
+    )
+    documents: Literal["cross", "mask"] = (
+        "cross"  # mask: batches carry positions and segments too
+    )
     prompt_len: int = 1024  # tokens of a prompt in prefill
     serve_rows: int = 8  # rows of prefill and decode
     search: bool = False  # look for the fastest setting that fits
     tries: int = 4  # compilations a search may spend
     timeout_s: int = 3600  # seconds after which the compiler is stopped
-    model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("mhc-120m"))  # the model
-    optim: OptimConfig = field(default_factory=OptimConfig)  # optimizer, whose moments need memory
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=-1))  # axes over all chips
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig.preset("mhc-120m")
+    )  # the model
+    optim: OptimConfig = field(
+        default_factory=OptimConfig
+    )  # optimizer, whose moments need memory
+    mesh: MeshConfig = field(
+        default_factory=lambda: MeshConfig(data=-1)
+    )  # axes over all chips
 
     def __post_init__(self):
         check_choices(self)
@@ -409,7 +449,9 @@ class PreflightConfig:
         check_range(self, "seq_len", at_least=1, at_most=self.model.max_len)
         check_range(self, "prompt_len", at_least=1, at_most=self.seq_len)
         divides = self.batch_size % self.accumulate == 0
-        check_that(self, "batch_size", divides, f"a multiple of accumulate={self.accumulate}")
+        check_that(
+            self, "batch_size", divides, f"a multiple of accumulate={self.accumulate}"
+        )
 
 # %% ../../nbs/train/45_preflight.ipynb #c040
 def sharded_program(
@@ -481,7 +523,9 @@ class Program:
 
     @property
     def needed_bytes(self) -> float:
-        return self.arguments + self.results - self.aliased + self.temporaries + self.code
+        return (
+            self.arguments + self.results - self.aliased + self.temporaries + self.code
+        )
 
     def bound(self, chip: Chip) -> float:
         "Seconds that one call takes at least."
@@ -518,7 +562,9 @@ def compile_program(
         said = str(error)
         found = re.search(r"([\d.]+)([KMGT])\)? exceeds|Used ([\d.]+)([KMGT]) of", said)
         if "RESOURCE_EXHAUSTED" not in said or not found:
-            lines = [line for line in said.splitlines() if line.strip()] or ["no message"]
+            lines = [line for line in said.splitlines() if line.strip()] or [
+                "no message"
+            ]
             raise ValueError(f"the compiler failed: {lines[0][:300]}") from None
         amount, unit = [group for group in found.groups() if group]
         return replace(
@@ -532,7 +578,9 @@ def compile_program(
 
     dumped = []
     if dump:
-        dumped = sorted(Path(dump).glob("*after_optimizations.txt"), key=os.path.getmtime)
+        dumped = sorted(
+            Path(dump).glob("*after_optimizations.txt"), key=os.path.getmtime
+        )
     text = dumped[-1].read_text() if dumped else compiled.as_text()
     modules = defaultdict(float)
     linked = 0.0
@@ -568,7 +616,9 @@ def worker():
         num_slices=1,
     ).devices
     try:
-        programs = [compile_program(cfg, name, devices, job["dump"]) for name in cfg.programs]
+        programs = [
+            compile_program(cfg, name, devices, job["dump"]) for name in cfg.programs
+        ]
         answer = {"programs": to_json(programs)}
     except ValueError as error:
         answer = {"error": str(error)}
@@ -581,7 +631,9 @@ def chip_of(target: str) -> Chip:
         return CHIPS[TARGETS[target].chip]
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    )
     for kind, name in (("TPU v6", "v6e"), ("TPU v5 lite", "v5e")):
         if kind in device.device_kind:
             return replace(CHIPS[name], hbm=memory / GIB)
@@ -605,39 +657,55 @@ class PreflightReport:
 
     @property
     def needed_gib(self) -> float:
-        return max(p.needed_bytes for p in self.programs) / GIB  # one program runs at a time
+        return (
+            max(p.needed_bytes for p in self.programs) / GIB
+        )  # one program runs at a time
 
     @property
     def fits(self) -> bool:
-        return self.needed_gib <= self.chip.hbm and not any(p.error for p in self.programs)
+        return self.needed_gib <= self.chip.hbm and not any(
+            p.error for p in self.programs
+        )
 
 
 def preflight(cfg: PreflightConfig) -> PreflightReport:
     "Compiles every program of `cfg` and counts; ValueError in one line when that cannot be done."
-    cfg.mesh.sizes(chips_of(cfg))  # refuses a mesh that does not make the chips of the target
+    cfg.mesh.sizes(
+        chips_of(cfg)
+    )  # refuses a mesh that does not make the chips of the target
     chip = chip_of(cfg.target)
     if cfg.target == "local":
         programs = [compile_program(cfg, name, jax.devices()) for name in cfg.programs]
         return PreflightReport(cfg, chip, tuple(programs))
     where = f"target {cfg.target!r}"
     if find_spec("libtpu") is None:
-        raise ValueError(f"{where} needs libtpu, which is not installed (pip install libtpu)")
+        raise ValueError(
+            f"{where} needs libtpu, which is not installed (pip install libtpu)"
+        )
 
     with TemporaryDirectory() as dump:
         flags = os.environ.get("XLA_FLAGS", "").split()
-        flags = [flag for flag in flags if not flag.startswith("--xla_cpu")]  # libtpu stops there
+        flags = [
+            flag for flag in flags if not flag.startswith("--xla_cpu")
+        ]  # libtpu stops there
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_ACCELERATOR_TYPE": TARGETS[cfg.target].kind,
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "XLA_FLAGS": " ".join([*flags, f"--xla_dump_to={dump}", "--xla_dump_hlo_as_text"]),
+            "XLA_FLAGS": " ".join(
+                [*flags, f"--xla_dump_to={dump}", "--xla_dump_hlo_as_text"]
+            ),
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
         try:
             done = subprocess.run(
-                [sys.executable, "-c", "from nash_lab.train.preflight import worker; worker()"],
+                [
+                    sys.executable,
+                    "-c",
+                    "from nash_lab.train.preflight import worker; worker()",
+                ],
                 input=json.dumps({"config": to_json(cfg), "dump": dump}),
                 env=env,
                 capture_output=True,
@@ -687,7 +755,9 @@ def kept_bytes(
 # How often an array crosses the memory. Activations: written, read, the same in the backward
 # pass, and once or twice more for what is computed again.
 ACTIVATION_CROSSINGS = {"none": 4, "dots": 5, "block": 6}
-WEIGHT_CROSSINGS = 4  # in each micro-batch: read twice, gradient written and added to the sum
+WEIGHT_CROSSINGS = (
+    4  # in each micro-batch: read twice, gradient written and added to the sum
+)
 MOMENT_CROSSINGS = 2  # in an update: read and written
 UPDATE_CROSSINGS = 4  # of weights in an update: gradient and weights read, both written
 # How often a chip's share crosses the links between chips.
@@ -703,7 +773,9 @@ def estimate(
     chip = chip_of(cfg.target)
     model = cfg.model
     data, fsdp, tp, ep = cfg.mesh.sizes(chips_of(cfg))
-    rows = cfg.batch_size / (cfg.accumulate * data * fsdp * ep)  # of a micro-batch, on each chip
+    rows = cfg.batch_size / (
+        cfg.accumulate * data * fsdp * ep
+    )  # of a micro-batch, on each chip
 
     weights, moments = kept_bytes(replace(model, remat="none"), cfg.optim)
     weights /= fsdp * tp
@@ -719,7 +791,9 @@ def estimate(
     _, saved_row, row_flops = row_costs(model, cfg.seq_len)
     saved = rows * saved_row
     if model.remat != "none":
-        one_block = all_of_row / model.layers  # all of it is there while it is made again
+        one_block = (
+            all_of_row / model.layers
+        )  # all of it is there while it is made again
         saved += rows * one_block / tp
 
     flops = row_flops * rows * cfg.accumulate / tp
@@ -769,7 +843,10 @@ def candidate_settings(
         for mesh in meshes:
             sharded_rows = mesh.data * mesh.fsdp * mesh.ep
             for accumulate in cuts:
-                if cfg.batch_size // accumulate % sharded_rows or cfg.model.kv_heads % mesh.tp:
+                if (
+                    cfg.batch_size // accumulate % sharded_rows
+                    or cfg.model.kv_heads % mesh.tp
+                ):
                     continue
                 for remat in ("none", "dots", "block"):
                     setting = replace(
@@ -807,7 +884,10 @@ def setting_flags(
 ) -> str:
     "What a search may change, as flags of the command line."
     flags = [f"--accumulate {cfg.accumulate}", f"--model.remat {cfg.model.remat}"]
-    flags += [f"--optim.name {cfg.optim.name}", f"--optim.moment-dtype {cfg.optim.moment_dtype}"]
+    flags += [
+        f"--optim.name {cfg.optim.name}",
+        f"--optim.moment-dtype {cfg.optim.moment_dtype}",
+    ]
     for name in ("data", "fsdp", "tp", "ep"):
         size = getattr(cfg.mesh, name)
         if size != 1:
@@ -852,7 +932,9 @@ def report_text(
 
     columns = []
     for p in found.programs:
-        seconds = p.bound(chip) or math.inf  # where nothing is known, every number is 0 or infinite
+        seconds = (
+            p.bound(chip) or math.inf
+        )  # where nothing is known, every number is 0 or infinite
         columns.append(
             {
                 "": p.name,
@@ -890,7 +972,9 @@ def report_text(
     for p in found.programs:
         largest = sorted(p.modules.items(), key=lambda item: -item[1])[:5]
         if largest:
-            shares = ", ".join(f"{moved / 1e9:.1f} GB in {module}" for module, moved in largest)
+            shares = ", ".join(
+                f"{moved / 1e9:.1f} GB in {module}" for module, moved in largest
+            )
             lines.append(f"{p.name} moves {shares}")
 
     percent = 100 * found.needed_gib / chip.hbm

@@ -35,7 +35,16 @@ from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
 from ..model.transformer import LM, flops_per_token, model_shapes
 from ..run.checkpoint import Checkpoints
-from ..run.guard import Guard, Ledger, NonFinite, Seen, Stopped, goodput, last_good, run_lock
+from nash_lab.run.guard import (
+    Guard,
+    Ledger,
+    NonFinite,
+    Seen,
+    Stopped,
+    goodput,
+    last_good,
+    run_lock,
+)
 from ..run.rundir import MetricsLog, Trackers, as_record, read_metrics, retry
 from .optim import ema_params, optimizer, schedule
 from nash_lab.train.parallel import (
@@ -81,7 +90,9 @@ class Progress(NamedTuple):
     state: TrainState  # donated to the next step
     position: Callable  # () -> position of the data after this step; the loader may be ahead of it
     due: dict | None = None  # the line of this step, while it lacks its validation
-    scores: dict | None = None  # val_loss and val_bpb of this step, once they are measured
+    scores: dict | None = (
+        None  # val_loss and val_bpb of this step, once they are measured
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,9 @@ def training_loop(run: Run, at: Progress, guard: Guard, report: Callable) -> Pro
     "Train from `at` to the last step, saved. Stopped, saved as well, when a signal ends it early."
     cfg = run.cfg
     ledger = run.ledger
-    good = Seen(at.step, int(at.state.skipped), at.position)  # the last good step we know of
+    good = Seen(
+        at.step, int(at.state.skipped), at.position
+    )  # the last good step we know of
     seen = [good]  # steps since the last line, their counters still on the device
     data_ended = None
     if jax.process_count() == 1:  # a save is for all processes, or for none
@@ -168,7 +181,9 @@ def training_loop(run: Run, at: Progress, guard: Guard, report: Callable) -> Pro
     if data_ended:
         raise data_ended
     if at.step < cfg.steps or at.due is not None:
-        raise Stopped(f"{cfg.run}: stopped at step {at.step}, saved; the same command continues")
+        raise Stopped(
+            f"{cfg.run}: stopped at step {at.step}, saved; the same command continues"
+        )
     return at
 
 # %% ../../nbs/train/44_pretrain.ipynb #c010
@@ -211,8 +226,12 @@ def pretrain(cfg: TrainConfig, *, hooks: Iterable[Callable] = ()) -> "Result":
                     file.write(json.dumps(change) + "\n")
                 copy_tokenizer(cfg.tokenizer, folder)
                 write_json(folder / "config.json", to_json(cfg))
-            first = at.step if at.due is None else at.step - 1  # a line that is due comes again
-            log = stack.enter_context(closing(MetricsLog(folder / "metrics.jsonl", first)))
+            first = (
+                at.step if at.due is None else at.step - 1
+            )  # a line that is due comes again
+            log = stack.enter_context(
+                closing(MetricsLog(folder / "metrics.jsonl", first))
+            )
             trackers = stack.enter_context(Trackers(cfg.trackers, folder, to_json(cfg)))
             outputs = [log.write, trackers]
 
@@ -272,7 +291,9 @@ def start(
     notes = []
     if not checkpoints.take_over():
         due = {"step": 0, "tokens": 0, "time_s": 0.0}  # step 0 is validated
-        state = jax.jit(make_state, out_shardings=shardings)()  # each device makes its part alone
+        state = jax.jit(
+            make_state, out_shardings=shardings
+        )()  # each device makes its part alone
         at = Progress(0, state, batches.bookmark(), due)
     else:
         shapes = placed(shapes, shardings)
@@ -287,7 +308,9 @@ def start(
         saved = checkpoints.restore(template=template, repair=True, facts=facts)
         counters = saved["counters"]
         try:
-            position = own_position(saved["data"], jax.process_index(), jax.process_count())
+            position = own_position(
+                saved["data"], jax.process_index(), jax.process_count()
+            )
             batches.set_state(position)  # guard: run: position
         except ValueError as error:
             if not cfg.allow_changes:
@@ -341,7 +364,9 @@ def compile_step(run: Run, state: TrainState) -> Callable:
     batch = placed(shapes, batch_sharding(run.mesh))
     shardings, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
     accumulate = (cfg.accumulate, cfg.accumulate_dtype)
-    step = _jitted_step(run.graphdef, cfg.optim, cfg.steps, accumulate, tuple(shardings), tree)
+    step = _jitted_step(
+        run.graphdef, cfg.optim, cfg.steps, accumulate, tuple(shardings), tree
+    )
     return step.lower(state, batch, run.key).compile()
 
 
@@ -367,7 +392,9 @@ def step_line(run: Run, step: int, metrics: dict, logged: tuple[int, float]) -> 
     if peak is not None:
         flops = flops_per_token(cfg.model, cfg.loader.seq_len)
         line["mfu"] = flops * speed / (peak * run.mesh.size)
-    run.bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+    run.bar.set_postfix_str(
+        f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False
+    )
     return line
 
 # %% ../../nbs/train/44_pretrain.ipynb #c016
@@ -398,7 +425,9 @@ def validate(run: Run, state: TrainState) -> dict:
         with run.ledger.during("validation"):
             params = kept_weights(state.params, state.opt_state)
             record = evaluate_loss(
-                lambda params, batch: eval_step(params, put_batch(batch, run.mesh, whole=True)),
+                lambda params, batch: eval_step(
+                    params, put_batch(batch, run.mesh, whole=True)
+                ),
                 params,
                 run.validation,
                 seq_len,
@@ -406,7 +435,9 @@ def validate(run: Run, state: TrainState) -> dict:
                 limit,
             )
             if cfg.model.residual != "plain":
-                probe = next(eval_batches(run.validation, seq_len, 4, 1))["tokens"][:, :128]
+                probe = next(eval_batches(run.validation, seq_len, 4, 1))["tokens"][
+                    :, :128
+                ]
                 routing = _jitted_probe(run.graphdef, run.mesh)(params, probe)
                 record["routing"] = jax.device_get(routing)
     counters = run.batches.counters()  # of streams: rows, left out, epochs
@@ -415,7 +446,9 @@ def validate(run: Run, state: TrainState) -> dict:
 
 def scores_of(line: dict) -> dict:
     "What a checkpoint keeps of the validation of its step."
-    return as_record({name: line[name] for name in ("val_loss", "val_bpb") if name in line})
+    return as_record(
+        {name: line[name] for name in ("val_loss", "val_bpb") if name in line}
+    )
 
 # %% ../../nbs/train/44_pretrain.ipynb #c018
 PAUSES = [1.0, 3.0]  # seconds before the second and the third attempt to save
@@ -430,7 +463,9 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 
 def save_checkpoint(run: Run, at: Progress) -> None:
     "Begin to save `at` in the background; NonFinite when its state is not finite."
-    if not all_finite((at.state.params, at.state.opt_state)):  # guard: numbers: saved state
+    if not all_finite(
+        (at.state.params, at.state.opt_state)
+    ):  # guard: numbers: saved state
         raise NonFinite(
             f"{run.cfg.run}: the parameters of step {at.step} are not finite; not saved, "
             f"the newest checkpoint is of step {run.checkpoints.latest()}"
@@ -526,7 +561,9 @@ def run_result(run: str | Path) -> Result:
 def load_run(
     run: str | Path,
     step: int | None = None,  # a saved step; the newest if None
-    tokenizer: str | Path | None = None,  # to be used with it; the run's own copy if None
+    tokenizer: str
+    | Path
+    | None = None,  # to be used with it; the run's own copy if None
 ) -> tuple[LM, TrainConfig]:
     "Model and config of a run, every byte verified. FileNotFoundError, or ValueError if damaged."
     cfg = saved_config(Path(run))
@@ -534,10 +571,14 @@ def load_run(
     graphdef, shapes = model_shapes(cfg.model)
     template = {"model": shapes}
     if cfg.optim.ema:
-        template["optimizer"] = jax.eval_shape(optimizer(cfg.optim, cfg.steps).init, shapes)
+        template["optimizer"] = jax.eval_shape(
+            optimizer(cfg.optim, cfg.steps).init, shapes
+        )
     with closing(Checkpoints(Path(run) / "checkpoints")) as checkpoints:
         saved = checkpoints.restore(step, template=template, facts=facts)
-    return nnx.merge(graphdef, kept_weights(saved["model"], saved.get("optimizer"))), cfg
+    return nnx.merge(
+        graphdef, kept_weights(saved["model"], saved.get("optimizer"))
+    ), cfg
 
 
 def fresh_run(run: str | Path) -> Path:
@@ -554,16 +595,23 @@ def write_run(
     *,
     step: int = 0,  # of its only checkpoint
     tokenizer: str | Path | None = None,  # file to take along
-    notes: dict[str, Any] | None = None,  # file name -> JSON of where the weights come from
+    notes: dict[str, Any]
+    | None = None,  # file name -> JSON of where the weights come from
 ) -> Path:
     "Make a run that `load_run` opens. ValueError when there is one already, OSError for the disk."
     run = fresh_run(run)
-    points = Checkpoints(run / "checkpoints", asynchronous=False, facts=tokenizer_facts(tokenizer))
+    points = Checkpoints(
+        run / "checkpoints", asynchronous=False, facts=tokenizer_facts(tokenizer)
+    )
     with run_lock(run), closing(points):
         points.save(step, {"model": nnx.to_pure_dict(nnx.state(lm, nnx.Param))})
         copy_tokenizer(tokenizer, run)
         for name, note in (notes or {}).items():
             write_json(run / name, note)
-        cfg = replace(cfg, run=str(run), model=lm.cfg, optim=replace(cfg.optim, ema=0.0))
-        write_json(run / "config.json", to_json(cfg))  # last: without it there is no run
+        cfg = replace(
+            cfg, run=str(run), model=lm.cfg, optim=replace(cfg.optim, ema=0.0)
+        )
+        write_json(
+            run / "config.json", to_json(cfg)
+        )  # last: without it there is no run
     return run

@@ -16,14 +16,25 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from ..core.configs import check_choices, check_range, check_that, claim, from_json
+from nash_lab.core.configs import (
+    check_choices,
+    check_range,
+    check_that,
+    claim,
+    from_json,
+)
 from ..core.files import first_line, read_json, write_atomic, write_json
 from ..core.processes import ProcessConfig, barrier, is_main_process
 from ..core.text import Tokenizer
 from ..data.corpus import CorpusReport, PackedTokens, pack
 from ..data.loader import LoaderConfig, loader
 from ..data.sources import parse_source
-from ..data.stream import StreamConfig, merge_states, stream_documents, stream_loader
+from nash_lab.data.stream import (
+    StreamConfig,
+    merge_states,
+    stream_documents,
+    stream_loader,
+)
 from ..data.tokenizer import load_tokenizer
 from ..model.transformer import ModelConfig
 from ..run.rundir import TRACKERS, environment
@@ -38,44 +49,78 @@ class TrainConfig:
     run: str = "runs/pretrain"  # run directory; the same directory again resumes
     train_bin: str = "data/train.bin"  # packed training tokens
     val_bin: str = "data/validation.bin"  # packed validation tokens; "" for none
-    tokenizer: str = "data/tokenizer.model"  # that of the packed files; "" skips the check
+    tokenizer: str = (
+        "data/tokenizer.model"  # that of the packed files; "" skips the check
+    )
     steps: int = 1000  # updates
-    data: tuple[str, ...] = ()  # stream these instead: hub names "name:subset", files, globs
+    data: tuple[
+        str, ...
+    ] = ()  # stream these instead: hub names "name:subset", files, globs
     column: str = "text"  # of the rows of `data` that holds the text
-    val_documents: int = 256  # of a stream, held out and packed into a val_bin that is missing
+    val_documents: int = (
+        256  # of a stream, held out and packed into a val_bin that is missing
+    )
     accumulate: int = (
         1  # micro-batches per update, divides loader.batch_size; more need less memory
     )
-    accumulate_dtype: Literal["float32", "bfloat16"] = "float32"  # of the sum of their gradients
-    eval_every: int = 200  # steps between validations; step 0 and the last are always validated
+    accumulate_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the sum of their gradients
+    )
+    eval_every: int = (
+        200  # steps between validations; step 0 and the last are always validated
+    )
     eval_batches: int = 16  # validation batches; 0 for the whole file
-    checkpoint_every: int = 200  # steps between checkpoints; the last step is always saved
+    checkpoint_every: int = (
+        200  # steps between checkpoints; the last step is always saved
+    )
     keep: int = 3  # newest checkpoints kept, beside the one with the lowest val_loss
-    log_every: int = 10  # steps between lines of metrics.jsonl; only there the host waits
-    seed: int = 0  # of initial weights and dropout; the order of the data has loader.seed
+    log_every: int = (
+        10  # steps between lines of metrics.jsonl; only there the host waits
+    )
+    seed: int = (
+        0  # of initial weights and dropout; the order of the data has loader.seed
+    )
     max_bad_steps: int = (
         100  # so many steps in a row without a finite loss end the run; 0 for never
     )
-    watchdog_s: float = 1800.0  # a step, validation or save that takes longer is a hang; 0 is off
-    allow_changes: bool = False  # resume with another config; changes.jsonl records what changed
+    watchdog_s: float = (
+        1800.0  # a step, validation or save that takes longer is a hang; 0 is off
+    )
+    allow_changes: bool = (
+        False  # resume with another config; changes.jsonl records what changed
+    )
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()  # beside metrics.jsonl
-    model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("demo"))  # its sizes
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig.preset("demo")
+    )  # its sizes
     optim: OptimConfig = field(default_factory=OptimConfig)  # optimizer and schedule
     loader: LoaderConfig = field(default_factory=LoaderConfig)  # batches
-    stream: StreamConfig = field(default_factory=lambda: StreamConfig(holdout=0.005))  # sources
-    mesh: MeshConfig = field(default_factory=MeshConfig)  # devices along each axis; default: one
-    processes: ProcessConfig = field(default_factory=ProcessConfig)  # who else takes part
+    stream: StreamConfig = field(
+        default_factory=lambda: StreamConfig(holdout=0.005)
+    )  # sources
+    mesh: MeshConfig = field(
+        default_factory=MeshConfig
+    )  # devices along each axis; default: one
+    processes: ProcessConfig = field(
+        default_factory=ProcessConfig
+    )  # who else takes part
 
     def __post_init__(self):
         check_choices(self)
         check_range(self, "steps", "accumulate", "val_documents", at_least=1)
-        check_range(self, "eval_every", "checkpoint_every", "keep", "log_every", at_least=1)
+        check_range(
+            self, "eval_every", "checkpoint_every", "keep", "log_every", at_least=1
+        )
         check_range(self, "eval_batches", "max_bad_steps", "watchdog_s", at_least=0)
         rows = self.loader.batch_size
-        check_that(self, "accumulate", rows % self.accumulate == 0, f"a divisor of {rows} rows")
+        check_that(
+            self, "accumulate", rows % self.accumulate == 0, f"a divisor of {rows} rows"
+        )
         length = self.loader.seq_len
         if length > self.model.max_len:
-            raise ValueError(f"loader.seq_len={length} is above model.max_len={self.model.max_len}")
+            raise ValueError(
+                f"loader.seq_len={length} is above model.max_len={self.model.max_len}"
+            )
         known = all(name in TRACKERS for name in self.trackers)
         check_that(self, "trackers", known, f"some of {', '.join(TRACKERS)}")
         schedule(self.optim, self.steps)  # refuses a warm-up longer than the run
@@ -101,10 +146,15 @@ def claim_run(cfg: TrainConfig, run: Path) -> list[str]:
     if not path.exists():
         for name in ("metrics.jsonl", "checkpoints"):
             if (run / name).exists():
-                raise ValueError(f"{run / name}: exists without config.json, no run to resume")
+                raise ValueError(
+                    f"{run / name}: exists without config.json, no run to resume"
+                )
         write_json(run / "environment.json", environment())
         copy_tokenizer(cfg.tokenizer, run)
-    rules = {"allow_changes": cfg.allow_changes, "advice": "--allow-changes resumes all the same"}
+    rules = {
+        "allow_changes": cfg.allow_changes,
+        "advice": "--allow-changes resumes all the same",
+    }
     changes = claim(path, cfg, free=FREE, **rules)  # guard: run: another config
     return changes
 
@@ -156,7 +206,14 @@ def tokenizer_facts(path: str | Path | None) -> dict:
     return {"tokenizer": load_tokenizer(path).hash} if path else {}
 
 # %% ../../nbs/train/43_settings.ipynb #c017
-SHARED = ("seq_len", "batch_size", "seed", "documents", "epochs", "prefetch")  # loader's, for both
+SHARED = (
+    "seq_len",
+    "batch_size",
+    "seed",
+    "documents",
+    "epochs",
+    "prefetch",
+)  # loader's, for both
 
 
 def stream_of(cfg: TrainConfig) -> StreamConfig:
@@ -183,7 +240,9 @@ def open_data(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, PackedTokens | None]:
             raise ValueError("TrainConfig.tokenizer='': a stream has to be encoded")
         if tokenizer.vocab_size > vocab_size:
             pieces = tokenizer.vocab_size
-            raise ValueError(f"{cfg.tokenizer}: {pieces} pieces, model.vocab_size={vocab_size}")
+            raise ValueError(
+                f"{cfg.tokenizer}: {pieces} pieces, model.vocab_size={vocab_size}"
+            )
         if cfg.val_bin and not Path(cfg.val_bin).exists() and is_main_process():
             if not stream.holdout:
                 why = "no such file, and stream.holdout=0 leaves nothing to make it of"
@@ -195,7 +254,9 @@ def open_data(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, PackedTokens | None]:
         barrier("the held-out file is written")
         batches = stream_loader(stream, tokenizer, shard=shard, shards=shards)
     else:
-        packed = PackedTokens.open(cfg.train_bin, tokenizer_hash=digest, vocab_size=vocab_size)
+        packed = PackedTokens.open(
+            cfg.train_bin, tokenizer_hash=digest, vocab_size=vocab_size
+        )
         batches = loader(packed, cfg.loader, shard=shard, shards=shards)
         if batches.batches < cfg.steps:
             have = f"loader.epochs={cfg.loader.epochs} give {batches.batches} batches"

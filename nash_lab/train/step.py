@@ -48,7 +48,9 @@ def accumulate_gradients(
     def add_micro_batch(total, item):
         new = gradient(*item)
         # add in the precision of the gradient, round to that of the buffer
-        total = jax.tree.map(lambda a, b: (a.astype(b.dtype) + b).astype(a.dtype), total, new)
+        total = jax.tree.map(
+            lambda a, b: (a.astype(b.dtype) + b).astype(a.dtype), total, new
+        )
         return total, None
 
     micros = jax.tree.map(
@@ -69,7 +71,9 @@ FIELDS = {
     "positions": np.int32,
     "segments": np.int32,
 }
-PLAIN = tuple(FIELDS)[:3]  # a batch without document boundaries: causal, positions from 0
+PLAIN = tuple(FIELDS)[
+    :3
+]  # a batch without document boundaries: causal, positions from 0
 
 
 def batch_fields(documents: str) -> tuple[str, ...]:
@@ -77,10 +81,15 @@ def batch_fields(documents: str) -> tuple[str, ...]:
     return tuple(FIELDS) if documents == "mask" else PLAIN
 
 
-def batch_shapes(rows: int, seq_len: int, documents: str) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    rows: int, seq_len: int, documents: str
+) -> dict[str, jax.ShapeDtypeStruct]:
     "What a step is compiled for."
     shape = (rows, seq_len)
-    return {name: jax.ShapeDtypeStruct(shape, FIELDS[name]) for name in batch_fields(documents)}
+    return {
+        name: jax.ShapeDtypeStruct(shape, FIELDS[name])
+        for name in batch_fields(documents)
+    }
 
 
 def batch_gradient(
@@ -187,7 +196,9 @@ def evaluate_loss(
 # %% ../../nbs/train/42_step.ipynb #c026
 def routing_stats(lm: LM, tokens: Int[Array, "b t"]) -> dict:
     "Name -> one number per sublayer in order of application; `usage` has n of them."
-    pre, _, res = (x.reshape(-1, *x.shape[2:]) for x in lm.routing(tokens))  # [l 2 ...] -> [2l ...]
+    pre, _, res = (
+        x.reshape(-1, *x.shape[2:]) for x in lm.routing(tokens)
+    )  # [l 2 ...] -> [2l ...]
     share = pre / pre.sum(-1, keepdims=True)
     stats = gains(composite(res))._asdict()
     stats["identity"], stats["uniform"] = mixing_distances(res)
