@@ -88,12 +88,10 @@ class ReplayBuffer:
     "Old examples in bounded memory. ValueError for bad settings."
 
     capacity: int = 50_000  # examples kept: some 50 MB of text
-    policy: Policy = (
-        "reservoir"  # what is kept and drawn: evenly, or newer examples more often
-    )
-    half_life: int = (
-        1000  # recency: an example that many arrivals older is drawn half as often
-    )
+    # what is kept and drawn: evenly, or newer examples more often
+    policy: Policy = "reservoir"
+    # recency: an example that many arrivals older is drawn half as often
+    half_life: int = 1000
     seed: int = 0  # of what the reservoir keeps
     seen: int = 0  # n, examples ever added
     kept: tuple[Kept, ...] = ()  # at most `capacity`; becomes a list
@@ -178,13 +176,8 @@ class CodeProbe:
 
     prompt: str  # code; the answer is put behind it
     tests: str  # assertions that hold for a right answer
-    stop: tuple[str, ...] = (
-        "\ndef ",
-        "\nclass ",
-        "\nprint(",
-        "\nif ",
-        "\n#",
-    )  # ends the answer
+    # ends the answer
+    stop: tuple[str, ...] = ("\ndef ", "\nclass ", "\nprint(", "\nif ", "\n#")
 
     def __post_init__(self):
         check_that(self, "tests", bool(self.tests.strip()), "assertions")
@@ -216,12 +209,10 @@ class SkillGate:
     name: str
     path: str = ""  # JSON lines of probes, from the folder of the suite
     probes: tuple[Probe | CodeProbe, ...] = ()  # or the probes themselves
-    least_change: float = (
-        -0.05
-    )  # that the interval must reach; above 0 something must be learned
-    least_share: float = (
-        0.0  # that the interval of the share after the update must reach
-    )
+    # that the interval must reach; above 0 something must be learned
+    least_change: float = -0.05
+    # that the interval of the share after the update must reach
+    least_share: float = 0.0
 
     def __post_init__(self):
         check_that(
@@ -396,9 +387,8 @@ class Check:
     kind: Literal["text", "skill", "share"]
     before: float
     after: float
-    change: (
-        float  # of a skill: after - before; of a text: the rise as a share of before
-    )
+    # of a skill: after - before; of a text: the rise as a share of before
+    change: float
     low: float  # interval of the change; kind share: of `after` itself
     high: float
     limit: float  # text: what `high` may reach; skill, share: what `low` must reach
@@ -541,9 +531,8 @@ class ContinualConfig:
     out: str = "runs/continual/block"  # run directory to make
     data: str = "data/demonstrations.jsonl"  # rows of prompt and demonstration
     suite: str = "data/suite.json"  # what decides, see `Suite`
-    buffer: str = (
-        ""  # file of old examples; "" is replay.json of `run`, or a new buffer
-    )
+    # file of old examples; "" is replay.json of `run`, or a new buffer
+    buffer: str = ""
     capacity: int = 50_000  # of a new buffer
     policy: Policy = "reservoir"  # of a new buffer
     sdft: SDFTConfig = field(default_factory=SDFTConfig)  # how to learn

@@ -69,9 +69,8 @@ class LoRAConfig:
 
     rank: int = 8  # r, of every factor
     alpha: float = 16.0  # the change is multiplied by alpha / rank
-    dropout: float = (
-        0.0  # share of a layer's input that its adapter does not see in training
-    )
+    # share of a layer's input that its adapter does not see in training
+    dropout: float = 0.0
     rslora: bool = False  # multiply by alpha / sqrt(rank) instead
     # paths of linear layers; * matches slashes too
     targets: tuple[str, ...] = ("blocks/attention/*", "blocks/ffn/*")

@@ -180,33 +180,27 @@ class SDFTConfig:
 
     steps: int = 100  # updates
     batch_size: int = 32  # prompts of an update, one answer each
-    accumulate: int = (
-        1  # micro-batches of an update, divides batch_size; more need less memory
-    )
+    # micro-batches of an update, divides batch_size; more need less memory
+    accumulate: int = 1
     max_new_tokens: int = 256  # longest answer; it counts although it did not end
-    divergence: Divergence = (
-        "reverse"  # reverse is the paper's text, forward produced its numbers
-    )
+    # reverse is the paper's text, forward produced its numbers
+    divergence: Divergence = "reverse"
     mix: float = 0.5  # js only: the teacher's weight in the mixture
-    top_k: int = 0  # compare on the teacher's k likeliest tokens and the rest; 0: whole vocabulary
+    # compare on the teacher's k likeliest tokens and the rest; 0: whole vocabulary
+    top_k: int = 0
     temperature: float = 1.0  # of sampling, and of student and teacher in the loss
-    teacher: Literal["ema", "frozen", "live"] = (
-        "ema"  # slow average, first weights, the student's
-    )
-    ema_rate: float = (
-        0.02  # alpha, share of the student's weights in each step of the average
-    )
-    author: Literal["student", "teacher"] = (
-        "student"  # who answers; teacher: offline distillation
-    )
+    # slow average, first weights, the student's
+    teacher: Literal["ema", "frozen", "live"] = "ema"
+    # alpha, share of the student's weights in each step of the average
+    ema_rate: float = 0.02
+    # who answers; teacher: offline distillation
+    author: Literal["student", "teacher"] = "student"
     skip_tokens: int = 3  # first tokens of an answer that are not scored
     skip_share: float = 0.1  # but at most this share of it; 1 is the released code
-    ratio_cap: float = (
-        2.0  # largest ratio of learner to sampler; 0 leaves the correction out
-    )
-    replay_ratio: float = (
-        0.2  # share of each batch that comes from a buffer, if there is one
-    )
+    # largest ratio of learner to sampler; 0 leaves the correction out
+    ratio_cap: float = 2.0
+    # share of each batch that comes from a buffer, if there is one
+    replay_ratio: float = 0.2
     tune: Literal["full", "lora"] = "full"  # all weights, or an adapter beside them
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # used when tune is lora
     # of the paper, for 7B
@@ -220,9 +214,8 @@ class SDFTConfig:
         )
     )
     template: str = TEMPLATE  # of the teacher's prompt
-    before: PromptStart = (
-        "eos"  # token in front of each prompt, as documents began in pretraining
-    )
+    # token in front of each prompt, as documents began in pretraining
+    before: PromptStart = "eos"
     seed: int = 0  # of order, sampling and adapter
 
     def __post_init__(self):

@@ -29,13 +29,13 @@ from .files import first_line
 class ProcessConfig:
     "How the processes of a run find each other."
 
-    coordinator: str = (
-        ""  # host:port of process 0; "" looks for a TPU pod, SLURM or Kubernetes
-    )
+    # host:port of process 0; "" looks for a TPU pod, SLURM or Kubernetes
+    coordinator: str = ""
     processes: int = 1  # of the run, where a coordinator is given
     process: int = 0  # number of this one, from 0, where a coordinator is given
     detect: bool = True  # False: alone, whatever the environment says
-    heartbeat_s: int = 100  # seconds without a sign of life after which a process is dead and the others end
+    # seconds without a sign of life after which a process is dead and the others end
+    heartbeat_s: int = 100
     patience_s: int = 300  # seconds to wait for the others at the start
 
     def __post_init__(self):

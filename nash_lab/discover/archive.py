@@ -72,15 +72,13 @@ class ArchiveConfig:
 
     size: int = 1000  # states kept, initial ones included
     children: int = 2  # best children kept
-    children_of: Literal["expansion", "parent"] = (
-        "expansion"  # counted in each, or over all time
-    )
+    # counted in each, or over all time
+    children_of: Literal["expansion", "parent"] = "expansion"
     c: float = 1.0  # exploration
     bonus: Literal["paper", "root"] = "paper"  # how it fades, see `puct`
     count: Literal["expansions", "rollouts"] = "expansions"  # what n and T count
-    scale: Literal["archive", "found"] = (
-        "archive"  # rewards that set it: all, or without initial
-    )
+    # rewards that set it: all, or without initial
+    scale: Literal["archive", "found"] = "archive"
 
     def __post_init__(self):
         check_choices(self)

@@ -171,25 +171,20 @@ class ConsolidateConfig:
 
     run: str = "runs/pretrain"  # run directory to start from; nothing is written there
     out: str = "runs/continual/night"  # run directory to make
-    suite: str = (
-        "data/suite.json"  # old skills that must not suffer, see adapt.continual.Suite
-    )
+    # old skills that must not suffer, see adapt.continual.Suite
+    suite: str = "data/suite.json"
     searches: tuple[str, ...] = ()  # folders of searches that are finished
-    problems: tuple[
-        str, ...
-    ] = ()  # to be searched first: names and options, as for parse_problem
-    siblings: tuple[
-        str, ...
-    ] = ()  # not searched, only measured; written in the same way
+    # to be searched first: names and options, as for parse_problem
+    problems: tuple[str, ...] = ()
+    # not searched, only measured; written in the same way
+    siblings: tuple[str, ...] = ()
     draws: int = 128  # single answers to each problem, before and after
-    buffer: str = (
-        ""  # file of old examples; "" is replay.json of `run`, or a new buffer
-    )
+    # file of old examples; "" is replay.json of `run`, or a new buffer
+    buffer: str = ""
     sieve: Sieve = field(default_factory=Sieve)  # which discoveries are taught
     sdft: SDFTConfig = field(default_factory=SDFTConfig)  # how
-    discover: DiscoverConfig = field(
-        default_factory=DiscoverConfig
-    )  # of `problems`: how
+    # of `problems`: how
+    discover: DiscoverConfig = field(default_factory=DiscoverConfig)
 
     def __post_init__(self):
         check_range(self, "draws", at_least=2)

@@ -208,12 +208,10 @@ def character_tokenizer(characters: str) -> HFTokenizer:
 class State:
     "A candidate, or (without solution) an initial state or a failure."
 
-    solution: Any = (
-        None  # JSON value that the verifier judges: heights, circles, code, text
-    )
-    note: str = (
-        ""  # why an answer failed, what the tests printed; never part of the judgement
-    )
+    # JSON value that the verifier judges: heights, circles, code, text
+    solution: Any = None
+    # why an answer failed, what the tests printed; never part of the judgement
+    note: str = ""
 
 # %% ../../nbs/discover/70_problems.ipynb #c036
 COMPLAINTS = (

@@ -142,6 +142,7 @@ class DiscoverConfig:
     options: str = "{}"  # JSON object of that problem's settings
     run: str = ""  # run directory of the base model
     out: str = ""  # folder of this search; runs/discover/<problem> when empty
+    # parts of the method
     arm: Literal[
         "best-of-n",
         "reuse-only",
@@ -149,30 +150,25 @@ class DiscoverConfig:
         "full",
         "constant-beta",
         "expected-reward",
-    ] = "full"  # parts of the method
+    ] = "full"
     steps: int = 50  # rounds of sampling, each with one update
     groups: int = 8  # states a round starts from
     rollouts: int = 64  # of each group
     beginnings: int = 1  # initial states: seeds 0, 1, ... of the problem
-    copies_earn: bool = (
-        True  # False: a rollout that repeats its parent counts 0 for the update
-    )
+    # False: a rollout that repeats its parent counts 0 for the update
+    copies_earn: bool = True
     max_new_tokens: int = 64  # of a rollout
-    think_tokens: int = (
-        0  # of these, before `force` is written if it has not ended; 0: never
-    )
+    # of these, before `force` is written if it has not ended; 0: never
+    think_tokens: int = 0
     force: str = "\nAnswer: "  # what is written then; the model is not trained on it
-    lead: Literal["", "bos", "eos"] = (
-        ""  # token before a prompt; eos if trained on packed text
-    )
+    # token before a prompt; eos if trained on packed text
+    lead: Literal["", "bos", "eos"] = ""
     kl_weight: float = 0.1  # lambda; 0.01 in the paper where long programs are written
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(rank=32, alpha=32.0))
-    optim: OptimConfig = field(
-        default_factory=lambda: steady_adam(4e-5)
-    )  # of the adapter
-    archive: ArchiveConfig = field(
-        default_factory=ArchiveConfig
-    )  # which state is chosen
+    # of the adapter
+    optim: OptimConfig = field(default_factory=lambda: steady_adam(4e-5))
+    # which state is chosen
+    archive: ArchiveConfig = field(default_factory=ArchiveConfig)
     accumulate: int = 1  # micro-batches of an update, to save memory
     save_every: int = 10  # rounds between checkpoints
     seed: int = 0  # of adapter and draws

@@ -81,29 +81,21 @@ def holm(
 class EvalConfig:
     "What is asked and how; ValueError for values out of range."
 
-    tasks: tuple[str, ...] = (
-        "gsm8k",
-        "hellaswag",
-        "arc_easy",
-        "humaneval",
-    )  # hub: any of lm-eval
-    limit: tuple[int, ...] = (
-        0,
-    )  # first problems: for all tasks, or one for each; 0 for all
-    shots: int | None = (
-        None  # examples before each problem, where possible; None for the task's
-    )
+    # hub: any of lm-eval
+    tasks: tuple[str, ...] = ("gsm8k", "hellaswag", "arc_easy", "humaneval")
+    # first problems: for all tasks, or one for each; 0 for all
+    limit: tuple[int, ...] = (0,)
+    # examples before each problem, where possible; None for the task's
+    shots: int | None = None
     data: str = ""  # folder with the files, or hub; empty for NASH_LAB_DATA
     batch_size: int = 16  # requests at once
     max_new_tokens: int = 0  # bound on the tokens of an answer; 0 for the task's own
     seed: int = 0  # of the choice of examples, of drawn answers and of intervals
-    answers: str = (
-        ""  # file that keeps answers, so that an interrupted evaluation resumes
-    )
+    # file that keeps answers, so that an interrupted evaluation resumes
+    answers: str = ""
     attempts: Attempts = field(default_factory=Attempts)  # at code problems
-    limits: Limits = field(
-        default_factory=Limits
-    )  # of the box that runs model-written code
+    # of the box that runs model-written code
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self):
         names = self.names

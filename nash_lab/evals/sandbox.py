@@ -38,24 +38,20 @@ from . import confine
 class Limits:
     "Bounds of one run. ValueError for a bound that is not positive, or level 0 without `unsafe`."
 
-    wall_s: float = (
-        5.0  # seconds from the moment the box is closed; enforced by the parent
-    )
+    # seconds from the moment the box is closed; enforced by the parent
+    wall_s: float = 5.0
     cpu_s: int = 5  # seconds of processor time; enforced by the kernel
     memory_mb: int = 512  # address space of the box, which is one process
-    threads: int = (
-        16  # at most, where the box has a user of its own; elsewhere it has one thread
-    )
+    # at most, where the box has a user of its own; elsewhere it has one thread
+    threads: int = 16
     files: int = 64  # open descriptors
     output_bytes: int = 1_000_000  # kept of each of output, errors and verdict
     packages: tuple[str, ...] = ()  # folders to import from, for example site-packages
     level: int | None = None  # the isolation to use; None: the best on this machine
-    start_s: float = (
-        60.0  # for the interpreter to start, which can be slow on a crowded machine
-    )
-    unsafe: bool = (
-        False  # accept level 0, limits alone, where the machine offers nothing better
-    )
+    # for the interpreter to start, which can be slow on a crowded machine
+    start_s: float = 60.0
+    # accept level 0, limits alone, where the machine offers nothing better
+    unsafe: bool = False
 
     def __post_init__(self):
         check_range(self, "wall_s", "cpu_s", "memory_mb", "threads", "files", above=0)
@@ -72,11 +68,11 @@ class Result:
     "What became of one run. Texts come from the box: show them, believe only `passed`."
 
     passed: bool  # the tests ran to their end and held
-    status: str  # passed, failed (tests), error (code), timeout, crashed (no verdict), invalid
+    # passed, failed (tests), error (code), timeout, crashed (no verdict), invalid
+    status: str
     error: str  # one line: the exception, or how the run ended
-    values: tuple[
-        Any, ...
-    ]  # of the expressions, in their order, when tests were expressions
+    # of the expressions, in their order, when tests were expressions
+    values: tuple[Any, ...]
     stdout: str  # UTF-8 with replacements, cut at the limit
     stderr: str  # likewise
     truncated: bool  # was either cut?

@@ -35,25 +35,23 @@ FIVE = ("best-of-n", "reuse-only", "train-only", "full", "expected-reward")
 class ArmsConfig:
     "Which arms are compared, on which problem. ValueError when nothing would be compared."
 
-    objective: Literal["erdos", "autocorrelation1", "autocorrelation2"] = (
-        "erdos"  # in letters
-    )
+    # in letters
+    objective: Literal["erdos", "autocorrelation1", "autocorrelation2"] = "erdos"
     heights: int = 30  # of it: prompt, answer and their ends fill 64 positions
     arms: tuple[str, ...] = FIVE  # keys of discover.ttt.ARMS, the baseline first
     seeds: int = 5  # of adapter and draws; the prior is one
     steps: int = 40  # rounds
     groups: int = 8  # of a round
     rollouts: int = 32  # of a group
-    copies_earn: bool = (
-        False  # False: an answer equal to its parent counts 0 for the update
-    )
+    # False: an answer equal to its parent counts 0 for the update
+    copies_earn: bool = False
     kl_weight: float = 0.1  # lambda
     learning_rate: float = 6e-3  # of the adapter, for a model of 0.1M parameters
     rank: int = 8  # of the adapter
-    prior: PriorConfig = field(
-        default_factory=PriorConfig
-    )  # the policy every search starts from
-    out: str = "runs/arms.json"  # results; what it has is not run again; .md and .png beside it
+    # the policy every search starts from
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    # results; what it has is not run again; .md and .png beside it
+    out: str = "runs/arms.json"
     run: str = "runs/prior"  # run directory of the prior, made when missing
 
     def __post_init__(self):

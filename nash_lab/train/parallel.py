@@ -43,15 +43,13 @@ AXES = ("data", "fsdp", "tp", "ep")
 class MeshConfig:
     "Devices along each axis of the mesh; ValueError for numbers that make none."
 
-    data: int = (
-        1  # copies of the model, each with a share of the batch; -1: the devices left
-    )
+    # copies of the model, each with a share of the batch; -1: the devices left
+    data: int = 1
     fsdp: int = 1  # shares of every weight and of the batch
     tp: int = 1  # shares of the heads, the FFN and the vocabulary
     ep: int = 1  # shares of the experts of a MoE layer, and of the batch
-    zero: bool = (
-        True  # the optimizer's state is divided along data as well (ZeRO, stage 1)
-    )
+    # the optimizer's state is divided along data as well (ZeRO, stage 1)
+    zero: bool = True
 
     def __post_init__(self):
         check_that(self, "data", self.data >= 1 or self.data == -1, "at least 1 or -1")
@@ -181,10 +179,8 @@ class AxisRules:
     kv_heads: tuple[str, ...] = ("tp",)  # key and value heads
     ffn: tuple[str, ...] = ("tp",)  # f
     features: tuple[str, ...] = ("tp",)  # outputs of a projection from width to width
-    vocab: tuple[str, ...] = (
-        "tp",
-        "fsdp",
-    )  # v; fsdp too, or looked up rows are divided along d
+    # v; fsdp too, or looked up rows are divided along d
+    vocab: tuple[str, ...] = ("tp", "fsdp")
     experts: tuple[str, ...] = ("ep",)  # e
     layers: tuple[str, ...] = ()  # stacked blocks: every device has a part of each
     streams: tuple[str, ...] = ()  # n of mHC

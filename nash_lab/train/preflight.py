@@ -410,35 +410,28 @@ PROGRAMS = ("train", "prefill", "decode")
 class PreflightConfig:
     "What to compile and for which chips; ValueError when the numbers do not fit together."
 
-    target: Literal["v6e-1", "v6e-4", "v6e-8", "v5e-1", "local"] = (
-        "v6e-1"  # local: this machine
-    )
-    programs: tuple[Literal["train", "prefill", "decode"], ...] = (
-        PROGRAMS  # what to compile
-    )
+    # local: this machine
+    target: Literal["v6e-1", "v6e-4", "v6e-8", "v5e-1", "local"] = "v6e-1"
+    # what to compile
+    programs: tuple[Literal["train", "prefill", "decode"], ...] = PROGRAMS
     seq_len: int = 2048  # tokens of a row while training, and slots of the cache
     batch_size: int = 8  # rows of an update, over all chips
     accumulate: int = 1  # micro-batches an update is cut into
-    accumulate_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the sum of their gradients
-    )
-    documents: Literal["cross", "mask"] = (
-        "cross"  # mask: batches carry positions and segments too
-    )
+    # of the sum of their gradients
+    accumulate_dtype: Literal["float32", "bfloat16"] = "float32"
+    # mask: batches carry positions and segments too
+    documents: Literal["cross", "mask"] = "cross"
     prompt_len: int = 1024  # tokens of a prompt in prefill
     serve_rows: int = 8  # rows of prefill and decode
     search: bool = False  # look for the fastest setting that fits
     tries: int = 4  # compilations a search may spend
     timeout_s: int = 3600  # seconds after which the compiler is stopped
-    model: ModelConfig = field(
-        default_factory=lambda: ModelConfig.preset("mhc-120m")
-    )  # the model
-    optim: OptimConfig = field(
-        default_factory=OptimConfig
-    )  # optimizer, whose moments need memory
-    mesh: MeshConfig = field(
-        default_factory=lambda: MeshConfig(data=-1)
-    )  # axes over all chips
+    # the model
+    model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("mhc-120m"))
+    # optimizer, whose moments need memory
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    # axes over all chips
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=-1))
 
     def __post_init__(self):
         check_choices(self)

@@ -49,61 +49,45 @@ class TrainConfig:
     run: str = "runs/pretrain"  # run directory; the same directory again resumes
     train_bin: str = "data/train.bin"  # packed training tokens
     val_bin: str = "data/validation.bin"  # packed validation tokens; "" for none
-    tokenizer: str = (
-        "data/tokenizer.model"  # that of the packed files; "" skips the check
-    )
+    # that of the packed files; "" skips the check
+    tokenizer: str = "data/tokenizer.model"
     steps: int = 1000  # updates
-    data: tuple[
-        str, ...
-    ] = ()  # stream these instead: hub names "name:subset", files, globs
+    # stream these instead: hub names "name:subset", files, globs
+    data: tuple[str, ...] = ()
     column: str = "text"  # of the rows of `data` that holds the text
-    val_documents: int = (
-        256  # of a stream, held out and packed into a val_bin that is missing
-    )
-    accumulate: int = (
-        1  # micro-batches per update, divides loader.batch_size; more need less memory
-    )
-    accumulate_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the sum of their gradients
-    )
-    eval_every: int = (
-        200  # steps between validations; step 0 and the last are always validated
-    )
+    # of a stream, held out and packed into a val_bin that is missing
+    val_documents: int = 256
+    # micro-batches per update, divides loader.batch_size; more need less memory
+    accumulate: int = 1
+    # of the sum of their gradients
+    accumulate_dtype: Literal["float32", "bfloat16"] = "float32"
+    # steps between validations; step 0 and the last are always validated
+    eval_every: int = 200
     eval_batches: int = 16  # validation batches; 0 for the whole file
-    checkpoint_every: int = (
-        200  # steps between checkpoints; the last step is always saved
-    )
+    # steps between checkpoints; the last step is always saved
+    checkpoint_every: int = 200
     keep: int = 3  # newest checkpoints kept, beside the one with the lowest val_loss
-    log_every: int = (
-        10  # steps between lines of metrics.jsonl; only there the host waits
-    )
-    seed: int = (
-        0  # of initial weights and dropout; the order of the data has loader.seed
-    )
-    max_bad_steps: int = (
-        100  # so many steps in a row without a finite loss end the run; 0 for never
-    )
-    watchdog_s: float = (
-        1800.0  # a step, validation or save that takes longer is a hang; 0 is off
-    )
-    allow_changes: bool = (
-        False  # resume with another config; changes.jsonl records what changed
-    )
+    # steps between lines of metrics.jsonl; only there the host waits
+    log_every: int = 10
+    # of initial weights and dropout; the order of the data has loader.seed
+    seed: int = 0
+    # so many steps in a row without a finite loss end the run; 0 for never
+    max_bad_steps: int = 100
+    # a step, validation or save that takes longer is a hang; 0 is off
+    watchdog_s: float = 1800.0
+    # resume with another config; changes.jsonl records what changed
+    allow_changes: bool = False
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()  # beside metrics.jsonl
-    model: ModelConfig = field(
-        default_factory=lambda: ModelConfig.preset("demo")
-    )  # its sizes
+    # its sizes
+    model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("demo"))
     optim: OptimConfig = field(default_factory=OptimConfig)  # optimizer and schedule
     loader: LoaderConfig = field(default_factory=LoaderConfig)  # batches
-    stream: StreamConfig = field(
-        default_factory=lambda: StreamConfig(holdout=0.005)
-    )  # sources
-    mesh: MeshConfig = field(
-        default_factory=MeshConfig
-    )  # devices along each axis; default: one
-    processes: ProcessConfig = field(
-        default_factory=ProcessConfig
-    )  # who else takes part
+    # sources
+    stream: StreamConfig = field(default_factory=lambda: StreamConfig(holdout=0.005))
+    # devices along each axis; default: one
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    # who else takes part
+    processes: ProcessConfig = field(default_factory=ProcessConfig)
 
     def __post_init__(self):
         check_choices(self)
