@@ -187,13 +187,13 @@ def train_turn(model: ModelConfig, cfg: BenchConfig) -> Callable[[], None]:
         tokens=ids[:, :-1], targets=ids[:, 1:], mask=jnp.ones(ids[:, 1:].shape, bool)
     )
 
-    def turn():
+    def take_steps():
         nonlocal state
         for _ in range(cfg.steps):
             state, metrics = step(state, batch, key)
         jax.block_until_ready(metrics)
 
-    return turn
+    return take_steps
 
 # %% ../../nbs/lab/83_bench.ipynb #c016
 def forward_turn(
@@ -214,13 +214,13 @@ def forward_turn(
         token = jnp.argmax(model.logits(last), -1).astype(jnp.int32)
         return jax.lax.dynamic_update_index_in_dim(tokens, token, at, axis=1)
 
-    def turn():
+    def complete_prompts():
         tokens = jnp.pad(jnp.asarray(prompts, jnp.int32), ((0, 0), (0, new_tokens)))
         for at in range(start, start + new_tokens):
             tokens = append_token(weights, tokens, at)
         return np.asarray(tokens[:, start:])
 
-    return turn
+    return complete_prompts
 
 # %% ../../nbs/lab/83_bench.ipynb #c020
 CODE = (

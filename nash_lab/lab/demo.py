@@ -6,7 +6,7 @@ mixing."""
 
 # %% auto #0
 __all__ = ['Baseline', 'STAGES', 'PROBES', 'PROMPTS', 'DemoConfig', 'stage', 'pack_split',
-           'score_models', 'draw_night', 'demo']
+           'draw_night', 'demo']
 
 # %% ../../nbs/lab/84_demo.ipynb #c003
 import json
@@ -173,34 +173,6 @@ PROBES = (
     Probe("    with open(path) a", "s "),
 )
 
-
-def score_models(cfg: DemoConfig) -> str:
-    "Score the model, its baselines, the untrained model and the tables; ask the probes."
-    data = cfg.folder / "data"
-    train = PackedTokens.open(data / "train.bin")
-    packed = PackedTokens.open(data / "validation.bin")
-    sizes = dict(seq_len=cfg.loader.seq_len, batches=cfg.eval_batches)
-    model = load(cfg.run)
-    answer = partial(model.generate, max_new_tokens=8, temperature=0.0)
-    asked = dict(probes=PROBES, generate_text=answer)
-    report = to_json(evaluate(model.lm, packed, train=train, **asked, **sizes))
-    untrained = LM(cfg.model, nnx.Rngs(cfg.training().seed))
-    report["tables"]["untrained"] = to_json(
-        score(model_rows(untrained, packed, **sizes))
-    )
-    write_json(cfg.folder / "eval.json", report)
-
-    figures = {"mHC": report["model"]}
-    for name in ("plain", "identity"):
-        baseline = load(cfg.folder / name).lm
-        figures[name] = to_json(score(model_rows(baseline, packed, **sizes)))
-        found = {"model": figures[name], "tables": {}, "probes": None}
-        write_json(cfg.folder / name / "eval.json", found)
-
-    figures |= report["tables"]
-    bits = [f"{name} {figure['bits_per_byte']:.3f}" for name, figure in figures.items()]
-    return ", ".join(bits) + " bits per byte"
-
 # %% ../../nbs/lab/84_demo.ipynb #c016
 def draw_night(files: RunFiles) -> Iterable[str]:
     "Blocks of the report: what the searches found, what was kept of it, and what it cost."
@@ -268,10 +240,32 @@ def demo(cfg: DemoConfig) -> Path:
             )
 
     with stage("evaluate") as say:
-        say(score_models(cfg))
+        train = PackedTokens.open(data / "train.bin")
+        packed = PackedTokens.open(data / "validation.bin")
+        sizes = dict(seq_len=cfg.loader.seq_len, batches=cfg.eval_batches)
+        model = load(cfg.run)
+        answer = partial(model.generate, max_new_tokens=8, temperature=0.0)
+        asked = dict(probes=PROBES, generate_text=answer)
+        scored = to_json(evaluate(model.lm, packed, train=train, **asked, **sizes))
+        untrained = LM(cfg.model, nnx.Rngs(cfg.training().seed))
+        scored["tables"]["untrained"] = to_json(
+            score(model_rows(untrained, packed, **sizes))
+        )
+        write_json(cfg.folder / "eval.json", scored)
+
+        figures = {"mHC": scored["model"]}
+        for name in ("plain", "identity"):
+            baseline = load(cfg.folder / name).lm
+            figures[name] = to_json(score(model_rows(baseline, packed, **sizes)))
+            found = {"model": figures[name], "tables": {}, "probes": None}
+            write_json(cfg.folder / name / "eval.json", found)
+        figures |= scored["tables"]
+        bits = [
+            f"{name} {figure['bits_per_byte']:.3f}" for name, figure in figures.items()
+        ]
+        say(f"{', '.join(bits)} bits per byte")
 
     with stage("samples") as say:
-        model = load(cfg.run)
         drawn = (PROMPTS, {"temperature": 0.7, "top_p": 0.95})
         greedy = (PROMPTS[:1], {"temperature": 0.0})
         rows = []
