@@ -5,8 +5,8 @@ validates on documents kept out of its training, wherever they come from"""
 
 # %% auto #0
 __all__ = ['FREE', 'TOKENIZERS', 'run_words', 'SHARED', 'TrainConfig', 'claim_run', 'saved_config',
-           'copy_tokenizer', 'own_tokenizer', 'run_tokenizer', 'tokenizer_facts', 'stream_of',
-           'open_data', 'joined_position', 'own_position']
+           'copy_tokenizer', 'own_tokenizer', 'run_tokenizer', 'tokenizer_facts', 'open_data',
+           'joined_position', 'own_position']
 
 # %% ../../nbs/train/43_settings.ipynb #c003
 from dataclasses import dataclass, field, replace
@@ -161,18 +161,13 @@ def tokenizer_facts(path: str | Path | None) -> dict:
 # %% ../../nbs/train/43_settings.ipynb #c017
 SHARED = ("seq_len", "batch_size", "seed", "documents", "epochs", "prefetch")  # loader's, for both
 
-
-def stream_of(cfg: TrainConfig) -> StreamConfig:
-    "The stream of a run, without sources when packed files are read."
-    named = tuple(parse_source(name, column=cfg.column) for name in cfg.data)
-    shared = {name: getattr(cfg.loader, name) for name in SHARED}
-    return replace(cfg.stream, sources=named + cfg.stream.sources, **shared)
-
 # %% ../../nbs/train/43_settings.ipynb #c019
 def open_data(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, PackedTokens | None]:
     "Training batches and validation tokens; ValueError or OSError when something does not fit."
     check_rows(cfg.loader.batch_size // cfg.accumulate, mesh)
-    stream = stream_of(cfg)
+    named = tuple(parse_source(name, column=cfg.column) for name in cfg.data)
+    shared = {name: getattr(cfg.loader, name) for name in SHARED}
+    stream = replace(cfg.stream, sources=named + cfg.stream.sources, **shared)
     shard, shards = data_shard(mesh)
     vocab_size = cfg.model.vocab_size
     tokenizer = None
