@@ -802,7 +802,7 @@ def test_kill_at_each_deletion(three, tmp_path):
         three.folder = folder
         is_step(three.restore(template=SMALL), 3)
         assert all(not damaged(folder/str(s)) for s in numbered(folder))
-        checkpoint.clear_leftovers(folder)
+        three.take_over()
         assert {p.name for p in folder.iterdir()} <= {'1', '2', '3'}
 
 def test_drive_that_copies_instead_of_renaming(three, tmp_path, capsys):
@@ -813,8 +813,8 @@ def test_drive_that_copies_instead_of_renaming(three, tmp_path, capsys):
     used = []
     for n in range(1, count + 1):
         folder = tmp_path/f'killed/{n}'
-        checkpoint.clear_leftovers(folder)
         three.folder = folder
+        three.take_over()
         got = three.restore(template=SMALL, repair=True)
         used.append(got['data']['row'])
         is_step(got, used[-1])

@@ -103,6 +103,17 @@ def test_factors_of_a_moment():
     assert [tuple(s.spec) for s in jax.tree.leaves(got)] == [(None, "tp"), (), (None, "fsdp")]  # column, other, row
 
 
+@pytest.mark.parametrize("shape, spec", [((2, 32, 64), (None, None, "data")), ((2, 64, 33), (None, "data", None)), ((3, 5, 7), ())])
+def test_zero_divides_the_longest_axis_that_divides(shape, spec):
+    from typing import NamedTuple
+    class State(NamedTuple): params: dict; opt_state: dict
+    params = {"blocks": {"ffn": {"up": {"weight": jax.ShapeDtypeStruct(shape, "float32")}}}}
+    for zero in (False, True):
+        got, = jax.tree.leaves(state_shardings(State(params, params), abstract(data=2), zero=zero).opt_state)
+        want = spec if zero else ()
+        assert (*got.spec, None, None, None)[:3] == (*want, None, None, None)[:3]
+
+
 def test_caches_are_divided():
     mesh = abstract(data=2, fsdp=2, tp=2)
     for kind in ATTENTIONS:

@@ -7,8 +7,8 @@ flips and 40 kills were caught."""
 # %% auto #0
 __all__ = ['MANIFEST', 'LEFTOVER', 'LONGEST', 'NUMBERS', 'Damaged', 'plain_files', 'file_table',
            'write_manifest', 'read_manifest', 'verify', 'hashed_ahead', 'numbered', 'steps_in',
-           'set_aside', 'clear_leftovers', 'metric_values', 'best_step', 'prune', 'refuse_packed',
-           'array_types', 'restore_step', 'Checkpoints']
+           'set_aside', 'metric_values', 'best_step', 'prune', 'refuse_packed', 'array_types',
+           'restore_step', 'Checkpoints']
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c003
 import hashlib
@@ -214,13 +214,6 @@ LEFTOVER = re.compile(
     r"\d+\.(partial|deleted|orbax-checkpoint-tmp)"
 )  # how the name begins
 
-
-def clear_leftovers(folder: Path) -> None:
-    "Remove what an interrupted save or deletion has left; nobody else may be writing there."
-    for path in folder.glob("*"):
-        if LEFTOVER.match(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-
 # %% ../../nbs/run/31_checkpoint.ipynb #c018
 def metric_values(folder: Path, metric: str | None) -> dict[int, float | None]:
     "The metric of every step whose manifest can be read."
@@ -249,9 +242,7 @@ def prune(root: Path, metric: str | None, keep: int, just: int) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         with suppress(OSError):
             os.rename(folder, gone)  # guard: checkpoint: rename first
-        shutil.rmtree(
-            gone, ignore_errors=True
-        )  # what stays is left for `clear_leftovers`
+        shutil.rmtree(gone, ignore_errors=True)  # what stays is left for `take_over`
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c021
 LONGEST = (
@@ -443,7 +434,13 @@ class Checkpoints:
         "Make the folder this process's own, without leftovers; is there anything to resume?"
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_main_process():
-            clear_leftovers(self.folder)
+            for path in self.folder.glob("*"):
+                if (
+                    LEFTOVER.match(path.name)
+                    and path.is_dir()
+                    and not path.is_symlink()
+                ):
+                    shutil.rmtree(path)
         barrier("checkpoints are owned")
         self.identity = _identity(self.folder)
         bad = sorted(path.name for path in self.folder.glob("*.damaged*"))

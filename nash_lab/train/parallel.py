@@ -7,9 +7,9 @@ tokens."""
 # %% auto #0
 __all__ = ['COLLECTIVES', 'AXES', 'LOGICAL', 'RULES', 'CACHED', 'MeshConfig', 'make_mesh',
            'MeshSlice', 'logical_axes', 'in_stack', 'path_name', 'AxisRules', 'spec_of',
-           'param_specs', 'unsharded', 'with_zero', 'state_shardings', 'placed',
-           'bytes_per_device', 'batch_shares', 'batch_sharding', 'check_rows', 'data_shard',
-           'put_batch', 'Rows', 'place_rows', 'shard_step', 'replicate', 'cache_specs']
+           'param_specs', 'unsharded', 'state_shardings', 'placed', 'bytes_per_device',
+           'batch_shares', 'batch_sharding', 'check_rows', 'data_shard', 'put_batch', 'Rows',
+           'place_rows', 'shard_step', 'replicate', 'cache_specs']
 
 # %% ../../nbs/train/40_parallel.ipynb #c003
 import math
@@ -271,26 +271,6 @@ def unsharded(
     return found
 
 # %% ../../nbs/train/40_parallel.ipynb #c035
-def with_zero(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    "`spec` divided along data too, where the parts are longest and divide; as it was if none does."
-    data = mesh.shape["data"]
-    axes = [_axes_of(entry) for entry in spec]
-    axes += [()] * (len(shape) - len(axes))
-    if data == 1 or any("data" in used for used in axes):
-        return spec
-    best = None
-    longest = 0
-    for i, (length, used) in enumerate(zip(shape, axes)):
-        part = length // math.prod(mesh.shape[a] for a in used)
-        if part % data == 0 and part > longest:
-            best = i
-            longest = part
-    if best is None:
-        return spec
-    axes[best] = (*axes[best], "data")
-    return PartitionSpec(*[_entry_of(used) for used in axes])
-
-
 def state_shardings(
     state: NamedTuple,  # arrays or shapes, with fields params and opt_state; the rest stays whole
     mesh: Mesh,
@@ -299,6 +279,7 @@ def state_shardings(
 ) -> NamedTuple:
     "The NamedSharding of everything that a training step takes and gives back."
     whole = NamedSharding(mesh, PartitionSpec())
+    data = mesh.shape["data"]
     params = param_specs(state.params, rules, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     specs = {}  # path of a parameter -> its shape and spec
@@ -320,8 +301,19 @@ def state_shardings(
         if shape != x.shape:
             moments.append(whole)  # a count, for example
             continue
-        if zero:
-            spec = with_zero(spec, shape, mesh)
+        axes = [_axes_of(entry) for entry in spec]
+        axes += [()] * (len(shape) - len(axes))
+        if zero and data > 1 and not any("data" in used for used in axes):
+            best = None  # the axis whose parts are longest, of those that data divides
+            longest = 0
+            for i, (length, used) in enumerate(zip(shape, axes)):
+                part = length // math.prod(mesh.shape[a] for a in used)
+                if part % data == 0 and part > longest:
+                    best = i
+                    longest = part
+            if best is not None:
+                axes[best] = (*axes[best], "data")
+                spec = PartitionSpec(*[_entry_of(used) for used in axes])
         moments.append(NamedSharding(mesh, spec))
     shardings = jax.tree.map(lambda _: whole, state)
     return shardings._replace(
@@ -348,7 +340,7 @@ def bytes_per_device(tree: Any) -> int:
             total += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     return total
 
-# %% ../../nbs/train/40_parallel.ipynb #c041
+# %% ../../nbs/train/40_parallel.ipynb #c040
 def batch_shares(mesh: Mesh, rules: AxisRules = RULES) -> int:
     "Parts that the rows of a batch are divided into."
     return math.prod(mesh.shape[a] for a in rules.batch)
@@ -407,7 +399,7 @@ def put_batch(
             put[name] = jax.make_array_from_process_local_data(sharding, x)
     return put
 
-# %% ../../nbs/train/40_parallel.ipynb #c044
+# %% ../../nbs/train/40_parallel.ipynb #c043
 @dataclass(frozen=True)
 class Rows:
     "The sharding constraint of activations [b, ...]: divided as the rows of the batch."
@@ -429,7 +421,7 @@ def place_rows(lm: Any, mesh: Mesh, rules: AxisRules = RULES) -> Any:
             block.place = constraint
     return lm
 
-# %% ../../nbs/train/40_parallel.ipynb #c047
+# %% ../../nbs/train/40_parallel.ipynb #c046
 def shard_step(step: Callable, shardings: NamedTuple) -> Callable:
     "The step (state, batch, key) -> (state, metrics), jitted, its state donated and kept in place."
     mesh = jax.tree.leaves(shardings)[0].mesh
@@ -452,7 +444,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
     return jax.tree.map(put_whole, tree)
 
-# %% ../../nbs/train/40_parallel.ipynb #c056
+# %% ../../nbs/train/40_parallel.ipynb #c055
 CACHED = {  # field of a cache -> its last axes
     "k": ("batch", "time", "kv_heads", None),
     "v": ("batch", "time", "kv_heads", None),

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +169,7 @@ def training_loop(run: Run, at: Progress, guard: Guard, report: Callable) -> Pro
                 stop_at_last_good(run, at, good, bad_steps)
             if saving and not stop:
                 with ledger.during("checkpoint"):
-                    save_instead(run, at, lambda: save_checkpoint(run, at))
+                    save_instead(run, at, partial(save_checkpoint, run, at))
     except KeyboardInterrupt:
         pass  # a signal, or a hook; raised only where the state is whole
     except DataEnded as error:

@@ -5,8 +5,8 @@ validates on documents kept out of its training, wherever they come from"""
 
 # %% auto #0
 __all__ = ['FREE', 'TOKENIZERS', 'SHARED', 'TrainConfig', 'claim_run', 'saved_config',
-           'copy_tokenizer', 'own_tokenizer', 'run_tokenizer', 'tokenizer_facts', 'stream_of',
-           'open_data', 'joined_position', 'own_position']
+           'copy_tokenizer', 'own_tokenizer', 'run_tokenizer', 'tokenizer_facts', 'open_data',
+           'joined_position', 'own_position']
 
 # %% ../../nbs/train/43_settings.ipynb #c003
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from ..core.files import first_line, read_json, write_atomic, write_json
 from ..core.processes import ProcessConfig, barrier, is_main_process
 from ..core.text import Tokenizer
 from ..data.corpus import CorpusReport, PackedTokens, pack
-from ..data.loader import LoaderConfig, loader
+from ..data.loader import LoaderConfig, batches_per_epoch, loader
 from ..data.sources import parse_source
 from nash_lab.data.stream import (
     StreamConfig,
@@ -199,18 +199,13 @@ SHARED = (
     "prefetch",
 )  # loader's, for both
 
-
-def stream_of(cfg: TrainConfig) -> StreamConfig:
-    "The stream of a run, without sources when packed files are read."
-    named = tuple(parse_source(name, column=cfg.column) for name in cfg.data)
-    shared = {name: getattr(cfg.loader, name) for name in SHARED}
-    return replace(cfg.stream, sources=named + cfg.stream.sources, **shared)
-
 # %% ../../nbs/train/43_settings.ipynb #c019
 def open_data(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, PackedTokens | None]:
     "Training batches and validation tokens; ValueError or OSError when something does not fit."
     check_rows(cfg.loader.batch_size // cfg.accumulate, mesh)
-    stream = stream_of(cfg)
+    named = tuple(parse_source(name, column=cfg.column) for name in cfg.data)
+    shared = {name: getattr(cfg.loader, name) for name in SHARED}
+    stream = replace(cfg.stream, sources=named + cfg.stream.sources, **shared)
     shard, shards = data_shard(mesh)
     vocab_size = cfg.model.vocab_size
     tokenizer = None
@@ -241,10 +236,12 @@ def open_data(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, PackedTokens | None]:
         packed = PackedTokens.open(
             cfg.train_bin, tokenizer_hash=digest, vocab_size=vocab_size
         )
+        epochs = cfg.loader.epochs
+        have = epochs * batches_per_epoch(packed, cfg.loader)
+        if epochs and have < cfg.steps:
+            asked = f"loader.epochs={epochs} give {have} batches, steps={cfg.steps}"
+            raise ValueError(f"{cfg.train_bin}: {asked}")
         batches = loader(packed, cfg.loader, shard=shard, shards=shards)
-        if batches.batches < cfg.steps:
-            have = f"loader.epochs={cfg.loader.epochs} give {batches.batches} batches"
-            raise ValueError(f"{cfg.train_bin}: {have}, steps={cfg.steps}")
 
     if not cfg.val_bin:
         return batches, None
