@@ -1,39 +1,57 @@
 "Settings every test runs under, set before jax is imported; subprocesses inherit them."
+
 import gc, os, re, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.update(JAX_PLATFORMS='cpu', JAX_NUMPY_RANK_PROMOTION='raise', JAX_NUMPY_DTYPE_PROMOTION='strict',
-                  WANDB_MODE='offline', MPLBACKEND='agg', HF_HUB_OFFLINE='1')
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    WANDB_MODE="offline",
+    MPLBACKEND="agg",
+    HF_HUB_OFFLINE="1",
+)
 # most of the time goes into compiling: LLVM does not optimize, and loops are emitted the old way, which together takes half off.
 # What is timed sets XLA_FLAGS itself
-if 'xla_' not in (flags := os.environ.get('XLA_FLAGS', '')):
-    os.environ['XLA_FLAGS'] = f'{flags} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'.strip()
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT/'.jax_cache'))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-sys.path.insert(0, str(ROOT/'tools'))
+if "xla_" not in (flags := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = (
+        f"{flags} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false".strip()
+    )
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+sys.path.insert(0, str(ROOT / "tools"))
 
-NAMED = set(re.findall(r'`(tests/\w+\.py::\w+)', (ROOT/'docs/FAULTS.md').read_text()))
+NAMED = set(re.findall(r"`(tests/\w+\.py::\w+)", (ROOT / "docs/FAULTS.md").read_text()))
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     "Whatever the page of faults names is one of `make test-faults`, wherever it stands"
     for item in items:
-        if item.nodeid.split('[')[0] in NAMED: item.add_marker('faults')
+        if item.nodeid.split("[")[0] in NAMED:
+            item.add_marker("faults")
 
-@pytest.fixture(scope='session')
-def root() -> Path: return ROOT
 
-@pytest.fixture(scope='session')
-def fixtures() -> Path: return ROOT/'tests/fixtures'
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
 
-@pytest.fixture(scope='session')
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    return ROOT / "tests/fixtures"
+
+
+@pytest.fixture(scope="session")
 def data() -> Path:
     "Folder of real corpora and benchmarks, named by NASH_LAB_DATA; without it the test is skipped"
-    folder = os.environ.get('NASH_LAB_DATA')
-    if not folder: pytest.skip('NASH_LAB_DATA is not set: it names the folder with the real data sets')
-    if not Path(folder).is_dir(): pytest.fail(f'NASH_LAB_DATA={folder} is not a folder', pytrace=False)
+    folder = os.environ.get("NASH_LAB_DATA")
+    if not folder:
+        pytest.skip("NASH_LAB_DATA is not set: it names the folder with the real data sets")
+    if not Path(folder).is_dir():
+        pytest.fail(f"NASH_LAB_DATA={folder} is not a folder", pytrace=False)
     return Path(folder).resolve()
 
 
@@ -41,7 +59,7 @@ def data() -> Path:
 def few_mappings():
     "Forget compiled programs before their memory mappings reach what Linux allows a process (65,530), where LLVM aborts"
     yield
-    maps = Path('/proc/self/maps')
-    if 'jax' in sys.modules and maps.exists() and maps.read_bytes().count(b'\n') > 30_000:
-        sys.modules['jax'].clear_caches()
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        sys.modules["jax"].clear_caches()
         gc.collect()

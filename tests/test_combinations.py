@@ -5,6 +5,7 @@ run. The FFN works on each token alone and knows none of the three: each kind me
 10 more. What is left out makes no other program: h_res modes, norms, aggregation and balance have tests on their own pages, and a tied or
 untied head, dropout and remat do not touch a switch. One program trains two steps, one decodes and runs the full pass. Compiling them is all the time
 there is, so they are compiled quickly rather than well, and the weights are drawn by NumPy, not by forty programs that initialise."""
+
 import json
 from contextlib import closing
 from functools import partial
@@ -24,16 +25,37 @@ from nash_lab.run.checkpoint import Checkpoints
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.step import fresh_state, make_train_step
 
-ATTENTIONS, RESIDUALS, MTPS = ("gqa", "diff1", "diff2", "mla", "maha"), ("plain", "mhc"), ("none", "parallel", "sequential")
+ATTENTIONS, RESIDUALS, MTPS = (
+    ("gqa", "diff1", "diff2", "mla", "maha"),
+    ("plain", "mhc"),
+    ("none", "parallel", "sequential"),
+)
 GRID = [(a, "swiglu", r, m) for a in ATTENTIONS for r in RESIDUALS for m in MTPS]
-PAIRS = [("gqa", "moe", "mhc", "sequential"), ("diff1", "moe", "plain", "parallel"), ("diff2", "moe", "mhc", "none"), ("mla", "moe", "plain", "none"),
-         ("maha", "moe", "mhc", "parallel"), ("gqa", "gelu", "plain", "parallel"), ("mla", "relu2", "mhc", "none"), ("maha", "gelu", "mhc", "sequential"),
-         ("diff1", "leaky_relu2", "mhc", "sequential"), ("diff2", "signed_sqrt", "plain", "none")]
+PAIRS = [
+    ("gqa", "moe", "mhc", "sequential"),
+    ("diff1", "moe", "plain", "parallel"),
+    ("diff2", "moe", "mhc", "none"),
+    ("mla", "moe", "plain", "none"),
+    ("maha", "moe", "mhc", "parallel"),
+    ("gqa", "gelu", "plain", "parallel"),
+    ("mla", "relu2", "mhc", "none"),
+    ("maha", "gelu", "mhc", "sequential"),
+    ("diff1", "leaky_relu2", "mhc", "sequential"),
+    ("diff2", "signed_sqrt", "plain", "none"),
+]
 T = 12
 
 
 def config(attention, ffn, residual, mtp):
-    return ModelConfig.tiny(attention=attention, ffn=ffn, residual=residual, mtp=mtp, vocab_size=64, init_std=0.2, maha=MAHAConfig(scales=2, aggregate="nash"))
+    return ModelConfig.tiny(
+        attention=attention,
+        ffn=ffn,
+        residual=residual,
+        mtp=mtp,
+        vocab_size=64,
+        init_std=0.2,
+        maha=MAHAConfig(scales=2, aggregate="nash"),
+    )
 
 
 def batch():
@@ -43,7 +65,9 @@ def batch():
     positions = np.array([range(T), [*range(7), *range(T - 7)]], np.int32)
     mask = np.ones((2, T), bool)
     mask[1, 6] = False
-    return dict(tokens=ids[:, :-1], targets=ids[:, 1:], mask=mask, segments=segments, positions=positions)
+    return dict(
+        tokens=ids[:, :-1], targets=ids[:, 1:], mask=mask, segments=segments, positions=positions
+    )
 
 
 def weights(cfg):
@@ -55,22 +79,31 @@ def weights(cfg):
     return graphdef, jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(shapes))
 
 
-def quickly(lowered): return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+def quickly(lowered):
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
 @partial(jax.jit, static_argnums=0)
 def decode(graphdef, params, tokens):
     "logits of prefill and single steps through the cache, and of one full pass"
     lm, b = nnx.merge(graphdef, params), tokens.shape[0]
-    hidden, cache = lm.step(tokens[:, :5], jnp.broadcast_to(jnp.arange(5)[None], (b, 5)), lm.init_cache(b, T + 3))
+    hidden, cache = lm.step(
+        tokens[:, :5], jnp.broadcast_to(jnp.arange(5)[None], (b, 5)), lm.init_cache(b, T + 3)
+    )
+
     def one(cache, i):
-        new, cache = lm.step(jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1), jnp.full((b, 1), i), cache)
+        new, cache = lm.step(
+            jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1), jnp.full((b, 1), i), cache
+        )
         return cache, new[:, 0]
+
     _, rest = jax.lax.scan(one, cache, jnp.arange(5, T))
     return lm.logits(jnp.concatenate([hidden, jnp.moveaxis(rest, 0, 1)], 1)), lm(tokens)
 
 
-@pytest.mark.parametrize("attention, ffn, residual, mtp", GRID + PAIRS, ids=["-".join(c) for c in GRID + PAIRS])
+@pytest.mark.parametrize(
+    "attention, ffn, residual, mtp", GRID + PAIRS, ids=["-".join(c) for c in GRID + PAIRS]
+)
 def test_trains_decodes_and_checkpoints(tmp_path, attention, ffn, residual, mtp):
     cfg = config(attention, ffn, residual, mtp)
     assert from_json(ModelConfig, json.loads(json.dumps(to_json(cfg)))) == cfg
@@ -82,32 +115,68 @@ def test_trains_decodes_and_checkpoints(tmp_path, attention, ffn, residual, mtp)
         state, metrics = step(state, batch(), jax.random.key(0))
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all() and losses[1] < losses[0] and int(state.skipped) == 0
-    still = [jax.tree_util.keystr(path) for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(before))
-             if np.array_equal(new, old)]
+    still = [
+        jax.tree_util.keystr(path)
+        for (path, new), old in zip(
+            jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(before)
+        )
+        if np.array_equal(new, old)
+    ]
     assert not still, f"not trained: {still}"
 
-    cached, full = quickly(decode.lower(graphdef, state.params, batch()["tokens"]))(state.params, batch()["tokens"])
+    cached, full = quickly(decode.lower(graphdef, state.params, batch()["tokens"]))(
+        state.params, batch()["tokens"]
+    )
     np.testing.assert_allclose(cached, full, atol=2e-4, rtol=2e-4)
 
     with closing(Checkpoints(tmp_path, asynchronous=False)) as points:
         points.save(2, {"model": state.params, "optimizer": state.opt_state})
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state.params, state.opt_state))
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state.params, state.opt_state)
+        )
         got = points.restore(template={"model": shapes[0], "optimizer": shapes[1]})
-    jax.tree.map(np.testing.assert_array_equal, (got["model"], got["optimizer"]), (state.params, state.opt_state))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (got["model"], got["optimizer"]),
+        (state.params, state.opt_state),
+    )
 
 
 def copying(lm):
     "heads that repeat what the trunk says: right wherever greedy text repeats a token, wrong elsewhere, so that rows advance by 1, 2 and 3"
-    for layer in (lm.mtp.block.attention.o, lm.mtp.block.ffn.down): layer.weight[...] = jnp.zeros_like(layer.weight[...])
-    if lm.mtp.project is not None: lm.mtp.project.weight[...] = jnp.broadcast_to(jnp.eye(64, 32), lm.mtp.project.weight.shape)
+    for layer in (lm.mtp.block.attention.o, lm.mtp.block.ffn.down):
+        layer.weight[...] = jnp.zeros_like(layer.weight[...])
+    if lm.mtp.project is not None:
+        lm.mtp.project.weight[...] = jnp.broadcast_to(jnp.eye(64, 32), lm.mtp.project.weight.shape)
     return lm
 
 
-@pytest.mark.parametrize("attention, residual, mtp", [("gqa", "mhc", "sequential"), ("diff1", "plain", "parallel"), ("diff2", "plain", "sequential"),
-                                                      ("mla", "plain", "sequential"), ("maha", "plain", "sequential"), ("maha", "mhc", "parallel")])
+@pytest.mark.parametrize(
+    "attention, residual, mtp",
+    [
+        ("gqa", "mhc", "sequential"),
+        ("diff1", "plain", "parallel"),
+        ("diff2", "plain", "sequential"),
+        ("mla", "plain", "sequential"),
+        ("maha", "plain", "sequential"),
+        ("maha", "mhc", "parallel"),
+    ],
+)
 def test_speculation_changes_no_token(attention, residual, mtp):
     "ragged rows, an end token, and two drafts of which none, one or both stay: every rollback of every cache"
-    lm = copying(LM(ModelConfig.tiny(attention=attention, residual=residual, mtp=mtp, mtp_depth=2, vocab_size=16, init_std=0.3, maha=MAHAConfig(scales=2))))
+    lm = copying(
+        LM(
+            ModelConfig.tiny(
+                attention=attention,
+                residual=residual,
+                mtp=mtp,
+                mtp_depth=2,
+                vocab_size=16,
+                init_std=0.3,
+                maha=MAHAConfig(scales=2),
+            )
+        )
+    )
     prompts = [[1], [2, 3], list(range(6, 15)), [4, 4, 4, 4], [15, 1, 2], [9] * 7, [8, 6], [7]]
     how = SampleConfig(max_new_tokens=16, temperature=0)
     eos = int(rollout(lm, prompts, how).tokens[2, 3])  # one that does come up

@@ -1,4 +1,5 @@
 "Evaluation from outside: likelihoods against lm-eval's own HuggingFace model, its tasks on real files, code in the box, reports compared."
+
 import gzip
 import itertools
 import json
@@ -14,15 +15,34 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'na
 from nash_lab.adapt.hf import load_hf
 from nash_lab.data.tokenizer import load_tokenizer
 from nash_lab.evals.compare import EvalConfig, compare, describe, evaluate_tasks
-from nash_lab.evals.lm_eval import Answers, Responder, front_of, lm_eval_model, score_pairs, score_texts, windows
+from nash_lab.evals.lm_eval import (
+    Answers,
+    Responder,
+    front_of,
+    lm_eval_model,
+    score_pairs,
+    score_texts,
+    windows,
+)
 from nash_lab.evals.code_tasks import (
-    BENCHMARKS, Attempts, best_of, load_task, pass_at_k, quiet, read_data, score_programs, shown_tests)
+    BENCHMARKS,
+    Attempts,
+    best_of,
+    load_task,
+    pass_at_k,
+    quiet,
+    read_data,
+    score_programs,
+    shown_tests,
+)
 from nash_lab.core.files import read_rows, write_json
 
 TEXT = [
     "Question: Natalia sold clips to 48 of her friends in April. How many clips did she sell? Answer: 48 + 24 = 72 #### 72\n",
-    "def add(a, b):\n    return a + b\n\nassert add(2, 3) == 5\n", "Which piece of equipment keeps spores out? A breathing mask.\n",
-    "The quick brown fox jumps over the lazy dog, and the man in the blue shirt sits on the chair near the sink.\n"]
+    "def add(a, b):\n    return a + b\n\nassert add(2, 3) == 5\n",
+    "Which piece of equipment keeps spores out? A breathing mask.\n",
+    "The quick brown fox jumps over the lazy dog, and the man in the blue shirt sits on the chair near the sink.\n",
+]
 
 
 def write_llama(folder: Path, bos: str, window: int = 1024) -> Path:
@@ -30,49 +50,91 @@ def write_llama(folder: Path, bos: str, window: int = 1024) -> Path:
     import tokenizers as T
     import torch
     import transformers
+
     made = T.Tokenizer(T.models.BPE())
-    made.pre_tokenizer, made.decoder = T.pre_tokenizers.ByteLevel(add_prefix_space=False), T.decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        T.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        T.decoders.ByteLevel(),
+    )
     alphabet = T.pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(TEXT * 4, T.trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
-    if bos != "none": made.post_processor = T.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(folder)
+    made.train_from_iterator(
+        TEXT * 4,
+        T.trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    if bos != "none":
+        made.post_processor = T.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=window, bos_token_id=0, eos_token_id=1, initializer_range=0.15, tie_word_embeddings=False)
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=window,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module", params=["template", "none"])
 def llama(request, tmp_path_factory):
-    pytest.importorskip("transformers"); pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
     return write_llama(tmp_path_factory.mktemp("llama"), request.param, window=64), request.param
 
 
 def hf_model(folder):
     from lm_eval.models.huggingface import HFLM
-    with quiet(): return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
+
+    with quiet():
+        return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
 
 
-def ours(folder, **kw): return Responder(load_hf(folder), load_tokenizer(folder), batch_size=4, **kw)
-def asked(*requests): return [SimpleNamespace(args=r, task_name=None) for r in requests]
+def ours(folder, **kw):
+    return Responder(load_hf(folder), load_tokenizer(folder), batch_size=4, **kw)
 
 
-REQUESTS = [("Question: how many clips?\nAnswer:", " 72"), ("The quick brown ", "fox jumps"), ("", "def add"), ("a", "b c d e"),
-            ("The man sits on the chair. " * 12, "near the sink"), ("Answer:", " 48 + 24 = 72 #### 72")]
+def asked(*requests):
+    return [SimpleNamespace(args=r, task_name=None) for r in requests]
+
+
+REQUESTS = [
+    ("Question: how many clips?\nAnswer:", " 72"),
+    ("The quick brown ", "fox jumps"),
+    ("", "def add"),
+    ("a", "b c d e"),
+    ("The man sits on the chair. " * 12, "near the sink"),
+    ("Answer:", " 48 + 24 = 72 #### 72"),
+]
 
 
 @pytest.mark.parity
 def test_rows_that_unpack_to_more_than_the_limit(tmp_path, monkeypatch):
     "Packed to next to nothing or not packed: refused before all of it is in memory"
     from nash_lab.core import files
+
     monkeypatch.setattr(files, "MAX_FILE_BYTES", 10_000)
     for name, write in (("rows.jsonl.gz", gzip.compress), ("rows.jsonl", bytes)):
         (tmp_path / name).write_bytes(write(b'{"a": 1}\n' * 1000))
         assert len(read_rows(tmp_path / name)) == 1000
         (tmp_path / name).write_bytes(write(b'{"a": 1}\n' * 2000))
-        with pytest.raises(ValueError, match=f"{name}: more than 10000 bytes, unpacked"): read_rows(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: more than 10000 bytes, unpacked"):
+            read_rows(tmp_path / name)
 
 
 def test_likelihoods_of_lm_eval(llama):
@@ -80,12 +142,18 @@ def test_likelihoods_of_lm_eval(llama):
     folder, bos = llama
     theirs, mine = hf_model(folder), ours(folder)
     assert mine.front == ([0] if bos == "template" else [])
-    a, b = theirs.loglikelihood(asked(*REQUESTS), disable_tqdm=True), lm_eval_model(mine).loglikelihood(asked(*REQUESTS))
+    a, b = (
+        theirs.loglikelihood(asked(*REQUESTS), disable_tqdm=True),
+        lm_eval_model(mine).loglikelihood(asked(*REQUESTS)),
+    )
     np.testing.assert_allclose([x for x, _ in b], [x for x, _ in a], atol=1e-3)
     assert [g for _, g in a] == [g for _, g in b]
     long = [("".join(TEXT),), ("short",)]
-    with quiet(): a = theirs.loglikelihood_rolling(asked(*long), disable_tqdm=True)
-    np.testing.assert_allclose(lm_eval_model(mine).loglikelihood_rolling(asked(*long)), a, atol=1e-3)
+    with quiet():
+        a = theirs.loglikelihood_rolling(asked(*long), disable_tqdm=True)
+    np.testing.assert_allclose(
+        lm_eval_model(mine).loglikelihood_rolling(asked(*long)), a, atol=1e-3
+    )
     assert mine.counts["contexts cut"] == 1
 
 
@@ -95,12 +163,20 @@ def test_answers_of_lm_eval(llama):
     folder, _ = llama
     theirs, mine = hf_model(folder), ours(folder)
     contexts = ["Question: how many", "def add(a, b):", "The man in the blue"]
-    settings = [{"until": until, "max_gen_toks": 24, "do_sample": False} for until in (["\n\n\n"], [" "], ["e", "o"])]
+    settings = [
+        {"until": until, "max_gen_toks": 24, "do_sample": False}
+        for until in (["\n\n\n"], [" "], ["e", "o"])
+    ]
     requests = [(c, s) for c in contexts for s in settings]
-    with quiet(): a = theirs.generate_until(asked(*((c, dict(s)) for c, s in requests)), disable_tqdm=True)
+    with quiet():
+        a = theirs.generate_until(asked(*((c, dict(s)) for c, s in requests)), disable_tqdm=True)
     assert lm_eval_model(mine).generate_until(asked(*requests)) == a
     greedy = mine.generate([(contexts[0], {"max_gen_toks": 3})])[0]
-    if "\ufffd" not in greedy: assert mine.log_likelihoods([(contexts[0], greedy)])[0][0] > mine.log_likelihoods([(contexts[0], " zzz")])[0][0]
+    if "\ufffd" not in greedy:
+        assert (
+            mine.log_likelihoods([(contexts[0], greedy)])[0][0]
+            > mine.log_likelihoods([(contexts[0], " zzz")])[0][0]
+        )
 
 
 @pytest.mark.parity
@@ -121,21 +197,36 @@ def test_requests_that_cannot_be_asked(tmp_path):
     from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
     from nash_lab.evals.lm_eval import split_pair
     from nash_lab.model.transformer import LM, ModelConfig
+
     tokenizer = train_tokenizer(TEXT * 3, tmp_path / "t.model", TokenizerConfig(vocab_size=320))
     model = Responder(LM(ModelConfig.tiny(vocab_size=320)), tokenizer)
     for call, said in (
-        (lambda: split_pair(tokenizer.encode, "a", "", 0), "the continuation '' has no token of its own"),
-        (lambda: [*score_pairs(model.lm, [([1], [5] * 65)])], "a continuation of 65 tokens, the model reads"),
+        (
+            lambda: split_pair(tokenizer.encode, "a", "", 0),
+            "the continuation '' has no token of its own",
+        ),
+        (
+            lambda: [*score_pairs(model.lm, [([1], [5] * 65)])],
+            "a continuation of 65 tokens, the model reads",
+        ),
         (lambda: score_texts(model, ["a", ""]), "2 documents, 1 of them empty"),
-        (lambda: Responder(LM(ModelConfig.tiny()), tokenizer), "a tokenizer of 320 pieces, the model has 256")):
-        with pytest.raises(ValueError, match=said): call()
+        (
+            lambda: Responder(LM(ModelConfig.tiny()), tokenizer),
+            "a tokenizer of 320 pieces, the model has 256",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
 
 
 def test_windows_of_lm_eval():
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
     for n, length in itertools.product((1, 4, 5, 9, 30), (1, 2, 4, 7)):
         ids = list(range(n))
-        assert windows(ids, -1, length) == list(map(make_disjoint_window, get_rolling_token_windows(ids, -1, length, 1)))
+        assert windows(ids, -1, length) == list(
+            map(make_disjoint_window, get_rolling_token_windows(ids, -1, length, 1))
+        )
 
 
 @pytest.mark.parity
@@ -143,7 +234,9 @@ def test_bytes_are_those_of_the_text(llama):
     "Bits per byte: nats of the tokens after the front over UTF-8 bytes, however the text is cut"
     model, text = ours(llama[0]), "Gödel’s naïve 😀 proof"
     found = score_texts(model, [text])
-    (nats, _), = dict(score_pairs(model.lm, [(model.front or [0], model.tokenizer.encode(text))])).values()
+    ((nats, _),) = dict(
+        score_pairs(model.lm, [(model.front or [0], model.tokenizer.encode(text))])
+    ).values()
     assert found.text_bytes == len(text.encode()) > len(text)
     assert found.bits_per_byte == pytest.approx(-nats / math.log(2) / len(text.encode()), rel=1e-5)
 
@@ -157,7 +250,14 @@ def test_pass_at_k_by_counting():
 
 # ---- tasks on the real files
 
-PROBLEMS = {"gsm8k": 1319, "hellaswag": 1000, "arc_easy": 2376, "arc_challenge": 1172, "humaneval": 164, "mbpp": 500}
+PROBLEMS = {
+    "gsm8k": 1319,
+    "hellaswag": 1000,
+    "arc_easy": 2376,
+    "arc_challenge": 1172,
+    "humaneval": 164,
+    "mbpp": 500,
+}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -165,54 +265,80 @@ def test_tasks_load_offline(data, name):
     "Every problem of the published set is there, and its first prompts can be made"
     loaded = load_task(name, data)
     assert len(loaded.task.eval_docs) == PROBLEMS[name]
-    with quiet(): loaded.task.build_all_requests(limit=3)
-    assert {i.doc_id for i in loaded.task.instances} == {0, 1, 2} and loaded.code == (name in ("humaneval", "mbpp"))
+    with quiet():
+        loaded.task.build_all_requests(limit=3)
+    assert {i.doc_id for i in loaded.task.instances} == {0, 1, 2} and loaded.code == (
+        name in ("humaneval", "mbpp")
+    )
     assert set(loaded.data.files) == set(BENCHMARKS[name].files.values())
-    if name == "mbpp": assert loaded.data.left_out == {"not in the test set": 474}
+    if name == "mbpp":
+        assert loaded.data.left_out == {"not in the test set": 474}
 
 
 def test_prompts_are_those_of_the_task(data):
     "Text of the files, in the form of lm-eval's YAML"
     row = read_rows(data / "hellaswag/val_1000.jsonl")[7]
     with quiet():
-        task = load_task("hellaswag", data).task; task.build_all_requests(limit=8)
-        assert [i.args for i in task.instances[-4:]] == [(row["query"], " " + c) for c in row["choices"]]
+        task = load_task("hellaswag", data).task
+        task.build_all_requests(limit=8)
+        assert [i.args for i in task.instances[-4:]] == [
+            (row["query"], " " + c) for c in row["choices"]
+        ]
         assert task.doc_to_target(task.instances[-1].doc) == row["gold"]
         row = read_rows(data / "arc/arc_challenge_test.jsonl")[0]
-        task = load_task("arc_challenge", data).task; task.build_all_requests(limit=1)
-        assert [i.args for i in task.instances] == [(row["query"] + "\nAnswer:", " " + c) for c in row["choices"]]
-        task = load_task("gsm8k", data, shots=8, seed=3).task; task.build_all_requests(limit=2)
+        task = load_task("arc_challenge", data).task
+        task.build_all_requests(limit=1)
+        assert [i.args for i in task.instances] == [
+            (row["query"] + "\nAnswer:", " " + c) for c in row["choices"]
+        ]
+        task = load_task("gsm8k", data, shots=8, seed=3).task
+        task.build_all_requests(limit=2)
         prompt = task.instances[1].args[0]
         assert prompt.count("Question:") == 9 and prompt.count("####") == 8
-        again = load_task("gsm8k", data, shots=8, seed=3).task; again.build_all_requests(limit=2)
-        other = load_task("gsm8k", data, shots=8, seed=4).task; other.build_all_requests(limit=2)
+        again = load_task("gsm8k", data, shots=8, seed=3).task
+        again.build_all_requests(limit=2)
+        other = load_task("gsm8k", data, shots=8, seed=4).task
+        other.build_all_requests(limit=2)
     assert again.instances[1].args[0] == prompt != other.instances[1].args[0]
 
 
 def test_repeated_options_are_taken_out(data):
     for name, count in (("arc_easy", 7), ("arc_challenge", 4)):
-        rows, raw = read_data(name, data).splits["test"], read_rows(data / BENCHMARKS[name].files["test"])
+        rows, raw = (
+            read_data(name, data).splits["test"],
+            read_rows(data / BENCHMARKS[name].files["test"]),
+        )
         assert sum(len(r["choices"]["text"]) == 3 for r in rows) == count
         for r, old in zip(rows, raw):
             assert len(set(r["choices"]["text"])) == len(r["choices"]["text"])
-            assert r["choices"]["text"][r["choices"]["label"].index(r["answerKey"])] == old["choices"][old["gold"]]
+            assert (
+                r["choices"]["text"][r["choices"]["label"].index(r["answerKey"])]
+                == old["choices"][old["gold"]]
+            )
 
 
 @pytest.mark.parametrize("name, step", [("humaneval", 20), ("mbpp", 40)])
 def test_reference_solutions_pass(data, name, step, tmp_path):
     "Through filter, metric and box; a wrong answer, an early exit and a file written outside do not"
     task, mark = load_task(name, data).task, tmp_path / "outside"
-    with quiet(): task.build_all_requests(samples=(some := list(range(1, PROBLEMS[name], step))))
+    with quiet():
+        task.build_all_requests(samples=(some := list(range(1, PROBLEMS[name], step))))
     tmp_path.chmod(0o777)
     for i, request in enumerate(list(task.instances)):
         good = request.doc["canonical_solution"] if name == "humaneval" else request.doc["code"]
-        bad = ["    return None\n", "import os; os._exit(0)", f"open({str(mark)!r}, 'w').write('x')\n"][i % 3]
+        bad = [
+            "    return None\n",
+            "import os; os._exit(0)",
+            f"open({str(mark)!r}, 'w').write('x')\n",
+        ][i % 3]
         outcome = []
         for answer in (good, bad):
             request.resps = [answer]
             task._instances = [request]
             task.apply_filters()
-            scores = task.process_results(request.doc, [next(iter(request.filtered_resps.values()))])
+            scores = task.process_results(
+                request.doc, [next(iter(request.filtered_resps.values()))]
+            )
             outcome.append(next(iter(scores.values())))
         assert outcome == [1.0, 0.0], request.doc["task_id"]
     assert not mark.exists() and i + 1 == len(some) > 8
@@ -221,62 +347,100 @@ def test_reference_solutions_pass(data, name, step, tmp_path):
 def test_shown_tests_hold_for_the_reference(data):
     "About half of HumanEval's docstrings have examples in the form of a session; nearly all of them pass with the reference solution"
     from nash_lab.evals.sandbox import run_many
+
     rows = read_rows(data / "humaneval/HumanEval.jsonl.gz")[::8]
     tests = [shown_tests(r) for r in rows]
     with_tests = [(r["prompt"] + r["canonical_solution"], t) for r, t in zip(rows, tests) if t]
-    assert len(with_tests) > len(rows) / 3 and sum(r.passed for r in run_many(with_tests)) >= 0.9 * len(with_tests)
+    assert len(with_tests) > len(rows) / 3 and sum(
+        r.passed for r in run_many(with_tests)
+    ) >= 0.9 * len(with_tests)
 
 
 def test_best_of_n_orders():
     "Tests first, likelihood among equals, an empty answer last"
-    likely = SimpleNamespace(log_likelihoods=lambda pairs: [(-len(a) / 1.0, False) for _, a in pairs], tokenizer=SimpleNamespace(encode=lambda a: [0]))
+    likely = SimpleNamespace(
+        log_likelihoods=lambda pairs: [(-len(a) / 1.0, False) for _, a in pairs],
+        tokenizer=SimpleNamespace(encode=lambda a: [0]),
+    )
     doc = {"test_list": ["assert f(1) == 1", "assert f(2) == 4"], "test_setup_code": ""}
     short, right, empty = "f=abs", "def f(x): return x * x", ""
     tries, passed = [[empty, short, right]], [[False, False, True]]
     three, record = Attempts(3), {"doc": doc, "arguments": [["?"]], "resps": tries}
     found = score_programs(likely, [record], tries, passed, three)
     assert found["pass@1"][0] == pytest.approx(1 / 3)
-    assert (found["best of 3 by likelihood"][0], found["best of 3 by tests"][0]) == (0.0, 0.0)      # both pass the shown test, the shorter one is likelier
+    assert (found["best of 3 by likelihood"][0], found["best of 3 by tests"][0]) == (
+        0.0,
+        0.0,
+    )  # both pass the shown test, the shorter one is likelier
     record["doc"] = doc | {"test_list": doc["test_list"][::-1]}
     assert score_programs(likely, [record], tries, passed, three)["best of 3 by tests"][0] == 1.0
 
 
 def test_problems_that_cannot_be_asked(tmp_path):
-    (tmp_path / "gsm8k").mkdir(); (tmp_path / "arc").mkdir()
-    for split in ("train", "test"): (tmp_path / f"gsm8k/{split}.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 12)
-    (tmp_path / "arc/arc_challenge_test.jsonl").write_text('{"query": "?", "choices": ["a"], "gold": 4}')
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "arc").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k/{split}.jsonl").write_text(
+            '{"question": "1 + 1?", "answer": "#### 2"}\n' * 12
+        )
+    (tmp_path / "arc/arc_challenge_test.jsonl").write_text(
+        '{"query": "?", "choices": ["a"], "gold": 4}'
+    )
     (tmp_path / "arc/arc_easy_test.jsonl").write_text('{"query": NaN}')
     for call, said in (
         (lambda: load_task("gsm8k", tmp_path, shots=50), "gsm8k: 50 shots, there are 12 examples"),
         (lambda: load_task("hellaswag", tmp_path), "val_1000.jsonl: no such file of problems"),
-        (lambda: load_task("no_such_task", tmp_path), "task 'no_such_task', expected gsm8k, hellaswag"),
+        (
+            lambda: load_task("no_such_task", tmp_path),
+            "task 'no_such_task', expected gsm8k, hellaswag",
+        ),
         (lambda: read_data("gsm8k", tmp_path / "none"), "none: no such folder of benchmark files"),
         (lambda: read_data("arc_challenge", tmp_path), "a row is not of arc_challenge: IndexError"),
         (lambda: read_data("arc_easy", tmp_path), "arc_easy_test.jsonl:1: NaN"),
-        (lambda: Attempts(samples=2, k=(3,)), r"Attempts.k=\(3,\)"), (lambda: Attempts(samples=0), "Attempts.samples=0"),
-        (lambda: pass_at_k(3, 1, 4), "pass@k of n=3, c=1, k=4"), (lambda: best_of([[1.0]], [[True, False]]), "shapes .1, 1. of scores and .1, 2. differ")):
-        with pytest.raises((ValueError, FileNotFoundError), match=said): call()
+        (lambda: Attempts(samples=2, k=(3,)), r"Attempts.k=\(3,\)"),
+        (lambda: Attempts(samples=0), "Attempts.samples=0"),
+        (lambda: pass_at_k(3, 1, 4), "pass@k of n=3, c=1, k=4"),
+        (lambda: best_of([[1.0]], [[True, False]]), "shapes .1, 1. of scores and .1, 2. differ"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            call()
 
 
 # ---- end to end
 
+
 @pytest.mark.parity
 def test_an_imported_llama_end_to_end(data, tmp_path):
     "GSM8K 20, HellaSwag 50, ARC-Easy 50, HumanEval 5 without a network, into a report that compares with itself"
-    pytest.importorskip("transformers"); pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
     folder = write_llama(tmp_path / "hf", "template")
     lm, tokenizer = load_hf(folder), load_tokenizer(folder)
     wanted = {"gsm8k": 20, "hellaswag": 50, "arc_easy": 50, "humaneval": 5}
-    cfg = EvalConfig(tasks=(",".join(wanted),), limit=tuple(wanted.values()), shots=0, data=str(data), max_new_tokens=32)
+    cfg = EvalConfig(
+        tasks=(",".join(wanted),),
+        limit=tuple(wanted.values()),
+        shots=0,
+        data=str(data),
+        max_new_tokens=32,
+    )
     report = evaluate_tasks(lm, tokenizer, cfg, name="tiny")
     for task, n in wanted.items():
         part = report["tasks"][task]
-        assert part["counts"]["problems"] == n == len(part["items"]) and part["counts"]["left out"] == {"beyond the limit": PROBLEMS[task] - n}
-        for m in part["metrics"].values(): assert 0 <= m["low"] <= m["value"] <= m["high"] <= 1 and m["items"] == n
+        assert part["counts"]["problems"] == n == len(part["items"]) and part["counts"][
+            "left out"
+        ] == {"beyond the limit": PROBLEMS[task] - n}
+        for m in part["metrics"].values():
+            assert 0 <= m["low"] <= m["value"] <= m["high"] <= 1 and m["items"] == n
         assert all(len(digest) == 64 for digest in part["files"].values()) and part["files"]
     assert report["model"]["front"] == [0] and len(report["model"]["weights"]) == 64
-    assert set(report["tasks"]["gsm8k"]["metrics"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
-    assert set(report["tasks"]["humaneval"]["metrics"]) == {"pass@1"} and list(report["tasks"]) == list(wanted)
+    assert set(report["tasks"]["gsm8k"]["metrics"]) == {
+        "exact_match,strict-match",
+        "exact_match,flexible-extract",
+    }
+    assert set(report["tasks"]["humaneval"]["metrics"]) == {"pass@1"} and list(
+        report["tasks"]
+    ) == list(wanted)
     write_json(tmp_path / "a.json", report)
     found = compare(tmp_path / "a.json", tmp_path / "a.json")
     assert len(found.rows) == 7 and {r.verdict for r in found.rows} == {"no difference shown"}
@@ -286,31 +450,55 @@ def test_an_imported_llama_end_to_end(data, tmp_path):
 @pytest.mark.parity
 def test_an_evaluation_goes_on(data, tmp_path):
     "Answers in a file: the second evaluation asks only what is new, gives the same scores, and survives a half-written line"
-    pytest.importorskip("transformers"); pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
     folder = write_llama(tmp_path / "hf", "template", window=512)
     lm, tokenizer = load_hf(folder), load_tokenizer(folder)
     cfg = dict(tasks=("arc_easy",), data=str(data), answers=str(tmp_path / "answers.jsonl"))
     first = evaluate_tasks(lm, tokenizer, EvalConfig(limit=(4,), **cfg))
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
-    with open(tmp_path / "answers.jsonl", "a") as file: file.write('{"key": "half')
+    with open(tmp_path / "answers.jsonl", "a") as file:
+        file.write('{"key": "half')
     second = evaluate_tasks(lm, tokenizer, EvalConfig(limit=(8,), **cfg))
     later = (tmp_path / "answers.jsonl").read_text().splitlines()
-    assert later[: len(lines)] == lines and len(later) == 32 == len({json.loads(o)["key"] for o in later})
-    assert [i["scores"] for i in second["tasks"]["arc_easy"]["items"][:4]] == [i["scores"] for i in first["tasks"]["arc_easy"]["items"]]
-    assert Answers("another model", tmp_path / "answers.jsonl").key("x") != Answers("a", None).key("x")
-    with pytest.raises(ValueError, match="arc_easy: 4 and 8 problems"): compare(first, second)
+    assert later[: len(lines)] == lines and len(later) == 32 == len(
+        {json.loads(o)["key"] for o in later}
+    )
+    assert [i["scores"] for i in second["tasks"]["arc_easy"]["items"][:4]] == [
+        i["scores"] for i in first["tasks"]["arc_easy"]["items"]
+    ]
+    assert Answers("another model", tmp_path / "answers.jsonl").key("x") != Answers("a", None).key(
+        "x"
+    )
+    with pytest.raises(ValueError, match="arc_easy: 4 and 8 problems"):
+        compare(first, second)
 
 
 @pytest.mark.parity
 def test_several_attempts(data, tmp_path):
     "pass@1 and pass@2 of drawn programs, and the best of them, for both code tasks"
-    pytest.importorskip("transformers"); pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
     folder = write_llama(tmp_path / "hf", "none")
-    cfg = EvalConfig(tasks=("humaneval", "mbpp"), limit=(2,), data=str(data), max_new_tokens=8, attempts=Attempts(2, (1, 2)))
+    cfg = EvalConfig(
+        tasks=("humaneval", "mbpp"),
+        limit=(2,),
+        data=str(data),
+        max_new_tokens=8,
+        attempts=Attempts(2, (1, 2)),
+    )
     report = evaluate_tasks(load_hf(folder), load_tokenizer(folder), cfg)
     for part in report["tasks"].values():
-        assert set(part["metrics"]) == {"pass@1", "pass@2", "best of 2 by likelihood", "best of 2 by tests"}
-        assert all(len(item["answers"]) == 2 for item in part["items"]) and part["settings"]["attempts"]["samples"] == 2
+        assert set(part["metrics"]) == {
+            "pass@1",
+            "pass@2",
+            "best of 2 by likelihood",
+            "best of 2 by tests",
+        }
+        assert (
+            all(len(item["answers"]) == 2 for item in part["items"])
+            and part["settings"]["attempts"]["samples"] == 2
+        )
 
 
 @pytest.mark.slow
@@ -320,16 +508,24 @@ def test_simple_evaluate(data):
     from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
     from nash_lab.model.transformer import LM, ModelConfig
     import tempfile
-    tokenizer = train_tokenizer(TEXT * 3, Path(tempfile.mkdtemp()) / "t.model", TokenizerConfig(vocab_size=320))
+
+    tokenizer = train_tokenizer(
+        TEXT * 3, Path(tempfile.mkdtemp()) / "t.model", TokenizerConfig(vocab_size=320)
+    )
     model = lm_eval_model(Responder(LM(ModelConfig.tiny(vocab_size=320, max_len=256)), tokenizer))
     task = load_task("arc_easy", data).task
-    with quiet(): found = simple_evaluate(model=model, tasks=[task], limit=2, bootstrap_iters=0)
-    assert found["results"]["arc_easy"]["sample_len"] == 2 and "acc,none" in found["results"]["arc_easy"]
+    with quiet():
+        found = simple_evaluate(model=model, tasks=[task], limit=2, bootstrap_iters=0)
+    assert (
+        found["results"]["arc_easy"]["sample_len"] == 2
+        and "acc,none" in found["results"]["arc_easy"]
+    )
 
 
 def test_the_hub_without_a_network():
     "One line, not a page of retries; a task that lm-eval has but no file here; a name that nobody has"
-    with pytest.raises(ValueError, match="gsm8k: no data from the hub: ") as said: load_task("gsm8k", "hub")
+    with pytest.raises(ValueError, match="gsm8k: no data from the hub: ") as said:
+        load_task("gsm8k", "hub")
     assert "\n" not in str(said.value)
 
 
@@ -338,11 +534,17 @@ def test_measures_and_hashes():
     from flax import nnx
     from nash_lab.evals.scores import mean_interval, weights_hash, wilson
     from nash_lab.model.transformer import LM, ModelConfig
-    assert (m := mean_interval([1.0, 0.0, 1.0])).interval == "wilson" and (m.low, m.high) == wilson(2, 3)
+
+    assert (m := mean_interval([1.0, 0.0, 1.0])).interval == "wilson" and (m.low, m.high) == wilson(
+        2, 3
+    )
     x = np.random.default_rng(0).normal(2.0, 1.0, 400)
-    assert (m := mean_interval(x)).interval == "bootstrap" and m.high - m.low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.15)
+    assert (m := mean_interval(x)).interval == "bootstrap" and m.high - m.low == pytest.approx(
+        2 * 1.96 * x.std() / 20, rel=0.15
+    )
     for bad in ([], [1.0, math.nan]):
-        with pytest.raises(ValueError, match="expected at least 1, all finite"): mean_interval(bad)
+        with pytest.raises(ValueError, match="expected at least 1, all finite"):
+            mean_interval(bad)
     lm = LM(ModelConfig.tiny())
     before = weights_hash(lm)
     assert before == weights_hash(nnx.clone(lm))
@@ -353,12 +555,20 @@ def test_measures_and_hashes():
 def test_paired_tests():
     "McNemar by summing the binomial, for numpy's integers too; sign flips agree with all patterns; Holm never shrinks a p-value"
     from nash_lab.evals.compare import holm, mcnemar, sign_flip
+
     for a, b in itertools.product(range(5), repeat=2):
         tail = [math.comb(a + b, j) / 2 ** (a + b) for j in range(a + b + 1)]
-        assert mcnemar(a, b) == pytest.approx(min(1.0, sum(p for p in tail if p <= tail[a] + 1e-12)))
-    assert mcnemar(np.int64(80), np.int64(80)) == 1.0 and 0 < mcnemar(np.int64(300), np.int64(900)) < 1e-60
+        assert mcnemar(a, b) == pytest.approx(
+            min(1.0, sum(p for p in tail if p <= tail[a] + 1e-12))
+        )
+    assert (
+        mcnemar(np.int64(80), np.int64(80)) == 1.0
+        and 0 < mcnemar(np.int64(300), np.int64(900)) < 1e-60
+    )
     d = np.array([0.5, -0.25, 1.0, 0.75, 0.0, 0.25])
-    exact = np.mean([abs(np.dot(s, d)) >= d.sum() - 1e-12 for s in itertools.product((-1, 1), repeat=6)])
+    exact = np.mean(
+        [abs(np.dot(s, d)) >= d.sum() - 1e-12 for s in itertools.product((-1, 1), repeat=6)]
+    )
     assert sign_flip(d) == pytest.approx(exact, abs=0.02)
     p = [0.04, 0.01, 0.5, 0.03]
     assert all(a >= b for a, b in zip(holm(p), p)) and holm(p)[1] == pytest.approx(0.04)
@@ -366,10 +576,20 @@ def test_paired_tests():
 
 def test_reports_that_cannot_be_compared(tmp_path):
     "Different settings, prompts or numbers of problems, other formats, nothing in common, settings out of range"
+
     def report_of(n, task="t", **changes):
-        items = [{"id": i, "problem": str(i), "prompt": str(i), "scores": {"m": 0.0}} for i in range(n)]
-        part = {"metrics": {"m": {}}, "lower_is_better": [], "version": "1", "settings": {}, "items": items} | changes
+        items = [
+            {"id": i, "problem": str(i), "prompt": str(i), "scores": {"m": 0.0}} for i in range(n)
+        ]
+        part = {
+            "metrics": {"m": {}},
+            "lower_is_better": [],
+            "version": "1",
+            "settings": {},
+            "items": items,
+        } | changes
         return {"format": "nash_lab eval 1", "model": {}, "tasks": {task: part}}
+
     (tmp_path / "old.json").write_text("{}")
     (tmp_path / "cut.json").write_text('{"format": ')
     good = report_of(9)
@@ -378,10 +598,18 @@ def test_reports_that_cannot_be_compared(tmp_path):
         (lambda: compare(good, report_of(9, settings={"shots": 8})), "t: settings differ"),
         (lambda: compare(good, report_of(9, version="2")), "t: version differ"),
         (lambda: compare(good, report_of(9, task="u")), "no task in common: t and u"),
-        (lambda: compare(tmp_path / "old.json", good), "old.json: format None, expected 'nash_lab eval 1'"),
+        (
+            lambda: compare(tmp_path / "old.json", good),
+            "old.json: format None, expected 'nash_lab eval 1'",
+        ),
         (lambda: compare(tmp_path / "cut.json", good), "cut.json: "),
         (lambda: compare(tmp_path / "none.json", good), "none.json: no such file"),
-        (lambda: EvalConfig(tasks=()), r"EvalConfig.tasks=\(\)"), (lambda: EvalConfig(tasks=("gsm8k,gsm8k",)), "EvalConfig.tasks=.*each task once"),
-        (lambda: EvalConfig(limit=(5, 5)), r"EvalConfig.limit=\(5, 5\)"), (lambda: EvalConfig(batch_size=0), "EvalConfig.batch_size=0"),
-        (lambda: EvalConfig(shots=-1), "EvalConfig.shots=-1"), (lambda: EvalConfig(max_new_tokens=-1), "EvalConfig.max_new_tokens=-1")):
-        with pytest.raises((ValueError, FileNotFoundError), match=said): call()
+        (lambda: EvalConfig(tasks=()), r"EvalConfig.tasks=\(\)"),
+        (lambda: EvalConfig(tasks=("gsm8k,gsm8k",)), "EvalConfig.tasks=.*each task once"),
+        (lambda: EvalConfig(limit=(5, 5)), r"EvalConfig.limit=\(5, 5\)"),
+        (lambda: EvalConfig(batch_size=0), "EvalConfig.batch_size=0"),
+        (lambda: EvalConfig(shots=-1), "EvalConfig.shots=-1"),
+        (lambda: EvalConfig(max_new_tokens=-1), "EvalConfig.max_new_tokens=-1"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            call()

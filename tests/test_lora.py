@@ -1,4 +1,5 @@
 "LoRA on every kind of model, and its files against `peft` on a LLaMA of transformers (parity extra)."
+
 import json
 from dataclasses import replace
 from functools import partial
@@ -7,8 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nash_lab.adapt.lora import (LoRAConfig, adapter_update, attach, combine, extract_adapter, init_adapter, linear_layers, merge_adapter,
-                                 peft_name, read_peft, target_shapes, write_peft)
+from nash_lab.adapt.lora import (
+    LoRAConfig,
+    adapter_update,
+    attach,
+    combine,
+    extract_adapter,
+    init_adapter,
+    linear_layers,
+    merge_adapter,
+    peft_name,
+    read_peft,
+    target_shapes,
+    write_peft,
+)
 from nash_lab.model.block import ModelConfig
 from nash_lab.model.generate import _decode, generate
 from nash_lab.model.transformer import LM
@@ -19,194 +32,345 @@ CFG = LoRAConfig(rank=2, alpha=4)
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
 BATCH = dict(tokens=TOKENS, targets=np.roll(TOKENS, -1, 1), mask=np.ones(TOKENS.shape, bool))
 
-@nnx.jit
-def logits(lm, tokens): return lm(tokens)
 
-def filled(adapter, size=.2, seed=1):
+@nnx.jit
+def logits(lm, tokens):
+    return lm(tokens)
+
+
+def filled(adapter, size=0.2, seed=1):
     "The same shapes with numbers that do something"
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(size * rng.standard_normal(x.shape), jnp.float32), adapter)
+    return jax.tree.map(
+        lambda x: jnp.asarray(size * rng.standard_normal(x.shape), jnp.float32), adapter
+    )
 
-def plain(**changes): return LM(ModelConfig.tiny(residual='plain', layers=2, **changes))
 
-@pytest.mark.parametrize('kind', [dict(attention='diff1'), dict(attention='diff2'), dict(attention='mla'), dict(attention='maha'), dict(ffn='gelu'), dict(ffn='moe'),
-                                  dict(mtp='sequential'), dict(residual='mhc')], ids=lambda k: '-'.join(k.values()))
+def plain(**changes):
+    return LM(ModelConfig.tiny(residual="plain", layers=2, **changes))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict(attention="diff1"),
+        dict(attention="diff2"),
+        dict(attention="mla"),
+        dict(attention="maha"),
+        dict(ffn="gelu"),
+        dict(ffn="moe"),
+        dict(mtp="sequential"),
+        dict(residual="mhc"),
+    ],
+    ids=lambda k: "-".join(k.values()),
+)
 def test_beside_equals_inside(kind, tmp_path):
     "Every kind of model: logits and cached decoding of the adapted model are those of the merged one; the file brings the factors back"
-    lm = LM(ModelConfig.tiny(**(dict(residual='plain') | kind)))
+    lm = LM(ModelConfig.tiny(**(dict(residual="plain") | kind)))
     adapter = filled(init_adapter(lm, CFG, jax.random.key(0)))
     one, two = attach(lm, adapter, CFG.scale), merge_adapter(lm, adapter, CFG.scale)
     want = logits(two, TOKENS)
-    assert jnp.abs(want - logits(lm, TOKENS)).max() > .01
+    assert jnp.abs(want - logits(lm, TOKENS)).max() > 0.01
     np.testing.assert_allclose(logits(one, TOKENS), want, atol=2e-4)
-    step = nnx.jit(lambda lm, cache: lm.logits(lm.step(TOKENS, jnp.broadcast_to(jnp.arange(12)[None], (2, 12)), cache)[0]))
+    step = nnx.jit(
+        lambda lm, cache: lm.logits(
+            lm.step(TOKENS, jnp.broadcast_to(jnp.arange(12)[None], (2, 12)), cache)[0]
+        )
+    )
     np.testing.assert_allclose(step(one, one.init_cache(2, 16)), want, atol=2e-4)
     again, _ = read_peft(write_peft(tmp_path, adapter, CFG, lm), lm)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, adapter))
 
+
 def test_targets_reach_multi_token_heads(tmp_path):
-    lm = plain(mtp='sequential')
-    cfg = replace(CFG, targets=('mtp/*',))
+    lm = plain(mtp="sequential")
+    cfg = replace(CFG, targets=("mtp/*",))
     adapter = filled(init_adapter(lm, cfg, jax.random.key(0)))
-    assert 'mtp/project' in adapter and all(p.startswith('mtp/') for p in adapter)
-    assert jax.tree.all(jax.tree.map(np.array_equal, read_peft(write_peft(tmp_path, adapter, cfg, lm), lm)[0], adapter))
+    assert "mtp/project" in adapter and all(p.startswith("mtp/") for p in adapter)
+    assert jax.tree.all(
+        jax.tree.map(
+            np.array_equal, read_peft(write_peft(tmp_path, adapter, cfg, lm), lm)[0], adapter
+        )
+    )
+
 
 def test_bfloat16():
     "The change is made in the type of the activations; factors and their gradients stay float32"
-    lm = plain(compute_dtype='bfloat16', init_std=.1)
-    adapter = filled(init_adapter(lm, CFG, jax.random.key(0)), size=.1)
+    lm = plain(compute_dtype="bfloat16", init_std=0.1)
+    adapter = filled(init_adapter(lm, CFG, jax.random.key(0)), size=0.1)
     one, two = (logits(use(lm, adapter, CFG.scale), TOKENS) for use in (attach, merge_adapter))
-    assert one.dtype == jnp.float32 and jnp.abs(one - two).max() < .05 * jnp.abs(two).max()
+    assert one.dtype == jnp.float32 and jnp.abs(one - two).max() < 0.05 * jnp.abs(two).max()
     slopes = jax.eval_shape(jax.grad(lambda a: attach(lm, a, CFG.scale)(TOKENS).sum()), adapter)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(slopes))
 
+
 def test_base_is_untouched_and_only_factors_have_moments():
-    lm = plain(init_std=.2)
+    lm = plain(init_std=0.2)
     graph, params = nnx.split(lm, nnx.Param)
     params = nnx.to_pure_dict(params)
     before = jax.tree.map(np.array, params)
-    tx = optimizer(OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule='constant'), 9)
+    tx = optimizer(OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant"), 9)
     state, losses = fresh_state(init_adapter(lm, CFG, jax.random.key(0)), tx), []
-    step = partial(adapter_update, graphdef=graph, tx=tx, cfg=replace(CFG, dropout=.2))
+    step = partial(adapter_update, graphdef=graph, tx=tx, cfg=replace(CFG, dropout=0.2))
     programs = adapter_update._cache_size()
     for _ in range(8):
         state, metrics = step(state, params, BATCH, jax.random.key(1))
-        losses.append(float(metrics['loss']))
-    assert losses[-1] < losses[0] and int(state.step) == 8 and adapter_update._cache_size() == programs + 1
+        losses.append(float(metrics["loss"]))
+    assert (
+        losses[-1] < losses[0]
+        and int(state.step) == 8
+        and adapter_update._cache_size() == programs + 1
+    )
     assert jax.tree.all(jax.tree.map(np.array_equal, before, params))
-    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) < 3 * sum(x.size for x in jax.tree.leaves(state.params))
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) < 3 * sum(
+        x.size for x in jax.tree.leaves(state.params)
+    )
+
 
 def test_a_loss_of_nan_changes_nothing():
     lm = plain()
     graph, params = nnx.split(lm, nnx.Param)
-    tx = optimizer(OptimConfig(warmup_steps=0, schedule='constant'), 9)
+    tx = optimizer(OptimConfig(warmup_steps=0, schedule="constant"), 9)
     start = filled(init_adapter(lm, CFG, jax.random.key(0)))
-    step = partial(adapter_update, graphdef=graph, tx=tx, cfg=CFG, loss=lambda lm, batch, key: (jnp.nan * lm(batch['tokens']).sum(), jnp.float32(1)))
-    state, metrics = step(fresh_state(jax.tree.map(jnp.copy, start), tx), params, BATCH, jax.random.key(0))
-    assert jax.tree.all(jax.tree.map(np.array_equal, start, state.params)) and int(metrics['skipped']) == 1
+    step = partial(
+        adapter_update,
+        graphdef=graph,
+        tx=tx,
+        cfg=CFG,
+        loss=lambda lm, batch, key: (jnp.nan * lm(batch["tokens"]).sum(), jnp.float32(1)),
+    )
+    state, metrics = step(
+        fresh_state(jax.tree.map(jnp.copy, start), tx), params, BATCH, jax.random.key(0)
+    )
+    assert (
+        jax.tree.all(jax.tree.map(np.array_equal, start, state.params))
+        and int(metrics["skipped"]) == 1
+    )
+
 
 def test_each_layer_and_map_has_its_own_dropout():
     "A one-layer model cut from a two-layer one would share keys if they were drawn for the map alone"
-    lm = plain(init_std=.2)
-    own = attach(lm, init_adapter(lm, CFG, jax.random.key(0)), rate=.5, key=jax.random.key(0))
-    keys = [jax.random.key_data(getattr(own.blocks.attention, n).key[...]) for n in 'qkvo']
-    assert len({tuple(row) for k in keys for row in np.asarray(k).reshape(-1, k.shape[-1]).tolist()}) == 8
+    lm = plain(init_std=0.2)
+    own = attach(lm, init_adapter(lm, CFG, jax.random.key(0)), rate=0.5, key=jax.random.key(0))
+    keys = [jax.random.key_data(getattr(own.blocks.attention, n).key[...]) for n in "qkvo"]
+    assert (
+        len({tuple(row) for k in keys for row in np.asarray(k).reshape(-1, k.shape[-1]).tolist()})
+        == 8
+    )
+
 
 def test_switching_adapters_compiles_nothing():
-    lm = plain(init_std=.2)
-    one, two = (filled(init_adapter(lm, replace(CFG, targets=t), jax.random.key(0)), seed=i) for i, t in enumerate([('*/q', '*/up'), ('*/v', '*/up')]))
-    write = lambda parts: generate(attach(lm, combine(parts)), [[1, 2, 3]], max_new_tokens=8, temperature=0.)[0].tolist()
+    lm = plain(init_std=0.2)
+    one, two = (
+        filled(init_adapter(lm, replace(CFG, targets=t), jax.random.key(0)), seed=i)
+        for i, t in enumerate([("*/q", "*/up"), ("*/v", "*/up")])
+    )
+    write = lambda parts: generate(
+        attach(lm, combine(parts)), [[1, 2, 3]], max_new_tokens=8, temperature=0.0
+    )[0].tolist()
     out, sizes = [], []
-    for a, b in ((0., 0.), (2., 0.), (0., 2.), (2., 2.)):
-        out.append(write([(one, a), (two, b)])); sizes.append(_decode._cache_size())
+    for a, b in ((0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (2.0, 2.0)):
+        out.append(write([(one, a), (two, b)]))
+        sizes.append(_decode._cache_size())
     assert sizes[0] == sizes[-1]
-    alone = lambda adapter: generate(merge_adapter(lm, adapter, 2.), [[1, 2, 3]], max_new_tokens=8, temperature=0.)[0].tolist()
-    assert out[1:3] == [alone(one), alone(two)] and out[0] == generate(lm, [[1, 2, 3]], max_new_tokens=8, temperature=0.)[0].tolist()
+    alone = lambda adapter: generate(
+        merge_adapter(lm, adapter, 2.0), [[1, 2, 3]], max_new_tokens=8, temperature=0.0
+    )[0].tolist()
+    assert (
+        out[1:3] == [alone(one), alone(two)]
+        and out[0] == generate(lm, [[1, 2, 3]], max_new_tokens=8, temperature=0.0)[0].tolist()
+    )
+
 
 def test_extraction_is_exact_at_full_rank():
-    lm, other = plain(), LM(ModelConfig.tiny(residual='plain'), nnx.Rngs(1))
-    cfg = LoRAConfig(rank=64, alpha=8, rslora=True)   # above the 16 and 32 dimensions of some maps: padded with zeros
+    lm, other = plain(), LM(ModelConfig.tiny(residual="plain"), nnx.Rngs(1))
+    cfg = LoRAConfig(
+        rank=64, alpha=8, rslora=True
+    )  # above the 16 and 32 dimensions of some maps: padded with zeros
     adapter, _ = extract_adapter(lm, other, cfg)
     merged = merge_adapter(lm, adapter, cfg.scale)
     for (path, a), b in zip(linear_layers(merged).items(), linear_layers(other).values()):
         np.testing.assert_allclose(a.weight[...], b.weight[...], atol=1e-6, err_msg=path)
 
-@pytest.mark.parametrize('spoil, says', [
-    (dict(peft_type='IA3'), "peft_type 'IA3'"), (dict(use_dora=True), 'use_dora'), (dict(bias='all'), 'bias'), (dict(rank_pattern={'q_proj': 4}), 'rank_pattern'),
-    (dict(modules_to_save=['lm_head']), 'modules_to_save'), (dict(r=5), 'expected (5, 32)'), (dict(r='x'), "rank: expected int, found 'x'")], ids=lambda x: None)
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (dict(peft_type="IA3"), "peft_type 'IA3'"),
+        (dict(use_dora=True), "use_dora"),
+        (dict(bias="all"), "bias"),
+        (dict(rank_pattern={"q_proj": 4}), "rank_pattern"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(r=5), "expected (5, 32)"),
+        (dict(r="x"), "rank: expected int, found 'x'"),
+    ],
+    ids=lambda x: None,
+)
 def test_refused_configs(spoil, says, tmp_path):
     lm = plain()
     write_peft(tmp_path, init_adapter(lm, CFG, jax.random.key(0)), CFG, lm)
-    path = tmp_path/'adapter_config.json'
+    path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | spoil))
-    with pytest.raises(ValueError) as error: read_peft(tmp_path, lm)
-    assert says in str(error.value) and '\n' not in str(error.value)
+    with pytest.raises(ValueError) as error:
+        read_peft(tmp_path, lm)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
 
 def test_refused_files(tmp_path):
     lm = plain()
-    with pytest.raises(FileNotFoundError, match='adapter_config.json'): read_peft(tmp_path, lm)
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+        read_peft(tmp_path, lm)
     write_peft(tmp_path, init_adapter(lm, CFG, jax.random.key(0)), CFG, lm)
-    with pytest.raises(ValueError, match='belongs to no linear layer'): read_peft(tmp_path, plain(ffn='gelu'))
-    (tmp_path/'adapter_model.safetensors').write_bytes(b'{"a": 1}')
-    with pytest.raises(ValueError, match='not a safetensors file'): read_peft(tmp_path, lm)
-    (tmp_path/'adapter_model.safetensors').unlink()
-    with pytest.raises(FileNotFoundError, match='adapter_model.safetensors'): read_peft(tmp_path, lm)
-    (tmp_path/'adapter_config.json').write_text('[')
-    with pytest.raises(ValueError, match="adapter_config.json: "): read_peft(tmp_path, lm)
+    with pytest.raises(ValueError, match="belongs to no linear layer"):
+        read_peft(tmp_path, plain(ffn="gelu"))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b'{"a": 1}')
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        read_peft(tmp_path, lm)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
+        read_peft(tmp_path, lm)
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(ValueError, match="adapter_config.json: "):
+        read_peft(tmp_path, lm)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def pair():
     "A random LLaMA of transformers, and ours with its weights"
-    torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
-        rms_norm_eps=1e-6, tie_word_embeddings=True, initializer_range=.2, rope_parameters=dict(rope_type='default', rope_theta=1e4), attn_implementation='eager')).eval()
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=256,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4),
+            attn_implementation="eager",
+        )
+    ).eval()
     ours, state = plain(), theirs.state_dict()
     tensor = lambda name: jnp.asarray(state[name].numpy())
-    ours.embedding[...] = tensor('model.embed_tokens.weight')
-    ours.norm.gain[...] = tensor('model.norm.weight')
-    for ln, name in ((ours.blocks.attention_norm, 'input_layernorm'), (ours.blocks.ffn_norm, 'post_attention_layernorm')):
-        ln.gain[...] = jnp.stack([tensor(f'model.layers.{i}.{name}.weight') for i in range(2)])
+    ours.embedding[...] = tensor("model.embed_tokens.weight")
+    ours.norm.gain[...] = tensor("model.norm.weight")
+    for ln, name in (
+        (ours.blocks.attention_norm, "input_layernorm"),
+        (ours.blocks.ffn_norm, "post_attention_layernorm"),
+    ):
+        ln.gain[...] = jnp.stack([tensor(f"model.layers.{i}.{name}.weight") for i in range(2)])
     for path, m in linear_layers(ours).items():
-        rows = [tensor(f"{peft_name(path, (i,)).removeprefix('base_model.model.')}.weight").T for i in range(2)]
+        rows = [
+            tensor(f"{peft_name(path, (i,)).removeprefix('base_model.model.')}.weight").T
+            for i in range(2)
+        ]
         m.weight[...] = jnp.stack(rows).reshape(m.weight.shape)
     return ours, theirs
 
+
 def scores(model):
     import torch
-    with torch.no_grad(): return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
 
-LIKE_PEFT = [LoRAConfig(rank=4, alpha=8), LoRAConfig(rank=3, alpha=5, rslora=True), LoRAConfig(rank=2, alpha=2.5, dropout=.1, targets=('*/q', '*/v'), skip=()), LoRAConfig(targets=('blocks/ffn/*',))]
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+
+
+LIKE_PEFT = [
+    LoRAConfig(rank=4, alpha=8),
+    LoRAConfig(rank=3, alpha=5, rslora=True),
+    LoRAConfig(rank=2, alpha=2.5, dropout=0.1, targets=("*/q", "*/v"), skip=()),
+    LoRAConfig(targets=("blocks/ffn/*",)),
+]
+
 
 @pytest.mark.parity
-@pytest.mark.parametrize('cfg', LIKE_PEFT, ids=['all', 'rslora', 'q-v', 'ffn'])
+@pytest.mark.parametrize("cfg", LIKE_PEFT, ids=["all", "rslora", "q-v", "ffn"])
 def test_peft_loads_ours(pair, cfg, tmp_path):
-    peft = pytest.importorskip('peft')
+    peft = pytest.importorskip("peft")
     import copy
+
     ours, theirs = pair
-    np.testing.assert_allclose(logits(ours, TOKENS), scores(theirs), atol=1e-4)   # the bases agree
+    np.testing.assert_allclose(logits(ours, TOKENS), scores(theirs), atol=1e-4)  # the bases agree
     adapter = filled(init_adapter(ours, cfg, jax.random.key(0)))
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), write_peft(tmp_path, adapter, cfg, ours)).eval()
+    model = peft.PeftModel.from_pretrained(
+        copy.deepcopy(theirs), write_peft(tmp_path, adapter, cfg, ours)
+    ).eval()
     want, got = scores(model), logits(attach(ours, adapter, cfg.scale), TOKENS)
-    assert np.abs(want - scores(theirs)).max() > .1
+    assert np.abs(want - scores(theirs)).max() > 0.1
     np.testing.assert_allclose(got, want, atol=3e-5)
-    np.testing.assert_allclose(logits(merge_adapter(ours, adapter, cfg.scale), TOKENS), scores(model.merge_and_unload()), atol=1e-4)
+    np.testing.assert_allclose(
+        logits(merge_adapter(ours, adapter, cfg.scale), TOKENS),
+        scores(model.merge_and_unload()),
+        atol=1e-4,
+    )
+
 
 @pytest.mark.parity
-@pytest.mark.parametrize('cfg', LIKE_PEFT, ids=['all', 'rslora', 'q-v', 'ffn'])
+@pytest.mark.parametrize("cfg", LIKE_PEFT, ids=["all", "rslora", "q-v", "ffn"])
 def test_we_load_what_peft_wrote(pair, cfg, tmp_path):
-    peft = pytest.importorskip('peft')
+    peft = pytest.importorskip("peft")
     import copy, torch
+
     ours, theirs = pair
-    names = sorted({peft_name(path, (0,)).rsplit('.', 1)[1] for path in target_shapes(ours, cfg)})
+    names = sorted({peft_name(path, (0,)).rsplit(".", 1)[1] for path in target_shapes(ours, cfg)})
     torch.manual_seed(1)
-    model = peft.get_peft_model(copy.deepcopy(theirs), peft.LoraConfig(
-        r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, use_rslora=cfg.rslora, target_modules=names, init_lora_weights=False, task_type='CAUSAL_LM')).eval()
-    model.save_pretrained(tmp_path/'theirs')
-    adapter, told = read_peft(tmp_path/'theirs', ours)
-    assert (told.rank, told.alpha, told.dropout, told.rslora) == (cfg.rank, cfg.alpha, cfg.dropout, cfg.rslora) and set(told.targets) == set(target_shapes(ours, cfg))
+    model = peft.get_peft_model(
+        copy.deepcopy(theirs),
+        peft.LoraConfig(
+            r=cfg.rank,
+            lora_alpha=cfg.alpha,
+            lora_dropout=cfg.dropout,
+            use_rslora=cfg.rslora,
+            target_modules=names,
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        ),
+    ).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    adapter, told = read_peft(tmp_path / "theirs", ours)
+    assert (told.rank, told.alpha, told.dropout, told.rslora) == (
+        cfg.rank,
+        cfg.alpha,
+        cfg.dropout,
+        cfg.rslora,
+    ) and set(told.targets) == set(target_shapes(ours, cfg))
     got, want = logits(attach(ours, adapter, told.scale), TOKENS), scores(model)
-    assert np.abs(want - scores(theirs)).max() > .1
+    assert np.abs(want - scores(theirs)).max() > 0.1
     np.testing.assert_allclose(got, want, atol=3e-5)
-    write_peft(tmp_path/'ours', adapter, told, ours)   # and back: the same tensors under the same names
+    write_peft(
+        tmp_path / "ours", adapter, told, ours
+    )  # and back: the same tensors under the same names
     from safetensors.numpy import load_file
-    a, b = (load_file(tmp_path/d/'adapter_model.safetensors') for d in ('theirs', 'ours'))
+
+    a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours"))
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
 
 @pytest.mark.parity
 def test_two_adapters_as_in_peft(pair, tmp_path):
     "peft's weighted combination by concatenation is ours"
-    peft = pytest.importorskip('peft')
+    peft = pytest.importorskip("peft")
     import copy
+
     ours, theirs = pair
     cfgs = LoRAConfig(rank=2, alpha=4), LoRAConfig(rank=3, alpha=3)
-    adapters = [filled(init_adapter(ours, c, jax.random.key(i)), seed=i) for i, c in enumerate(cfgs)]
-    folders = [write_peft(tmp_path/str(i), a, c, ours) for i, (a, c) in enumerate(zip(adapters, cfgs))]
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), folders[0], adapter_name='one').eval()
-    model.load_adapter(folders[1], adapter_name='two')
-    model.add_weighted_adapter(['one', 'two'], [1., .5], 'both', combination_type='cat')
-    model.set_adapter('both')
-    both = combine([(adapters[0], cfgs[0].scale), (adapters[1], .5 * cfgs[1].scale)])
+    adapters = [
+        filled(init_adapter(ours, c, jax.random.key(i)), seed=i) for i, c in enumerate(cfgs)
+    ]
+    folders = [
+        write_peft(tmp_path / str(i), a, c, ours) for i, (a, c) in enumerate(zip(adapters, cfgs))
+    ]
+    model = peft.PeftModel.from_pretrained(
+        copy.deepcopy(theirs), folders[0], adapter_name="one"
+    ).eval()
+    model.load_adapter(folders[1], adapter_name="two")
+    model.add_weighted_adapter(["one", "two"], [1.0, 0.5], "both", combination_type="cat")
+    model.set_adapter("both")
+    both = combine([(adapters[0], cfgs[0].scale), (adapters[1], 0.5 * cfgs[1].scale)])
     np.testing.assert_allclose(logits(attach(ours, both), TOKENS), scores(model), atol=1e-4)

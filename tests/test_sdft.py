@@ -1,4 +1,5 @@
 "Self-distillation: losses against TRL's, masks and teachers by hand, replay, gates, and a block that fails on purpose."
+
 import json, warnings
 from dataclasses import replace
 from functools import partial
@@ -7,12 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nash_lab.adapt.continual import (REJECTED, CodeProbe, Rejected, SkillGate, Suite, decide, evaluate_suite,
-                                 gated_update, load_suite, paired_change, read_as)
+from nash_lab.adapt.continual import (
+    REJECTED,
+    CodeProbe,
+    Rejected,
+    SkillGate,
+    Suite,
+    decide,
+    evaluate_suite,
+    gated_update,
+    load_suite,
+    paired_change,
+    read_as,
+)
 from nash_lab.adapt.lora import LoRAConfig
 from nash_lab.adapt.continual import ReplayBuffer
-from nash_lab.adapt.sdft import (Example, SDFTConfig, SDFTResult, distil, divergence, loss_mask, plan_batches, reverse_kl,
-                                  teacher_prompt)
+from nash_lab.adapt.sdft import (
+    Example,
+    SDFTConfig,
+    SDFTResult,
+    distil,
+    divergence,
+    loss_mask,
+    plan_batches,
+    reverse_kl,
+    teacher_prompt,
+)
 from nash_lab.core.configs import from_json
 from nash_lab.core.files import read_rows
 from nash_lab.studies.learning import Symbols, demonstrations
@@ -22,226 +43,473 @@ from nash_lab.model.transformer import LM
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.step import apply_gradient, fresh_state
 
-CFG = SDFTConfig(steps=3, batch_size=4, max_new_tokens=8, template='{demonstration}|{prompt}', optim=OptimConfig(learning_rate=3e-3, warmup_steps=1, weight_decay=0.))
-EXAMPLES = demonstrations('X', 6, 0)
+CFG = SDFTConfig(
+    steps=3,
+    batch_size=4,
+    max_new_tokens=8,
+    template="{demonstration}|{prompt}",
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=1, weight_decay=0.0),
+)
+EXAMPLES = demonstrations("X", 6, 0)
 
-@pytest.fixture(scope='module')
-def lm(): return LM(ModelConfig.tiny(vocab_size=Symbols.vocab_size, residual='plain', width=16, heads=2, kv_heads=2, layers=1, ffn_width=32, max_len=32, init_std=.4))
 
-def params(lm): return jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(lm, nnx.Param)))
-def equal(a, b): return jax.tree.all(jax.tree.map(np.array_equal, a, b))
-def logs(*p): return jnp.log(jnp.array(p))
+@pytest.fixture(scope="module")
+def lm():
+    return LM(
+        ModelConfig.tiny(
+            vocab_size=Symbols.vocab_size,
+            residual="plain",
+            width=16,
+            heads=2,
+            kv_heads=2,
+            layers=1,
+            ffn_width=32,
+            max_len=32,
+            init_std=0.4,
+        )
+    )
+
+
+def params(lm):
+    return jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(lm, nnx.Param)))
+
+
+def equal(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def logs(*p):
+    return jnp.log(jnp.array(p))
+
 
 def test_divergences_by_hand():
     "Facts of a three-token vocabulary, and the public mean"
-    T, S, one = logs([[.7, .2, .1]]), logs([[.5, .3, .2]]), jnp.ones((1, 1), bool)
-    for how, want in ((('forward',), .085123), (('reverse',), .092033), (('js',), .021901), (('js', .25), .016156)):
+    T, S, one = logs([[0.7, 0.2, 0.1]]), logs([[0.5, 0.3, 0.2]]), jnp.ones((1, 1), bool)
+    for how, want in (
+        (("forward",), 0.085123),
+        (("reverse",), 0.092033),
+        (("js",), 0.021901),
+        (("js", 0.25), 0.016156),
+    ):
         assert float(divergence(S, T, *how)[0, 0]) == pytest.approx(want, abs=1e-6)
-    assert float(reverse_kl(S, T, one)) == pytest.approx(.092033, abs=1e-6)
+    assert float(reverse_kl(S, T, one)) == pytest.approx(0.092033, abs=1e-6)
     slope = lambda kind: jax.grad(lambda z: divergence(jax.nn.log_softmax(z), T, kind).sum())(S)
-    np.testing.assert_allclose(slope('forward')[0, 0], [-.2, .1, .1], atol=1e-6)
-    np.testing.assert_allclose(jax.grad(reverse_kl)(S, T, one)[0, 0], [-.214253, .094030, .120223], atol=1e-6)
+    np.testing.assert_allclose(slope("forward")[0, 0], [-0.2, 0.1, 0.1], atol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(reverse_kl)(S, T, one)[0, 0], [-0.214253, 0.094030, 0.120223], atol=1e-6
+    )
     assert not np.any(jax.grad(reverse_kl, 1)(S, T, one))
 
+
 def test_long_answers_weigh_no_more_and_empty_ones_not_at_all():
-    T, S = logs([.7, .2, .1]), logs([.5, .3, .2])
-    rows = jnp.stack([jnp.broadcast_to(S, (100, 3)), jnp.broadcast_to(T, (100, 3)), jnp.broadcast_to(S, (100, 3))])
+    T, S = logs([0.7, 0.2, 0.1]), logs([0.5, 0.3, 0.2])
+    rows = jnp.stack(
+        [
+            jnp.broadcast_to(S, (100, 3)),
+            jnp.broadcast_to(T, (100, 3)),
+            jnp.broadcast_to(S, (100, 3)),
+        ]
+    )
     guide = jnp.broadcast_to(T, rows.shape)
-    assert float(reverse_kl(rows, guide, loss_mask(np.array([1, 100, 0]), 100))) == pytest.approx(.092033 / 2, abs=1e-6)
+    assert float(reverse_kl(rows, guide, loss_mask(np.array([1, 100, 0]), 100))) == pytest.approx(
+        0.092033 / 2, abs=1e-6
+    )
     assert float(reverse_kl(rows, guide, np.zeros((3, 100), bool))) == 0
 
-@pytest.mark.parametrize('kind', ['forward', 'reverse', 'js'])
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
 def test_summaries_bound_the_whole(kind):
     s, t = (jax.nn.log_softmax(3 * jax.random.normal(jax.random.key(i), (5, 40))) for i in (0, 1))
     whole = divergence(s, t, kind)
-    assert np.array_equal(divergence(s, t, kind, top_k=40), whole) and np.array_equal(divergence(s, t, kind, top_k=0), whole)
+    assert np.array_equal(divergence(s, t, kind, top_k=40), whole) and np.array_equal(
+        divergence(s, t, kind, top_k=0), whole
+    )
     few = divergence(s, t, kind, top_k=3)
     assert (few < whole).all() and (few > 0).all()
 
+
 def test_masks():
     "The EOS counts, also where the tokenizer pads with it; the skip scales"
-    assert loss_mask(np.array([0, 2, 3, 4, 9]), 9, skip=3, share=1.).sum(1).tolist() == [0, 0, 0, 1, 6]
+    assert loss_mask(np.array([0, 2, 3, 4, 9]), 9, skip=3, share=1.0).sum(1).tolist() == [
+        0,
+        0,
+        0,
+        1,
+        6,
+    ]
     assert loss_mask(np.array([4, 10, 29, 30, 80]), 80).sum(1).tolist() == [4, 9, 27, 27, 77]
-    assert loss_mask(np.array([2]), 4, skip=0).tolist() == [[True, True, False, False]]   # of 5, EOS, and two of padding with the EOS
+    assert loss_mask(np.array([2]), 4, skip=0).tolist() == [
+        [True, True, False, False]
+    ]  # of 5, EOS, and two of padding with the EOS
+
 
 def test_data_errors(tmp_path):
-    bad = tmp_path / 'data.jsonl'
-    for text, said in (('{"prompt": "a", "demonstration": "b"}\n{"prompt": "a"}', ":2: Example: missing key 'demonstration'"),
-                       ('{"prompt": "a", "demonstration": "b", "x": 1}', ":1: Example: unknown key 'x'"), ('{"prompt": "a", "demonstration": ""}', ':1: Example.demonstration='''),
-                       ('\n\n{', ':3: '), ('[]', ':1: Example: expected an object'), ('', 'no examples')):
+    bad = tmp_path / "data.jsonl"
+    for text, said in (
+        (
+            '{"prompt": "a", "demonstration": "b"}\n{"prompt": "a"}',
+            ":2: Example: missing key 'demonstration'",
+        ),
+        ('{"prompt": "a", "demonstration": "b", "x": 1}', ":1: Example: unknown key 'x'"),
+        ('{"prompt": "a", "demonstration": ""}', ":1: Example.demonstration="),
+        ("\n\n{", ":3: "),
+        ("[]", ":1: Example: expected an object"),
+        ("", "no examples"),
+    ):
         bad.write_text(text)
-        with pytest.raises(ValueError, match='data.jsonl') as error: read_rows(bad, partial(from_json, Example), 'examples')
-        assert said in str(error.value) and '\n' not in str(error.value)
-    with pytest.raises(FileNotFoundError, match='none.jsonl'): read_rows(tmp_path / 'none.jsonl', partial(from_json, Example), 'examples')
-    assert 'first {x}\n\nThis is an example for a response to the question:\nsecond\n\nNow answer with a response of your own, including the thinking process.' == teacher_prompt('first {x}', 'second')
+        with pytest.raises(ValueError, match="data.jsonl") as error:
+            read_rows(bad, partial(from_json, Example), "examples")
+        assert said in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="none.jsonl"):
+        read_rows(tmp_path / "none.jsonl", partial(from_json, Example), "examples")
+    assert (
+        "first {x}\n\nThis is an example for a response to the question:\nsecond\n\nNow answer with a response of your own, including the thinking process."
+        == teacher_prompt("first {x}", "second")
+    )
 
-@pytest.mark.parametrize('changes', [dict(tune='lora', lora=LoRAConfig(rank=2), accumulate=2, teacher='frozen', top_k=5),
-                                     dict(author='teacher', teacher='live', divergence='forward', temperature=.7)], ids=['lora-accumulate-frozen-top', 'offline-live-forward'])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tune="lora", lora=LoRAConfig(rank=2), accumulate=2, teacher="frozen", top_k=5),
+        dict(author="teacher", teacher="live", divergence="forward", temperature=0.7),
+    ],
+    ids=["lora-accumulate-frozen-top", "offline-live-forward"],
+)
 def test_distil(lm, changes):
     "Every branch of the update: something is learned, the model that was given is not touched"
     before, seen = params(lm), []
     with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter('always')
-        out = distil(lm, Symbols(), EXAMPLES, replace(CFG, **changes), hooks=[lambda record, now: seen.append((record['step'], weights_hash(now())))])
-    assert any('chases' in str(w.message) for w in told) == (changes.get('teacher') == 'live')
+        warnings.simplefilter("always")
+        out = distil(
+            lm,
+            Symbols(),
+            EXAMPLES,
+            replace(CFG, **changes),
+            hooks=[lambda record, now: seen.append((record["step"], weights_hash(now())))],
+        )
+    assert any("chases" in str(w.message) for w in told) == (changes.get("teacher") == "live")
     assert equal(before, params(lm)) and not equal(before, params(out.lm))
-    assert [r['step'] for r in out.metrics] == [1, 2, 3] and all(np.isfinite(r['loss']) and r['skipped'] == 0 and r['answers'] == 4 for r in out.metrics)
+    assert [r["step"] for r in out.metrics] == [1, 2, 3] and all(
+        np.isfinite(r["loss"]) and r["skipped"] == 0 and r["answers"] == 4 for r in out.metrics
+    )
     assert len({h for _, h in seen}) == 3 and seen[-1][1] == weights_hash(out.lm)
-    assert (out.adapter is None) == (changes.get('tune') != 'lora')
+    assert (out.adapter is None) == (changes.get("tune") != "lora")
+
 
 def test_bad_steps_change_nothing(lm):
     state = fresh_state(params(lm), tx := optimizer(CFG.optim, 3))
     grads = jax.tree.map(jnp.ones_like, state.params)
     apply = jax.jit(lambda loss: apply_gradient(tx, state, loss, grads)[0])
     after = apply(jnp.float32(jnp.nan))
-    assert equal(after.params, state.params) and equal(after.opt_state, state.opt_state) and (int(after.step), int(after.skipped)) == (1, 1)
+    assert (
+        equal(after.params, state.params)
+        and equal(after.opt_state, state.opt_state)
+        and (int(after.step), int(after.skipped)) == (1, 1)
+    )
     after = apply(jnp.float32(1))
     assert not equal(after.params, state.params) and int(after.skipped) == 0
 
+
 def test_replay_in_batches(lm):
     buffer, rng = ReplayBuffer(), np.random.default_rng(0)
-    old = demonstrations('Y', 5, 1)
+    old = demonstrations("Y", 5, 1)
     encode = lambda text: [ord(text[0])]
-    todo, share, _ = plan_batches(lm, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), encode, rng)
-    assert share == 0 and all(p.student == [ord('X')] for batch in todo for p in batch)
+    todo, share, _ = plan_batches(
+        lm, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), encode, rng
+    )
+    assert share == 0 and all(p.student == [ord("X")] for batch in todo for p in batch)
     buffer.remember(old)
-    todo, share, _ = plan_batches(lm, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), encode, rng)
-    assert share == 2 and all(sum(p.student == [ord('Y')] for p in batch) == 2 and len(batch) == 10 for batch in todo)
+    todo, share, _ = plan_batches(
+        lm, EXAMPLES, buffer, replace(CFG, batch_size=10, steps=4), encode, rng
+    )
+    assert share == 2 and all(
+        sum(p.student == [ord("Y")] for p in batch) == 2 and len(batch) == 10 for batch in todo
+    )
+
 
 def test_buffer(tmp_path):
     "Recency keeps the last, reservoir is fair, both survive a file and go on alike"
-    some = [Example(f'p{i}', 'a') for i in range(60)]
-    for policy in ('recency', 'reservoir'):
+    some = [Example(f"p{i}", "a") for i in range(60)]
+    for policy in ("recency", "reservoir"):
         one = ReplayBuffer(capacity=8, policy=policy, half_life=2, seed=3)
-        one.remember(some[:40]); one.write_to(tmp_path / 'replay.json')
-        two = read_as(ReplayBuffer, tmp_path / 'replay.json')
-        for b in (one, two): b.remember(some[40:])
+        one.remember(some[:40])
+        one.write_to(tmp_path / "replay.json")
+        two = read_as(ReplayBuffer, tmp_path / "replay.json")
+        for b in (one, two):
+            b.remember(some[40:])
         assert one == two and len(one) == 8 and one.seen == 60
-    assert [k.arrival for k in ReplayBuffer(capacity=2, policy='recency').kept] == []
+    assert [k.arrival for k in ReplayBuffer(capacity=2, policy="recency").kept] == []
     counts = np.zeros(30)
     for seed in range(300):
-        b = ReplayBuffer(capacity=6, seed=seed); b.remember(some[:30])
-        for k in b.kept: counts[k.arrival] += 1
-    assert counts.sum() == 1800 and counts.min() > 30 and counts.max() < 95      # mean 60, deviation 7
+        b = ReplayBuffer(capacity=6, seed=seed)
+        b.remember(some[:30])
+        for k in b.kept:
+            counts[k.arrival] += 1
+    assert counts.sum() == 1800 and counts.min() > 30 and counts.max() < 95  # mean 60, deviation 7
+
 
 def test_a_buffer_above_the_limit_of_one_json_value(tmp_path):
     "50,000 examples are some 50 MB, more than one line of data may have"
     buffer = ReplayBuffer()
-    buffer.remember([Example(f'{i}', 'x' * 1_000_000) for i in range(18)])
-    buffer.write_to(tmp_path / 'replay.json')
-    assert (tmp_path / 'replay.json').stat().st_size > 1 << 24 and read_as(ReplayBuffer, tmp_path / 'replay.json') == buffer
+    buffer.remember([Example(f"{i}", "x" * 1_000_000) for i in range(18)])
+    buffer.write_to(tmp_path / "replay.json")
+    assert (tmp_path / "replay.json").stat().st_size > 1 << 24 and read_as(
+        ReplayBuffer, tmp_path / "replay.json"
+    ) == buffer
+
 
 def test_paired_change():
     "Published examples, and an interval that does not vanish when nothing flips"
-    table = lambda both, first, second, never: (np.repeat([1, 1, 0, 0], [both, first, second, never]), np.repeat([1, 0, 1, 0], [both, first, second, never]))
-    assert paired_change(*table(36, 12, 2, 0)) == pytest.approx((-.2, -.3404, -.0569), abs=1e-4)
-    assert paired_change(*table(14, 5, 0, 22)) == pytest.approx((-.122, -.226, -.011), abs=6e-4)
-    assert paired_change(*table(1, 1, 7, 12))[1:] == pytest.approx((.0256, .5069), abs=1e-3)
-    assert -.1 < paired_change(*table(50, 0, 0, 0))[1] < -.05
+    table = lambda both, first, second, never: (
+        np.repeat([1, 1, 0, 0], [both, first, second, never]),
+        np.repeat([1, 0, 1, 0], [both, first, second, never]),
+    )
+    assert paired_change(*table(36, 12, 2, 0)) == pytest.approx((-0.2, -0.3404, -0.0569), abs=1e-4)
+    assert paired_change(*table(14, 5, 0, 22)) == pytest.approx((-0.122, -0.226, -0.011), abs=6e-4)
+    assert paired_change(*table(1, 1, 7, 12))[1:] == pytest.approx((0.0256, 0.5069), abs=1e-3)
+    assert -0.1 < paired_change(*table(50, 0, 0, 0))[1] < -0.05
+
 
 def test_suites(tmp_path):
-    (tmp_path / 'p.jsonl').write_text('{"prompt": "a", "target": "b"}\n{"prompt": "def f():\\n", "tests": "assert f() == 1"}\n')
-    (tmp_path / 't.txt').write_text('0123456789' * 3)
-    (tmp_path / 'suite.json').write_text(json.dumps({'texts': [{'name': 't', 'path': 't.txt'}], 'skills': [{'name': 's', 'path': 'p.jsonl', 'least_change': -.9}]}))
-    suite = load_suite(tmp_path / 'suite.json')
-    assert suite.skills[0].probes == (Probe('a', 'b'), CodeProbe('def f():\n', 'assert f() == 1')) and suite.texts[0].text.startswith('0123')
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a", "target": "b"}\n{"prompt": "def f():\\n", "tests": "assert f() == 1"}\n'
+    )
+    (tmp_path / "t.txt").write_text("0123456789" * 3)
+    (tmp_path / "suite.json").write_text(
+        json.dumps(
+            {
+                "texts": [{"name": "t", "path": "t.txt"}],
+                "skills": [{"name": "s", "path": "p.jsonl", "least_change": -0.9}],
+            }
+        )
+    )
+    suite = load_suite(tmp_path / "suite.json")
+    assert suite.skills[0].probes == (
+        Probe("a", "b"),
+        CodeProbe("def f():\n", "assert f() == 1"),
+    ) and suite.texts[0].text.startswith("0123")
     before = suite.hash
-    (tmp_path / 't.txt').write_text('0123456789' * 4)
-    assert load_suite(tmp_path / 'suite.json').hash != before, 'the content of the files decides, so it is in the hash'
-    (tmp_path / 'p.jsonl').write_text('\n{"prompt": "a"}')
-    with pytest.raises(ValueError, match='p.jsonl:2: Probe: missing key'): load_suite(tmp_path / 'suite.json')
-    (tmp_path / 'suite.json').write_text('{"skills": [{"name": "s", "path": "gone.jsonl"}]}')
-    with pytest.raises(FileNotFoundError, match='gone.jsonl'): load_suite(tmp_path / 'suite.json')
-    with pytest.raises(ValueError, match='73 probes or more'): SkillGate('s', probes=(Probe('a', 'b'),) * 72)
-    SkillGate('s', probes=(Probe('a', 'b'),) * 73)
+    (tmp_path / "t.txt").write_text("0123456789" * 4)
+    assert load_suite(tmp_path / "suite.json").hash != before, (
+        "the content of the files decides, so it is in the hash"
+    )
+    (tmp_path / "p.jsonl").write_text('\n{"prompt": "a"}')
+    with pytest.raises(ValueError, match="p.jsonl:2: Probe: missing key"):
+        load_suite(tmp_path / "suite.json")
+    (tmp_path / "suite.json").write_text('{"skills": [{"name": "s", "path": "gone.jsonl"}]}')
+    with pytest.raises(FileNotFoundError, match="gone.jsonl"):
+        load_suite(tmp_path / "suite.json")
+    with pytest.raises(ValueError, match="73 probes or more"):
+        SkillGate("s", probes=(Probe("a", "b"),) * 72)
+    SkillGate("s", probes=(Probe("a", "b"),) * 73)
+
 
 def probes(lm, n=40):
     "Probes that this very model passes"
-    suite = Suite(skills=(SkillGate('own', probes=tuple(Probe(e.prompt, '.', 'regex') for e in demonstrations('R', n, 5)), least_change=-.2),), batch_size=64, max_new_tokens=8)
+    suite = Suite(
+        skills=(
+            SkillGate(
+                "own",
+                probes=tuple(Probe(e.prompt, ".", "regex") for e in demonstrations("R", n, 5)),
+                least_change=-0.2,
+            ),
+        ),
+        batch_size=64,
+        max_new_tokens=8,
+    )
     answers = evaluate_suite(lm, Symbols(), suite).skills[0].answers
-    return replace(suite, skills=(replace(suite.skills[0], probes=tuple(Probe(p.prompt, a or '!', 'exact') for p, a in zip(suite.skills[0].probes, answers))),))
+    return replace(
+        suite,
+        skills=(
+            replace(
+                suite.skills[0],
+                probes=tuple(
+                    Probe(p.prompt, a or "!", "exact")
+                    for p, a in zip(suite.skills[0].probes, answers)
+                ),
+            ),
+        ),
+    )
 
-def spoil(lm, *_, **how): return SDFTResult(nnx.merge(nnx.graphdef(lm), jax.tree.map(lambda x: -x, params(lm))), [], None)
-def keep(lm, *_, **how): return SDFTResult(nnx.merge(nnx.graphdef(lm), jax.tree.map(jnp.array, params(lm))), [], None)
+
+def spoil(lm, *_, **how):
+    return SDFTResult(nnx.merge(nnx.graphdef(lm), jax.tree.map(lambda x: -x, params(lm))), [], None)
+
+
+def keep(lm, *_, **how):
+    return SDFTResult(nnx.merge(nnx.graphdef(lm), jax.tree.map(jnp.array, params(lm))), [], None)
+
 
 def test_gates(lm, tmp_path):
     "What changes nothing passes and its examples are kept; what spoils is refused, and the same bytes go on"
     suite, buffer, mark = probes(lm), ReplayBuffer(), weights_hash(lm)
-    same, good = gated_update(lm, Symbols(), EXAMPLES, CFG, suite, buffer, tmp_path / 'good', update=keep)
+    same, good = gated_update(
+        lm, Symbols(), EXAMPLES, CFG, suite, buffer, tmp_path / "good", update=keep
+    )
     assert good.accepted and len(buffer) == 6 and same is not lm and weights_hash(same) == mark
-    kept, bad = gated_update(lm, Symbols(), EXAMPLES, CFG, suite, buffer, tmp_path / 'bad', update=spoil)
-    assert not bad.accepted and kept is lm and bad.weights_kept == mark == weights_hash(kept) != bad.weights_after and len(buffer) == 6
-    with pytest.raises(Rejected, match='rejected.*own') as error: bad.enforce()
-    assert error.value.exit_code == REJECTED == 3 and '\n' not in str(error.value)
-    assert {p.name for p in (tmp_path / 'bad').iterdir()} == {'eval_before.json', 'eval_after.json', 'gate_decision.json', 'metrics.jsonl'}
-    with pytest.raises(ValueError, match='was decided here'): gated_update(lm, Symbols(), EXAMPLES, CFG, suite, buffer, tmp_path / 'bad', update=keep)
+    kept, bad = gated_update(
+        lm, Symbols(), EXAMPLES, CFG, suite, buffer, tmp_path / "bad", update=spoil
+    )
+    assert (
+        not bad.accepted
+        and kept is lm
+        and bad.weights_kept == mark == weights_hash(kept) != bad.weights_after
+        and len(buffer) == 6
+    )
+    with pytest.raises(Rejected, match="rejected.*own") as error:
+        bad.enforce()
+    assert error.value.exit_code == REJECTED == 3 and "\n" not in str(error.value)
+    assert {p.name for p in (tmp_path / "bad").iterdir()} == {
+        "eval_before.json",
+        "eval_after.json",
+        "gate_decision.json",
+        "metrics.jsonl",
+    }
+    with pytest.raises(ValueError, match="was decided here"):
+        gated_update(lm, Symbols(), EXAMPLES, CFG, suite, buffer, tmp_path / "bad", update=keep)
+
 
 def test_an_update_that_changes_its_model_is_caught(lm, tmp_path):
     mine = keep(lm).lm
+
     def sly(lm, *_, **how):
         lm.norm.gain[...] = lm.norm.gain[...] * 3
         return spoil(lm)
-    with pytest.raises(ValueError, match='changed the weights it was given'): gated_update(mine, Symbols(), EXAMPLES, CFG, probes(mine), None, tmp_path, update=sly)
+
+    with pytest.raises(ValueError, match="changed the weights it was given"):
+        gated_update(mine, Symbols(), EXAMPLES, CFG, probes(mine), None, tmp_path, update=sly)
+
 
 def test_a_new_skill_is_demanded(lm):
     suite = probes(lm)
-    strict = replace(suite, skills=(replace(suite.skills[0], least_change=.3),))
+    strict = replace(suite, skills=(replace(suite.skills[0], least_change=0.3),))
     report = evaluate_suite(lm, Symbols(), strict)
     assert not decide(report, report, strict).accepted
-    with pytest.raises(ValueError, match='the report before is of suite'): decide(evaluate_suite(lm, Symbols(), suite), report, strict)
+    with pytest.raises(ValueError, match="the report before is of suite"):
+        decide(evaluate_suite(lm, Symbols(), suite), report, strict)
+
 
 # --- against TRL: the parity extra -------------------------------------------------------------------------------------------------------------------
 
 WORDS = 512
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     "A random LLaMA with a tokenizer of one word a token, as a folder written by transformers"
-    torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
-    folder, words = tmp_path_factory.mktemp('llama'), {f'w{i}': i for i in range(3, WORDS)} | {'<pad>': 0, '<s>': 1, '</s>': 2}
-    plain = Tokenizer(models.WordLevel(words, unk_token='w3'))
+
+    folder, words = (
+        tmp_path_factory.mktemp("llama"),
+        {f"w{i}": i for i in range(3, WORDS)} | {"<pad>": 0, "<s>": 1, "</s>": 2},
+    )
+    plain = Tokenizer(models.WordLevel(words, unk_token="w3"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='w3', padding_side='left').save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="w3",
+        padding_side="left",
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    cfg = transformers.LlamaConfig(vocab_size=WORDS, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                                   max_position_embeddings=256, eos_token_id=2, bos_token_id=1, pad_token_id=0, initializer_range=.1, tie_word_embeddings=True)
+    cfg = transformers.LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=2,
+        bos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+    )
     transformers.LlamaForCausalLM(cfg).save_pretrained(folder)
     return folder
+
 
 def rows_of(n, prompt, demonstration):
     "Texts of fixed numbers of words"
     rng = np.random.default_rng(0)
-    text = lambda k: ' '.join(f'w{i}' for i in rng.integers(3, WORDS, k))
+    text = lambda k: " ".join(f"w{i}" for i in rng.integers(3, WORDS, k))
     return [Example(text(prompt), text(demonstration)) for _ in range(n)]
 
-def trl_trainer(folder, examples, out, steps, batch, new, alpha=1., callbacks=()):
+
+def trl_trainer(folder, examples, out, steps, batch, new, alpha=1.0, callbacks=()):
     "TRL's trainer with our settings: full vocabulary, EMA teacher, one answer a prompt, no skip"
-    pytest.importorskip('trl.experimental.sdft')
+    pytest.importorskip("trl.experimental.sdft")
     import datasets, torch, transformers
     from trl.experimental.sdft import SDFTConfig as Theirs, SDFTTrainer
+
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side='left')
-    args = Theirs(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, num_generations=1, max_completion_length=new, max_prompt_length=None, use_cpu=True,
-                  learning_rate=1e-3, lr_scheduler_type='constant', weight_decay=0., max_grad_norm=1., adam_beta2=.999, distillation_mode='full_logits', distillation_alpha=alpha,
-                  teacher_model_kind='ema', teacher_update_rate=.02, distillation_is_clip=2., report_to=[], logging_steps=1, save_strategy='no', seed=0,
-                  teacher_prompt_template='{privileged_context} {prompt}', disable_tqdm=True, bf16=False, gradient_checkpointing=False, shuffle_dataset=False)
-    data = datasets.Dataset.from_list([dict(prompt=e.prompt, privileged_context=e.demonstration) for e in examples])
-    return SDFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=list(callbacks))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    args = Theirs(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        num_generations=1,
+        max_completion_length=new,
+        max_prompt_length=None,
+        use_cpu=True,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        adam_beta2=0.999,
+        distillation_mode="full_logits",
+        distillation_alpha=alpha,
+        teacher_model_kind="ema",
+        teacher_update_rate=0.02,
+        distillation_is_clip=2.0,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        seed=0,
+        teacher_prompt_template="{privileged_context} {prompt}",
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+    )
+    data = datasets.Dataset.from_list(
+        [dict(prompt=e.prompt, privileged_context=e.demonstration) for e in examples]
+    )
+    return SDFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
 
 @pytest.mark.parity
-@pytest.mark.parametrize('kind, alpha', [('forward', 0.), ('reverse', 1.), ('js', .3)])
+@pytest.mark.parametrize("kind, alpha", [("forward", 0.0), ("reverse", 1.0), ("js", 0.3)])
 def test_losses_of_trl(kind, alpha):
     "Their divergence of random logits is ours, and so is its gradient"
-    torch, theirs = pytest.importorskip('torch'), pytest.importorskip('trl.experimental.sdft.loss_utils')
+    torch, theirs = (
+        pytest.importorskip("torch"),
+        pytest.importorskip("trl.experimental.sdft.loss_utils"),
+    )
     s, t = (np.random.default_rng(i).normal(size=(2, 5, 30)).astype(np.float32) for i in (0, 1))
     z = torch.tensor(s, requires_grad=True)
-    loss = theirs.compute_full_logit_self_distillation_loss(z, torch.tensor(t), distillation_alpha=alpha).mean()
+    loss = theirs.compute_full_logit_self_distillation_loss(
+        z, torch.tensor(t), distillation_alpha=alpha
+    ).mean()
     loss.backward()
-    ours = lambda z: divergence(jax.nn.log_softmax(z), jax.nn.log_softmax(t), kind, alpha if kind == 'js' else .5).mean()
+    ours = lambda z: divergence(
+        jax.nn.log_softmax(z), jax.nn.log_softmax(t), kind, alpha if kind == "js" else 0.5
+    ).mean()
     value, grad = jax.value_and_grad(ours)(jnp.asarray(s))
     assert float(value) == pytest.approx(loss.item(), rel=1e-5)
     np.testing.assert_allclose(grad, z.grad, atol=1e-6)
+
 
 @pytest.mark.parity
 @pytest.mark.slow
@@ -251,16 +519,37 @@ def test_step_time_of_trl(llama, tmp_path, capsys):
     from nash_lab.adapt.hf import load_hf
     from nash_lab.data.tokenizer import load_tokenizer
     import torch, transformers
+
     steps, batch, new = 14, 16, 64
-    examples, marks, torch_threads = rows_of(64, 32, 48), {'trl': [], 'ours': []}, torch.get_num_threads()
+    examples, marks, torch_threads = (
+        rows_of(64, 32, 48),
+        {"trl": [], "ours": []},
+        torch.get_num_threads(),
+    )
+
     class Clock(transformers.TrainerCallback):
-        def on_step_end(self, *_, **__): marks['trl'].append(time.perf_counter())
+        def on_step_end(self, *_, **__):
+            marks["trl"].append(time.perf_counter())
+
     trl_trainer(llama, examples, tmp_path, steps, batch, new, callbacks=[Clock()]).train()
     lm, tokenizer = load_hf(llama), load_tokenizer(llama)
-    cfg = SDFTConfig(steps=steps, batch_size=batch, max_new_tokens=new, skip_tokens=0, template='{demonstration} {prompt}', before='none',
-                     optim=OptimConfig(learning_rate=1e-3, schedule='constant', warmup_steps=0, weight_decay=0., beta2=.999))
-    out = distil(lm, tokenizer, examples, cfg, hooks=[lambda *_: marks['ours'].append(time.perf_counter())])
+    cfg = SDFTConfig(
+        steps=steps,
+        batch_size=batch,
+        max_new_tokens=new,
+        skip_tokens=0,
+        template="{demonstration} {prompt}",
+        before="none",
+        optim=OptimConfig(
+            learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, beta2=0.999
+        ),
+    )
+    out = distil(
+        lm, tokenizer, examples, cfg, hooks=[lambda *_: marks["ours"].append(time.perf_counter())]
+    )
     took = {name: float(np.median(np.diff(m)[2:])) for name, m in marks.items()}
     with capsys.disabled():
-        print(f"\n{took['trl']:.3f} s a step in TRL ({torch_threads} threads), {took['ours']:.3f} s here: {took['trl'] / took['ours']:.2f} times; "
-              f"answers of {np.mean([r['answer_tokens'] for r in out.metrics]):.0f} tokens")
+        print(
+            f"\n{took['trl']:.3f} s a step in TRL ({torch_threads} threads), {took['ours']:.3f} s here: {took['trl'] / took['ours']:.2f} times; "
+            f"answers of {np.mean([r['answer_tokens'] for r in out.metrics]):.0f} tokens"
+        )

@@ -37,7 +37,10 @@ def same_lines(found, expected, names, tolerance):
             assert (name in row) == (name in old_row)
             if old_row.get(name) is not None:
                 # 1e-7: kl is a mean of differences of float32 log-probabilities
-                assert row[name] == pytest.approx(old_row[name], rel=tolerance, abs=1e-7), (name, row)
+                assert row[name] == pytest.approx(old_row[name], rel=tolerance, abs=1e-7), (
+                    name,
+                    row,
+                )
 
 
 def test_a_run_opens_and_answers(old):

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 
-os.environ['IN_TEST'] = '1'
+os.environ["IN_TEST"] = "1"
 from pathlib import Path, PurePosixPath
 import yaml
 from execnb.nbio import mk_cell, read_nb, write_nb
@@ -21,44 +21,49 @@ from api import entry
 from pages import FLOORS, GUIDES, ROOT, addresses, linked_reads, named, notebooks, relink
 
 CFG = get_config(path=ROOT)
-BASE = f'{CFG.doc_host}{CFG.doc_baseurl}'.rstrip('/') + '/'
-BLOB = f'{CFG.git_url}/blob/{CFG.branch}/'
+BASE = f"{CFG.doc_host}{CFG.doc_baseurl}".rstrip("/") + "/"
+BLOB = f"{CFG.git_url}/blob/{CFG.branch}/"
 TAGS = {
-    'echo: false': 'remove-input',
-    'output: false': 'remove-output',
-    'include: false': 'remove-cell',
-    'code-fold: true': 'hide-input',
-    'code-fold: show': 'hide-input',
+    "echo: false": "remove-input",
+    "output: false": "remove-output",
+    "include: false": "remove-cell",
+    "code-fold: true": "hide-input",
+    "code-fold: show": "hide-input",
 }
-CAPTIONS = {floor: floor.capitalize() for floor in FLOORS} | {'guides': 'Guides'}
-GUIDE_ORDER = ('READING', 'TRAINING', 'DATA', 'TPU_SETUP', 'FAULTS', 'SECURITY', 'LOG')
+CAPTIONS = {floor: floor.capitalize() for floor in FLOORS} | {"guides": "Guides"}
+GUIDE_ORDER = ("READING", "TRAINING", "DATA", "TPU_SETUP", "FAULTS", "SECURITY", "LOG")
 
 
 class Processors(FilterDefaults):
     "nbdev's processors, without those that run code, place API entries (`api.py` makes them from the source), link, or fold"
 
-    mine = 'add_show_docs exec_show_docs clean_show_doc mv_exports add_links add_fold'.split()
+    mine = "add_show_docs exec_show_docs clean_show_doc mv_exports add_links add_fold".split()
 
     def base_procs(self):
         return [o for o in super().base_procs() if o.__name__ not in self.mine]
 
 
 # pictures that a notebook takes from the network and the site does not
-LOCAL = {'https://colab.research.google.com/assets/colab-badge.svg': GUIDES / '_static' / 'colab.svg'}
+LOCAL = {
+    "https://colab.research.google.com/assets/colab-badge.svg": GUIDES / "_static" / "colab.svg"
+}
 
 
 def guides() -> dict:
     "{page name: file} of the guides in docs/ and the log, in reading order"
-    found = {p.stem: p for p in [*GUIDES.glob('*.md'), ROOT / 'LOG.md']}
-    return {k: found[k] for k in sorted(found, key=lambda k: (GUIDE_ORDER.index(k) if k in GUIDE_ORDER else 99, k))}
+    found = {p.stem: p for p in [*GUIDES.glob("*.md"), ROOT / "LOG.md"]}
+    return {
+        k: found[k]
+        for k in sorted(found, key=lambda k: (GUIDE_ORDER.index(k) if k in GUIDE_ORDER else 99, k))
+    }
 
 
 class Site:
     "Where every file of the project stands on the site, and the links between them"
 
     def __init__(self):
-        self.pages = {p: PurePosixPath(named(p) + '.ipynb') for p in notebooks()}
-        self.pages |= {p: PurePosixPath('guides') / f'{k}.md' for k, p in guides().items()}
+        self.pages = {p: PurePosixPath(named(p) + ".ipynb") for p in notebooks()}
+        self.pages |= {p: PurePosixPath("guides") / f"{k}.md" for k, p in guides().items()}
         self.lookup = NbdevLookup(incl_libs=CFG.lib_name)
         self.headings, self.dead, self.pictures = {}, [], {}
 
@@ -66,29 +71,31 @@ class Site:
         "Link `target` written in file `source` -> what it is on the site; unknown ones are kept in `dead`"
         here = self.pages[source]
         if target.startswith(BASE):  # what nbdev's back-tick links point at
-            path, _, anchor = target[len(BASE) :].partition('#')
-            page = PurePosixPath(path.removesuffix('.html') + '.ipynb')
+            path, _, anchor = target[len(BASE) :].partition("#")
+            page = PurePosixPath(path.removesuffix(".html") + ".ipynb")
             if page not in self.pages.values():
-                self.dead.append(f'{source.relative_to(ROOT)}: {target}')
+                self.dead.append(f"{source.relative_to(ROOT)}: {target}")
                 return target
-            anchor = anchor.replace('.', '').lower()
-            return self.relative(page, here) + (f'#{anchor}' if anchor in self.headings.get(page, ()) else '')
+            anchor = anchor.replace(".", "").lower()
+            return self.relative(page, here) + (
+                f"#{anchor}" if anchor in self.headings.get(page, ()) else ""
+            )
         if target in LOCAL:
             target = os.path.relpath(LOCAL[target], source.parent)
-        if re.match(r'[a-z]+:|#|attachment:', target):
+        if re.match(r"[a-z]+:|#|attachment:", target):
             return target
-        path, _, anchor = target.partition('#')
+        path, _, anchor = target.partition("#")
         file = (source.parent / path).resolve()
         if file in self.pages:
-            return self.relative(self.pages[file], here) + (f'#{anchor}' if anchor else '')
-        if file == ROOT / 'README.md':
-            return self.relative(PurePosixPath('index.ipynb'), here)
-        if file.suffix in ('.png', '.svg', '.jpg') and file.exists():
-            self.pictures[file] = PurePosixPath('pictures') / file.name
+            return self.relative(self.pages[file], here) + (f"#{anchor}" if anchor else "")
+        if file == ROOT / "README.md":
+            return self.relative(PurePosixPath("index.ipynb"), here)
+        if file.suffix in (".png", ".svg", ".jpg") and file.exists():
+            self.pictures[file] = PurePosixPath("pictures") / file.name
             return self.relative(self.pictures[file], here)
         if file.exists() and file.is_relative_to(ROOT):
-            return BLOB + file.relative_to(ROOT).as_posix() + (f'#{anchor}' if anchor else '')
-        self.dead.append(f'{source.relative_to(ROOT)}: {target}')
+            return BLOB + file.relative_to(ROOT).as_posix() + (f"#{anchor}" if anchor else "")
+        self.dead.append(f"{source.relative_to(ROOT)}: {target}")
         return target
 
     def relative(self, page, here):
@@ -96,31 +103,53 @@ class Site:
 
     def markdown(self, text: str, source: Path) -> str:
         "nbdev links and callouts -> MyST"
-        text = relink(addresses(text, CFG) if source.name == 'index.ipynb' else text, lambda t: self.place(t, source))
-        return re.sub(r'^:::+\s*\{\.callout-(\w+).*?\}', r':::{\1}', text, flags=re.M)
+        text = relink(
+            addresses(text, CFG) if source.name == "index.ipynb" else text,
+            lambda t: self.place(t, source),
+        )
+        return re.sub(r"^:::+\s*\{\.callout-(\w+).*?\}", r":::{\1}", text, flags=re.M)
 
 
 def directives(source: str) -> list[str]:
     "`#|` lines of a cell, as `word` or `key: value`"
-    lines = [o.strip()[2:].strip() for o in source.splitlines() if o.lstrip().startswith('#|')]
-    return [re.sub(r'\s*:\s*', ': ', o, count=1) for o in lines]
+    lines = [o.strip()[2:].strip() for o in source.splitlines() if o.lstrip().startswith("#|")]
+    return [re.sub(r"\s*:\s*", ": ", o, count=1) for o in lines]
 
 
 def document(nb, module: str, lookup) -> None:
     "Put an API entry before each exported cell of `nb`, and in place of each `show_doc(name)`"
-    code = [c for c in nb.cells if c.cell_type == 'code' and re.search(r'^(def|class|@)', c.source, re.M)]
-    trees = [(ast.parse(o), o) for o in (re.sub(r'^\s*[%!].*$', '', c.source, flags=re.M) for c in code)]
-    link = lambda name: lookup.code(f'{module}.{name}') or lookup.code(name)
-    asked, cells = set(re.findall(r'^show_doc\(([\w.]+)', '\n'.join(c.source for c in nb.cells), re.M)), []
+    code = [
+        c
+        for c in nb.cells
+        if c.cell_type == "code" and re.search(r"^(def|class|@)", c.source, re.M)
+    ]
+    trees = [
+        (ast.parse(o), o) for o in (re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M) for c in code)
+    ]
+    link = lambda name: lookup.code(f"{module}.{name}") or lookup.code(name)
+    asked, cells = (
+        set(re.findall(r"^show_doc\(([\w.]+)", "\n".join(c.source for c in nb.cells), re.M)),
+        [],
+    )
     for c in nb.cells:
-        flags = directives(c.source) if c.cell_type == 'code' else []
-        if c in code and {'export', 'exports'} & set(flags) and 'hide' not in flags:
-            names = [n.name for n in trees[code.index(c)][0].body if hasattr(n, 'name') and not n.name.startswith('_')]
-            made = [entry(n, trees, link(n), brief='exports' in flags) for n in names if n not in asked]
+        flags = directives(c.source) if c.cell_type == "code" else []
+        if c in code and {"export", "exports"} & set(flags) and "hide" not in flags:
+            names = [
+                n.name
+                for n in trees[code.index(c)][0].body
+                if hasattr(n, "name") and not n.name.startswith("_")
+            ]
+            made = [
+                entry(n, trees, link(n), brief="exports" in flags) for n in names if n not in asked
+            ]
             if made:
-                cells.append(mk_cell('\n\n'.join(made), 'markdown'))
-        if m := re.search(r'^show_doc\(([\w.]+)', c.source, re.M) if c.cell_type == 'code' else None:
-            c = mk_cell(entry(m[1], trees, link(m[1]), level=4 if '.' in m[1] else 3), 'markdown')
+                cells.append(mk_cell("\n\n".join(made), "markdown"))
+        if (
+            m := re.search(r"^show_doc\(([\w.]+)", c.source, re.M)
+            if c.cell_type == "code"
+            else None
+        ):
+            c = mk_cell(entry(m[1], trees, link(m[1]), level=4 if "." in m[1] else 3), "markdown")
         cells.append(c)
     nb.cells = cells
     for i, c in enumerate(nb.cells):
@@ -130,47 +159,65 @@ def document(nb, module: str, lookup) -> None:
 def processed(path: Path, lookup):
     "The notebook at `path` as a reader of the site sees it, links not yet placed"
     nb, cells = read_nb(path), []
-    document(nb, f'{CFG.lib_name}.{named(path).replace("/", ".")}', lookup)
+    document(nb, f"{CFG.lib_name}.{named(path).replace('/', '.')}", lookup)
     Processors()(nb)
     for c in nb.cells:
-        if c.source.startswith('<!-- WARNING'):
+        if c.source.startswith("<!-- WARNING"):
             continue
-        if c.cell_type == 'raw' and c.source.startswith('---'):  # the title cell, as front matter
-            fm = yaml.safe_load(c.source.split('---')[1])
-            c = mk_cell(f"# {fm['title']}\n\n{{.lead}}\n{fm.get('description', fm['title'])}", 'markdown')
-        if c.cell_type == 'code':
-            flags = directives(c.source)
-            alt = next((o.removeprefix('fig-alt: ').strip('"') for o in flags if o.startswith('fig-alt: ')), None)
-            c.metadata = {'tags': [TAGS[o] for o in flags if o in TAGS]} | (
-                {'mystnb': {'image': {'alt': alt}}} if alt else {}
+        if c.cell_type == "raw" and c.source.startswith("---"):  # the title cell, as front matter
+            fm = yaml.safe_load(c.source.split("---")[1])
+            c = mk_cell(
+                f"# {fm['title']}\n\n{{.lead}}\n{fm.get('description', fm['title'])}", "markdown"
             )
-            c.source = re.sub(r'\A(\s*#\|.*\n?)+', '', c.source)
-            if not c.source.strip() and not c.get('outputs'):
+        if c.cell_type == "code":
+            flags = directives(c.source)
+            alt = next(
+                (
+                    o.removeprefix("fig-alt: ").strip('"')
+                    for o in flags
+                    if o.startswith("fig-alt: ")
+                ),
+                None,
+            )
+            c.metadata = {"tags": [TAGS[o] for o in flags if o in TAGS]} | (
+                {"mystnb": {"image": {"alt": alt}}} if alt else {}
+            )
+            c.source = re.sub(r"\A(\s*#\|.*\n?)+", "", c.source)
+            if not c.source.strip() and not c.get("outputs"):
                 continue
-        if c.cell_type == 'markdown':
+        if c.cell_type == "markdown":
             c.source = lookup.linkify(linked_reads(c.source, path))
         cells.append(c)
-    nb.cells, nb.metadata = cells, {'kernelspec': dict(name='python3', display_name='python3', language='python')}
+    nb.cells, nb.metadata = (
+        cells,
+        {"kernelspec": dict(name="python3", display_name="python3", language="python")},
+    )
     return nb
 
 
 def slugs(nb) -> set:
     "Anchors MyST makes of the headings in `nb`"
-    heads = re.findall(r'^#{1,4}\s+(.*)$', '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown'), re.M)
-    return {re.sub(r'[^\w\- ]', '', re.sub(r'[`*]', '', h)).strip().lower().replace(' ', '-') for h in heads}
+    heads = re.findall(
+        r"^#{1,4}\s+(.*)$", "\n".join(c.source for c in nb.cells if c.cell_type == "markdown"), re.M
+    )
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", h)).strip().lower().replace(" ", "-")
+        for h in heads
+    }
 
 
 def toctrees(site: Site) -> str:
     "One hidden toctree for each folder, in reading order, then the guides"
     groups = {}
     for page in site.pages.values():
-        if page.name == 'index.ipynb':
+        if page.name == "index.ipynb":
             continue
-        folder = 'guides' if page.suffix == '.md' else page.parts[0]
-        groups.setdefault(folder, []).append(page.with_suffix('').as_posix())
+        folder = "guides" if page.suffix == ".md" else page.parts[0]
+        groups.setdefault(folder, []).append(page.with_suffix("").as_posix())
     caption = lambda k: CAPTIONS.get(k, k.capitalize())
-    return '\n\n'.join(
-        f'```{{toctree}}\n:hidden:\n:caption: {caption(k)}\n\n' + '\n'.join(v) + '\n```' for k, v in groups.items()
+    return "\n\n".join(
+        f"```{{toctree}}\n:hidden:\n:caption: {caption(k)}\n\n" + "\n".join(v) + "\n```"
+        for k, v in groups.items()
     )
 
 
@@ -179,7 +226,7 @@ def write_sources(src: Path) -> Site:
     shutil.rmtree(src, ignore_errors=True)
     site, done = Site(), {}
     for path in site.pages:
-        if path.suffix == '.ipynb':
+        if path.suffix == ".ipynb":
             done[path] = processed(path, site.lookup)
             site.headings[site.pages[path]] = slugs(done[path])
     for path, page in site.pages.items():
@@ -188,10 +235,10 @@ def write_sources(src: Path) -> Site:
         if path in done:
             nb = done[path]
             for c in nb.cells:
-                if c.cell_type == 'markdown':
+                if c.cell_type == "markdown":
                     c.source = site.markdown(c.source, path)
-            if page.name == 'index.ipynb':
-                nb.cells.append(mk_cell(toctrees(site), 'markdown'))
+            if page.name == "index.ipynb":
+                nb.cells.append(mk_cell(toctrees(site), "markdown"))
             write_nb(nb, out)
         else:
             out.write_text(site.markdown(site.lookup.linkify(path.read_text()), path))
@@ -199,44 +246,46 @@ def write_sources(src: Path) -> Site:
         (src / to).parent.mkdir(exist_ok=True)
         shutil.copy(file, src / to)
     if site.dead:
-        sys.exit('dead links:\n  ' + '\n  '.join(site.dead))
+        sys.exit("dead links:\n  " + "\n  ".join(site.dead))
     return site
 
 
 def build(out: Path) -> int:
     "Sources and HTML under `out`; Sphinx's exit status"
     os.chdir(ROOT)  # nbdev looks for settings.ini from here
-    write_sources(out / 'src')
-    shutil.rmtree(out / 'html', ignore_errors=True)
+    write_sources(out / "src")
+    shutil.rmtree(out / "html", ignore_errors=True)
     return subprocess.run(
         [
             sys.executable,
-            '-m',
-            'sphinx',
-            '-q',
-            '-b',
-            'html',
-            '-c',
-            str(ROOT / 'docs'),
-            '-d',
-            str(out / 'doctrees'),
-            '-W',
-            '--keep-going',
-            str(out / 'src'),
-            str(out / 'html'),
+            "-m",
+            "sphinx",
+            "-q",
+            "-b",
+            "html",
+            "-c",
+            str(ROOT / "docs"),
+            "-d",
+            str(out / "doctrees"),
+            "-W",
+            "--keep-going",
+            str(out / "src"),
+            str(out / "html"),
         ]
     ).returncode
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--out', type=Path, default=ROOT / '_docs', help='folder for the site')
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder for the site")
     args = p.parse_args()
     code = build(args.out.resolve())
     if not code:
-        print(f'the site: {args.out}/html/index.html')
+        print(f"the site: {args.out}/html/index.html")
     sys.exit(code)
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     main()

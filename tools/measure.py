@@ -15,25 +15,34 @@ from pathlib import Path
 from pages import NBS, ROOT, notebooks, read, source
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-NOT_PROSE = re.compile(r'```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|https?://\S+|\|.*?\|$', re.S | re.M)
+SILENT = (
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+)
+NOT_PROSE = re.compile(
+    r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|https?://\S+|\|.*?\|$", re.S | re.M
+)
 WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 WE = set("we us our let's you your".split())
-NEGATIONS = set('not no nothing nobody none never nor'.split())
-EXAMPLE = re.compile(r'for example|for instance|suppose|imagine|say,', re.I)
+NEGATIONS = set("not no nothing nobody none never nor".split())
+EXAMPLE = re.compile(r"for example|for instance|suppose|imagine|say,", re.I)
 
 
 def modules() -> list[Path]:
     "The generated modules of the package."
-    found = (ROOT / 'nash_lab').rglob('*.py')
-    return sorted(p for p in found if p.name not in ('_modidx.py', '__init__.py'))
+    found = (ROOT / "nash_lab").rglob("*.py")
+    return sorted(p for p in found if p.name not in ("_modidx.py", "__init__.py"))
 
 
 def code_lines(text: str, tree: ast.Module) -> list[int]:
     "Numbers of the lines that hold code: no blanks, comments or docstrings."
     docstrings = set()
     for node in ast.walk(tree):
-        body = getattr(node, 'body', None)
+        body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
                 docstrings.update(range(body[0].lineno, body[0].end_lineno + 1))
@@ -66,7 +75,7 @@ def code_figures(paths: list[Path]) -> dict:
         rows = text.splitlines()
         lines += len(kept)
         characters += sum(len(rows[n - 1].strip()) for n in kept)
-        wide += [f'{path.relative_to(ROOT)}:{n}' for n in kept if len(rows[n - 1]) > 100]
+        wide += [f"{path.relative_to(ROOT)}:{n}" for n in kept if len(rows[n - 1]) > 100]
         statements = Counter()
         for node in ast.walk(tree):
             nodes += 1
@@ -75,30 +84,30 @@ def code_figures(paths: list[Path]) -> dict:
             if isinstance(node, FUNCTIONS):
                 first = node.body[0].lineno
                 headers += sum(node.lineno <= n < first for n in kept)
-                bodies[f'{path.relative_to(ROOT)}:{node.lineno} {node.name}'] = sum(
+                bodies[f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"] = sum(
                     first <= n <= node.end_lineno for n in kept
                 )
                 names.add(node.name)
         several += sum(count > 1 for count in statements.values())
-    once = {n for n in names if used[n] <= 1 and not n.startswith('__')}
-    twice = {n for n in names if defined[n] > 1 and not n.startswith('_')}
+    once = {n for n in names if used[n] <= 1 and not n.startswith("__")}
+    twice = {n for n in names if defined[n] > 1 and not n.startswith("_")}
     return {
-        'lines': lines,
-        'nodes a line': nodes / max(lines, 1),
-        'characters a line': characters / max(lines, 1),
-        'header share': headers / max(lines, 1),
-        'lines with several statements': several,
-        'share of names used once': len(once) / max(len(names), 1),
-        'names defined more than once': sorted(twice),
-        'lines over 100 columns': wide,
-        'longest function': max(bodies.items(), key=lambda item: item[1], default=('', 0)),
+        "lines": lines,
+        "nodes a line": nodes / max(lines, 1),
+        "characters a line": characters / max(lines, 1),
+        "header share": headers / max(lines, 1),
+        "lines with several statements": several,
+        "share of names used once": len(once) / max(len(names), 1),
+        "names defined more than once": sorted(twice),
+        "lines over 100 columns": wide,
+        "longest function": max(bodies.items(), key=lambda item: item[1], default=("", 0)),
     }
 
 
 def prose_cells(path: Path) -> list[str]:
     "The sentences of each Markdown cell of a page, without code, formulas, addresses and tables."
-    cells = (source(c) for c in read(path)['cells'] if c['cell_type'] == 'markdown')
-    return [NOT_PROSE.sub(' x ', text) for text in cells]
+    cells = (source(c) for c in read(path)["cells"] if c["cell_type"] == "markdown")
+    return [NOT_PROSE.sub(" x ", text) for text in cells]
 
 
 def prose_figures(paths: list[Path]) -> dict:
@@ -108,16 +117,16 @@ def prose_figures(paths: list[Path]) -> dict:
         for text in prose_cells(path):
             words += [w.lower() for w in WORD.findall(text)]
             examples += len(EXAMPLE.findall(text))
-            for sentence in re.split(r'(?<=[.!?:])\s', text):
+            for sentence in re.split(r"(?<=[.!?:])\s", text):
                 if len(WORD.findall(sentence)) > 40:
-                    long.append(f'{path.name}: ' + ' '.join(sentence.split())[:80])
+                    long.append(f"{path.name}: " + " ".join(sentence.split())[:80])
     per_thousand = 1000 / max(len(words), 1)
     return {
-        'words': len(words),
-        'we and you': sum(w in WE for w in words) * per_thousand,
-        'examples': examples * per_thousand,
-        'negations': sum(w in NEGATIONS for w in words) * per_thousand,
-        'sentences above 40 words': long,
+        "words": len(words),
+        "we and you": sum(w in WE for w in words) * per_thousand,
+        "examples": examples * per_thousand,
+        "negations": sum(w in NEGATIONS for w in words) * per_thousand,
+        "sentences above 40 words": long,
     }
 
 
@@ -129,9 +138,9 @@ def main():
         prose_figures([p for p in notebooks(NBS) if chosen(p)]),
     ):
         for name, value in figures.items():
-            print(f'{name:32}', f'{value:.2f}' if isinstance(value, float) else value)
+            print(f"{name:32}", f"{value:.2f}" if isinstance(value, float) else value)
         print()
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     main()

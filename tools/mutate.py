@@ -17,149 +17,178 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ('nash_lab', 'tests', 'tools', 'nbs', 'docs', 'pyproject.toml', 'settings.ini')
+COPIED = ("nash_lab", "tests", "tools", "nbs", "docs", "pyproject.toml", "settings.ini")
 LIMIT = 300  # seconds for one test
 
 
 class Guard(NamedTuple):
     test: str  # what has to fail without it
-    instead: str = ''  # stands in place of the statement, or of the first line of a block
+    instead: str = ""  # stands in place of the statement, or of the first line of a block
 
 
 GUARDS = {
-    'checkpoint: manifest': Guard('tests/test_faults.py::test_forty_bit_flips'),
-    'checkpoint: early digests': Guard(
-        'tests/test_faults.py::test_a_file_that_changes_after_it_was_hashed[rewritten]', 'written = 0'
+    "checkpoint: manifest": Guard("tests/test_faults.py::test_forty_bit_flips"),
+    "checkpoint: early digests": Guard(
+        "tests/test_faults.py::test_a_file_that_changes_after_it_was_hashed[rewritten]",
+        "written = 0",
     ),
-    'checkpoint: links': Guard('tests/test_faults.py::test_links_and_pipes[link to a file]'),
-    'checkpoint: packed arrays': Guard('tests/test_faults.py::test_a_file_that_unpacks_to_two_gigabytes'),
-    'checkpoint: fall-back': Guard('tests/test_faults.py::test_damage_to_any_file[one bit]', 'raise'),
-    'checkpoint: no fresh start': Guard(
-        'tests/test_faults.py::test_all_damaged_is_no_fresh_start', 'return bool(self.steps())'
+    "checkpoint: links": Guard("tests/test_faults.py::test_links_and_pipes[link to a file]"),
+    "checkpoint: packed arrays": Guard(
+        "tests/test_faults.py::test_a_file_that_unpacks_to_two_gigabytes"
     ),
-    'checkpoint: rename first': Guard('tests/test_faults.py::test_kill_at_each_deletion', 'shutil.rmtree(folder)'),
-    'checkpoint: another tokenizer': Guard('tests/test_faults.py::test_another_tokenizer'),
-    'checkpoint: home directory': Guard('tests/test_faults.py::test_no_secret_is_written'),
-    'checkpoint: order by number': Guard(
-        'tests/test_faults.py::test_clocks_do_not_matter',
-        'steps.sort(key=lambda s: -(folder / str(s)).stat().st_mtime)',
+    "checkpoint: fall-back": Guard(
+        "tests/test_faults.py::test_damage_to_any_file[one bit]", "raise"
     ),
-    'checkpoint: the same folder': Guard('tests/test_faults.py::test_directory_gone_midway[lose]'),
-    'run: another config': Guard('tests/test_faults.py::test_changed_config', 'changes = []'),
-    'run: cut line': Guard('tests/test_faults.py::test_line_cut_at_every_byte'),
-    'run: home directory': Guard('tests/test_faults.py::test_no_secret_is_written'),
-    'search: lost answers': Guard(
-        'tests/test_ttt.py::test_lost_answers_are_counted_and_never_averaged', 'known = np.ones(len(group), bool)'
+    "checkpoint: no fresh start": Guard(
+        "tests/test_faults.py::test_all_damaged_is_no_fresh_start", "return bool(self.steps())"
     ),
-    'run: lock': Guard('tests/test_faults.py::test_second_process_is_refused'),
-    'run: signals': Guard('tests/test_faults.py::test_signal_saves_that_step[SIGTERM-data]'),
-    'run: watchdog': Guard('tests/test_faults.py::test_hang_is_ended_and_explained'),
-    'run: position': Guard('tests/test_faults.py::test_ten_stops'),
-    'run: background saves': Guard('tests/test_faults.py::test_failed_save_is_made_up_for'),
-    'numbers: bad steps': Guard(
-        'tests/test_faults.py::test_bad_step_changes_nothing[one leaf]', 'good = jnp.array(True)'
+    "checkpoint: rename first": Guard(
+        "tests/test_faults.py::test_kill_at_each_deletion", "shutil.rmtree(folder)"
     ),
-    'numbers: in a row': Guard('tests/test_faults.py::test_bad_steps_in_a_row_end_the_run[1]'),
-    'numbers: saved state': Guard('tests/test_faults.py::test_no_state_is_saved_that_is_not_finite'),
-    'data: share of broken records': Guard(
-        'tests/test_data_faults.py::test_more_than_one_per_cent_of_broken_records_stops'
+    "checkpoint: another tokenizer": Guard("tests/test_faults.py::test_another_tokenizer"),
+    "checkpoint: home directory": Guard("tests/test_faults.py::test_no_secret_is_written"),
+    "checkpoint: order by number": Guard(
+        "tests/test_faults.py::test_clocks_do_not_matter",
+        "steps.sort(key=lambda s: -(folder / str(s)).stat().st_mtime)",
     ),
-    'data: length of a record': Guard('tests/test_data_faults.py::test_a_limit_is_exact'),
-    'data: memory of a record': Guard(
-        'tests/test_data_faults.py::test_a_giant_line_is_refused_in_bounded_memory[jsonl-]'
+    "checkpoint: the same folder": Guard("tests/test_faults.py::test_directory_gone_midway[lose]"),
+    "run: another config": Guard("tests/test_faults.py::test_changed_config", "changes = []"),
+    "run: cut line": Guard("tests/test_faults.py::test_line_cut_at_every_byte"),
+    "run: home directory": Guard("tests/test_faults.py::test_no_secret_is_written"),
+    "search: lost answers": Guard(
+        "tests/test_ttt.py::test_lost_answers_are_counted_and_never_averaged",
+        "known = np.ones(len(group), bool)",
     ),
-    'data: text file that changes': Guard(
-        'tests/test_data_faults.py::test_a_text_file_that_changes_is_an_error[rewrite]'
+    "run: lock": Guard("tests/test_faults.py::test_second_process_is_refused"),
+    "run: signals": Guard("tests/test_faults.py::test_signal_saves_that_step[SIGTERM-data]"),
+    "run: watchdog": Guard("tests/test_faults.py::test_hang_is_ended_and_explained"),
+    "run: position": Guard("tests/test_faults.py::test_ten_stops"),
+    "run: background saves": Guard("tests/test_faults.py::test_failed_save_is_made_up_for"),
+    "numbers: bad steps": Guard(
+        "tests/test_faults.py::test_bad_step_changes_nothing[one leaf]", "good = jnp.array(True)"
     ),
-    'data: packed file that changes': Guard(
-        'tests/test_data_faults.py::test_a_packed_file_that_changes_is_an_error_and_no_signal[rewrite]'
+    "numbers: in a row": Guard("tests/test_faults.py::test_bad_steps_in_a_row_end_the_run[1]"),
+    "numbers: saved state": Guard(
+        "tests/test_faults.py::test_no_state_is_saved_that_is_not_finite"
     ),
-    'data: source that changes': Guard(
-        'tests/test_data_faults.py::test_a_source_that_changes_is_an_error[append]', 'for path, stamp in ():'
+    "data: share of broken records": Guard(
+        "tests/test_data_faults.py::test_more_than_one_per_cent_of_broken_records_stops"
     ),
-    'data: pass without documents': Guard(
-        'tests/test_data_faults.py::test_blank_and_one_token_documents', 'if docs.sources[i].epoch > 50:'
+    "data: length of a record": Guard("tests/test_data_faults.py::test_a_limit_is_exact"),
+    "data: memory of a record": Guard(
+        "tests/test_data_faults.py::test_a_giant_line_is_refused_in_bounded_memory[jsonl-]"
     ),
-    'data: dead worker': Guard(
-        'tests/test_data_faults.py::test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost'
+    "data: text file that changes": Guard(
+        "tests/test_data_faults.py::test_a_text_file_that_changes_is_an_error[rewrite]"
     ),
-    'data: spelled special pieces': Guard(
-        'tests/test_data_stream.py::test_a_tokenizer_json_in_place_of_sentencepiece',
-        'model.encode_special_tokens = False',
+    "data: packed file that changes": Guard(
+        "tests/test_data_faults.py::test_a_packed_file_that_changes_is_an_error_and_no_signal[rewrite]"
     ),
-    'data: end of document of the tokenizer': Guard(
-        'tests/test_data_stream.py::test_stream_and_packed_file_give_the_same_batches', 'ids = [*ids, EOS]'
+    "data: source that changes": Guard(
+        "tests/test_data_faults.py::test_a_source_that_changes_is_an_error[append]",
+        "for path, stamp in ():",
     ),
-    'data: memory of copies in a position': Guard(
-        'tests/test_data_stream.py::test_the_rest_of_the_stream_is_exact_at_every_batch[mask]'
+    "data: pass without documents": Guard(
+        "tests/test_data_faults.py::test_blank_and_one_token_documents",
+        "if docs.sources[i].epoch > 50:",
     ),
-    'data: copies of an earlier pass': Guard(
-        'tests/test_data_stream.py::test_epochs_are_counted_per_source', 'if True:'
+    "data: dead worker": Guard(
+        "tests/test_data_faults.py::test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost"
     ),
-    'data: a byte that is not UTF-8 in a line': Guard(
-        'tests/test_data.py::test_bad_json_lines_in_a_stream',
+    "data: spelled special pieces": Guard(
+        "tests/test_data_stream.py::test_a_tokenizer_json_in_place_of_sentencepiece",
+        "model.encode_special_tokens = False",
+    ),
+    "data: end of document of the tokenizer": Guard(
+        "tests/test_data_stream.py::test_stream_and_packed_file_give_the_same_batches",
+        "ids = [*ids, EOS]",
+    ),
+    "data: memory of copies in a position": Guard(
+        "tests/test_data_stream.py::test_the_rest_of_the_stream_is_exact_at_every_batch[mask]"
+    ),
+    "data: copies of an earlier pass": Guard(
+        "tests/test_data_stream.py::test_epochs_are_counted_per_source", "if True:"
+    ),
+    "data: a byte that is not UTF-8 in a line": Guard(
+        "tests/test_data.py::test_bad_json_lines_in_a_stream",
         'codecs.register_error("nash_lab.bad_byte", lambda error: ("?", error.end))',
     ),
-    'data: a byte that is not UTF-8 in a text': Guard(
-        'tests/test_data.py::test_odd_text_files_in_a_stream', 'self.utf8 = make("replace")'
+    "data: a byte that is not UTF-8 in a text": Guard(
+        "tests/test_data.py::test_odd_text_files_in_a_stream", 'self.utf8 = make("replace")'
     ),
-    'data: the encoding of text': Guard('tests/test_data.py::test_odd_text_files_in_a_stream'),
-    'data: byte order mark of a text': Guard(
-        'tests/test_data.py::test_odd_text_files_in_a_stream', 'make = codecs.getincrementaldecoder("utf-8")'
+    "data: the encoding of text": Guard("tests/test_data.py::test_odd_text_files_in_a_stream"),
+    "data: byte order mark of a text": Guard(
+        "tests/test_data.py::test_odd_text_files_in_a_stream",
+        'make = codecs.getincrementaldecoder("utf-8")',
     ),
-    'data: position with a byte order mark': Guard(
-        'tests/test_data.py::test_a_position_in_text_read_with_its_byte_order_mark_is_of_another_stream'
+    "data: position with a byte order mark": Guard(
+        "tests/test_data.py::test_a_position_in_text_read_with_its_byte_order_mark_is_of_another_stream"
     ),
-    'data: length of a line in a stream': Guard(
-        'tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]'
+    "data: length of a line in a stream": Guard(
+        "tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]"
     ),
-    'data: memory of a line in a stream': Guard(
-        'tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]', 'self.held += data[end:]'
+    "data: memory of a line in a stream": Guard(
+        "tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]",
+        "self.held += data[end:]",
     ),
-    'data: reading ahead in a line': Guard(
-        'tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]'
+    "data: reading ahead in a line": Guard(
+        "tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]"
     ),
-    'data: files without rows': Guard('tests/test_data_faults.py::test_an_empty_file_is_no_source_and_no_obstacle'),
-    'data: no tokens': Guard('tests/test_data.py::test_a_description_that_no_packed_file_can_have_is_refused'),
-    'data: format of packed tokens': Guard(
-        'tests/test_data.py::test_a_description_that_no_packed_file_can_have_is_refused'
+    "data: files without rows": Guard(
+        "tests/test_data_faults.py::test_an_empty_file_is_no_source_and_no_obstacle"
     ),
-    'data: type of packed tokens': Guard(
-        'tests/test_data.py::test_a_description_that_no_packed_file_can_have_is_refused'
+    "data: no tokens": Guard(
+        "tests/test_data.py::test_a_description_that_no_packed_file_can_have_is_refused"
     ),
-    'data: length of packed tokens': Guard('tests/test_data.py::test_a_file_of_another_length_is_refused'),
-    'data: ids beyond the vocabulary': Guard('tests/test_data.py::test_an_id_beyond_the_vocabulary_is_refused'),
-    'data: a pipe as packed tokens': Guard(
-        'tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[t.bin-pipe]'
+    "data: format of packed tokens": Guard(
+        "tests/test_data.py::test_a_description_that_no_packed_file_can_have_is_refused"
     ),
-    'data: a pipe as description': Guard(
-        'tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[t.bin.json-pipe]'
+    "data: type of packed tokens": Guard(
+        "tests/test_data.py::test_a_description_that_no_packed_file_can_have_is_refused"
     ),
-    'data: a pipe as tokenizer': Guard(
-        'tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[t.model-pipe]'
+    "data: length of packed tokens": Guard(
+        "tests/test_data.py::test_a_file_of_another_length_is_refused"
     ),
-    'data: a pipe beside a tokenizer': Guard(
-        'tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[tokenizer_config.json-pipe]',
-        'told = beside is not None and beside.exists()',
+    "data: ids beyond the vocabulary": Guard(
+        "tests/test_data.py::test_an_id_beyond_the_vocabulary_is_refused"
     ),
-    'data: time of a run of spaces': Guard(
-        'tests/test_data_faults.py::test_a_run_of_spaces_is_cleaned_in_one_pass', 'spaces = r"[^\\S\\n]+$"'
+    "data: a pipe as packed tokens": Guard(
+        "tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[t.bin-pipe]"
     ),
-    'data: a key given twice': Guard('tests/test_data.py::test_bad_json_lines'),
-    'data: other stream': Guard('tests/test_data_stream.py::test_a_position_of_another_stream_is_refused'),
-    'sandbox: network': Guard('tests/test_sandbox.py::test_attack[2-network]'),
-    'sandbox: reading files': Guard('tests/test_sandbox.py::test_attack[2-read_files]'),
-    'sandbox: writing files': Guard('tests/test_sandbox.py::test_attack[1-write_files]', 'WRITING = 0'),
-    'sandbox: early exit': Guard('tests/test_sandbox.py::test_leaving_early_is_no_pass'),
-    'sandbox: nonce': Guard('tests/test_sandbox.py::test_attack[2-forgeries]'),
-    'sandbox: children': Guard('tests/test_sandbox.py::test_attack[2-forks]'),
-    'sandbox: environment': Guard(
-        'tests/test_sandbox.py::test_attack[2-environment]', 'env = os.environ | ENVIRONMENT'
+    "data: a pipe as description": Guard(
+        "tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[t.bin.json-pipe]"
     ),
-    'sandbox: time': Guard(
-        'tests/test_sandbox.py::test_attack[2-clock]', 'deadline = time.monotonic() + limits.wall_s + 5'
+    "data: a pipe as tokenizer": Guard(
+        "tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[t.model-pipe]"
     ),
-    'sandbox: signals': Guard('tests/test_sandbox.py::test_attack[2u-signals]'),
+    "data: a pipe beside a tokenizer": Guard(
+        "tests/test_data.py::test_a_pipe_or_a_folder_is_no_packed_file_and_no_tokenizer[tokenizer_config.json-pipe]",
+        "told = beside is not None and beside.exists()",
+    ),
+    "data: time of a run of spaces": Guard(
+        "tests/test_data_faults.py::test_a_run_of_spaces_is_cleaned_in_one_pass",
+        'spaces = r"[^\\S\\n]+$"',
+    ),
+    "data: a key given twice": Guard("tests/test_data.py::test_bad_json_lines"),
+    "data: other stream": Guard(
+        "tests/test_data_stream.py::test_a_position_of_another_stream_is_refused"
+    ),
+    "sandbox: network": Guard("tests/test_sandbox.py::test_attack[2-network]"),
+    "sandbox: reading files": Guard("tests/test_sandbox.py::test_attack[2-read_files]"),
+    "sandbox: writing files": Guard(
+        "tests/test_sandbox.py::test_attack[1-write_files]", "WRITING = 0"
+    ),
+    "sandbox: early exit": Guard("tests/test_sandbox.py::test_leaving_early_is_no_pass"),
+    "sandbox: nonce": Guard("tests/test_sandbox.py::test_attack[2-forgeries]"),
+    "sandbox: children": Guard("tests/test_sandbox.py::test_attack[2-forks]"),
+    "sandbox: environment": Guard(
+        "tests/test_sandbox.py::test_attack[2-environment]", "env = os.environ | ENVIRONMENT"
+    ),
+    "sandbox: time": Guard(
+        "tests/test_sandbox.py::test_attack[2-clock]",
+        "deadline = time.monotonic() + limits.wall_s + 5",
+    ),
+    "sandbox: signals": Guard("tests/test_sandbox.py::test_attack[2u-signals]"),
 }
 
 
@@ -167,29 +196,29 @@ def marks(text: str) -> dict[str, int]:
     "{name: line} of the guards that a module marks."
     found = {}
     for i, line in enumerate(text.splitlines(), start=1):
-        if '# guard: ' in line:
-            found.update({name.strip(): i for name in line.split('# guard: ')[1].split('|')})
+        if "# guard: " in line:
+            found.update({name.strip(): i for name in line.split("# guard: ")[1].split("|")})
     return found
 
 
 def places(package: Path) -> dict[str, Path]:
     "{name: module} of every guard. ValueError when one is marked twice."
     found = {}
-    for path in sorted(package.rglob('*.py')):
-        for name in marks(path.read_text(encoding='utf-8')):
+    for path in sorted(package.rglob("*.py")):
+        for name in marks(path.read_text(encoding="utf-8")):
             if name in found:
-                raise ValueError(f'guard {name!r} is marked in {found[name]} and in {path}')
+                raise ValueError(f"guard {name!r} is marked in {found[name]} and in {path}")
             found[name] = path
     return found
 
 
-def without(text: str, name: str, instead: str = '') -> str:
+def without(text: str, name: str, instead: str = "") -> str:
     "The source of a module after the guard `name` is removed."
     line = marks(text)[name]
     lines = text.splitlines()
 
     def last(node) -> int:  # line of a simple statement, or of the head of a block
-        return node.body[0].lineno - 1 if hasattr(node, 'body') else node.end_lineno
+        return node.body[0].lineno - 1 if hasattr(node, "body") else node.end_lineno
 
     statements = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
     node = max((n for n in statements if n.lineno <= line <= last(n)), key=lambda n: n.lineno)
@@ -197,15 +226,15 @@ def without(text: str, name: str, instead: str = '') -> str:
     indent = head[: len(head) - len(head.lstrip())]
     word = head.split()[0]
     if not instead:
-        instead = f'{word} False:' if word in ('if', 'elif') else 'pass'
-    whole = not instead.endswith(':')
+        instead = f"{word} False:" if word in ("if", "elif") else "pass"
+    whole = not instead.endswith(":")
     end = node.end_lineno if whole else last(node)
     new = [indent + row for row in instead.splitlines()]
-    return '\n'.join(lines[: node.lineno - 1] + new + lines[end:]) + '\n'
+    return "\n".join(lines[: node.lineno - 1] + new + lines[end:]) + "\n"
 
 
 def copy(folder: Path):
-    ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=ignore)
@@ -215,48 +244,58 @@ def copy(folder: Path):
 
 def outcome(folder: Path, test: str) -> tuple[str, str]:
     "passed, failed or skipped, and the last line of pytest."
-    env = os.environ | {'PYTHONPATH': str(folder), 'PYTHONDONTWRITEBYTECODE': '1'}
-    run = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-m', '', test]
+    env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", test]
     try:
         r = subprocess.run(
-            run, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LIMIT
+            run,
+            cwd=folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=LIMIT,
         )
     except subprocess.TimeoutExpired:
-        return 'failed', f'not done after {LIMIT} s'
-    last = (r.stdout.strip().splitlines() or [r.stderr.strip()[-200:]])[-1].strip('= ')
+        return "failed", f"not done after {LIMIT} s"
+    last = (r.stdout.strip().splitlines() or [r.stderr.strip()[-200:]])[-1].strip("= ")
     if r.returncode not in (0, 1):
-        return 'broken', last
+        return "broken", last
     if r.returncode:
-        return 'failed', last
-    return ('passed' if 'passed' in last else 'skipped'), last
+        return "failed", last
+    return ("passed" if "passed" in last else "skipped"), last
 
 
 def main(words) -> int:
-    chosen = {name: guard for name, guard in GUARDS.items() if not words or any(w in name for w in words)}
+    chosen = {
+        name: guard for name, guard in GUARDS.items() if not words or any(w in name for w in words)
+    }
     if not chosen:
-        sys.exit(f'no guard has {words} in its name')
+        sys.exit(f"no guard has {words} in its name")
     shown = 0
-    with tempfile.TemporaryDirectory(prefix='nash_lab-mutate-') as place:
+    with tempfile.TemporaryDirectory(prefix="nash_lab-mutate-") as place:
         os.chmod(place, 0o755)  # a plain user reads it too
         folder = Path(place)
         copy(folder)
-        files = places(folder / 'nash_lab')
+        files = places(folder / "nash_lab")
         for name, guard in chosen.items():
             said, why = outcome(folder, guard.test)
-            if said != 'passed':
-                print(f'{name:<36} NOT SHOWN: its test is {said} with the guard: {why}', flush=True)
+            if said != "passed":
+                print(f"{name:<36} NOT SHOWN: its test is {said} with the guard: {why}", flush=True)
                 continue
-            before = files[name].read_text(encoding='utf-8')
-            files[name].write_text(without(before, name, guard.instead), encoding='utf-8')
+            before = files[name].read_text(encoding="utf-8")
+            files[name].write_text(without(before, name, guard.instead), encoding="utf-8")
             said, why = outcome(folder, guard.test)
-            files[name].write_text(before, encoding='utf-8')
-            shown += said == 'failed'
+            files[name].write_text(before, encoding="utf-8")
+            shown += said == "failed"
             print(
-                f'{name:<36} removed: ' + ('its test fails' if said == 'failed' else f'NOT NOTICED: {why}'), flush=True
+                f"{name:<36} removed: "
+                + ("its test fails" if said == "failed" else f"NOT NOTICED: {why}"),
+                flush=True,
             )
-    print(f'{shown} of {len(chosen)} guards are missed when they are gone')
+    print(f"{shown} of {len(chosen)} guards are missed when they are gone")
     return shown < len(chosen)
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ['IN_TEST'] = '1'  # `nbdev_export()` in a page does nothing
+os.environ["IN_TEST"] = "1"  # `nbdev_export()` in a page does nothing
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -15,11 +15,11 @@ from nbdev.config import get_config
 from pages import ROOT, directives, notebooks, same_text, text_outputs
 
 ENV = dict(  # as in tests/conftest.py, which compares what is stored with what it sees
-    JAX_PLATFORMS='cpu',
-    JAX_NUMPY_RANK_PROMOTION='raise',
-    JAX_NUMPY_DTYPE_PROMOTION='strict',
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-    XLA_FLAGS='--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
+    JAX_PLATFORMS="cpu",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
 )
 
 
@@ -29,8 +29,12 @@ class Client(NotebookClient):
     skip = frozenset()
 
     async def async_execute_cell(self, cell, *args, **kwargs):
-        flags = directives(cell.source) if cell.cell_type == 'code' else {}
-        if flags.get('eval') == 'false' or self.skip & flags.keys() or 'nbdev_export(' in cell.source:
+        flags = directives(cell.source) if cell.cell_type == "code" else {}
+        if (
+            flags.get("eval") == "false"
+            or self.skip & flags.keys()
+            or "nbdev_export(" in cell.source
+        ):
             return cell
         return await super().async_execute_cell(cell, *args, **kwargs)
 
@@ -39,14 +43,14 @@ def run(path: Path, skip: set):
     "The notebook at `path` with fresh outputs, cleaned as `nbdev_clean` does it; raises CellExecutionError."
     cfg = get_config(path=ROOT)
     nb = nbformat.read(path, as_version=4)
-    place = {'metadata': {'path': str(path.parent)}}
+    place = {"metadata": {"path": str(path.parent)}}
     client = Client(
         nb,
         timeout=None,
         record_timing=False,
         coalesce_streams=True,
         resources=place,
-        extra_arguments=['--log-level=ERROR'],
+        extra_arguments=["--log-level=ERROR"],
     )
     client.skip = skip
     client.execute()
@@ -60,23 +64,30 @@ def changes(before, after) -> list[str]:
     for i, (old, new) in enumerate(zip(before.cells, after.cells)):
         stored, fresh = text_outputs(old), text_outputs(new)
         if not same_text(stored, fresh):
-            rows.append(f'cell {i}\n  stored: {stored}\n  fresh:  {fresh}')
+            rows.append(f"cell {i}\n  stored: {stored}\n  fresh:  {fresh}")
     return rows
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('notebooks', nargs='*', type=Path, help='default: all')
+    p.add_argument("notebooks", nargs="*", type=Path, help="default: all")
     p.add_argument(
-        '--with', dest='also', nargs='+', default=[], metavar='FLAG', help='also run cells flagged slow, gpu or tpu'
+        "--with",
+        dest="also",
+        nargs="+",
+        default=[],
+        metavar="FLAG",
+        help="also run cells flagged slow, gpu or tpu",
     )
     p.add_argument(
-        '--check', action='store_true', help='write nothing; fail when a stored output differs from a fresh one'
+        "--check",
+        action="store_true",
+        help="write nothing; fail when a stored output differs from a fresh one",
     )
     args = p.parse_args()
-    if not {'gpu', 'tpu', 'slow'} & set(args.also):
+    if not {"gpu", "tpu", "slow"} & set(args.also):
         os.environ.update(ENV)
-    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cache'))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
     skip = set(get_config(path=ROOT).tst_flags.split()) - set(args.also)
     bad = 0
     for path in args.notebooks or notebooks():
@@ -86,18 +97,21 @@ def main():
         try:
             nb = run(path.resolve(), skip)
         except CellExecutionError as error:
-            print(f'{name}: failed\n{error}', file=sys.stderr)
+            print(f"{name}: failed\n{error}", file=sys.stderr)
             bad += 1
             continue
         rows = changes(before, nb)
-        print(f'{name}: {time.monotonic() - start:.0f} s' + (', outputs changed' if rows else ''), flush=True)
+        print(
+            f"{name}: {time.monotonic() - start:.0f} s" + (", outputs changed" if rows else ""),
+            flush=True,
+        )
         if args.check:
             bad += bool(rows)
-            print('\n'.join(rows), end='\n' if rows else '')
+            print("\n".join(rows), end="\n" if rows else "")
         else:
             nbformat.write(nb, path)
     sys.exit(bad > 0)
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     main()

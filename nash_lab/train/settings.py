@@ -27,7 +27,7 @@ from ..core.files import first_line, read_json, write_atomic, write_json
 from ..core.processes import ProcessConfig, barrier, is_main_process
 from ..core.text import Tokenizer
 from ..data.corpus import CorpusReport, PackedTokens, pack
-from ..data.loader import LoaderConfig, batches_per_epoch, loader
+from ..data.loader import LoaderConfig, loader
 from ..data.sources import parse_source
 from nash_lab.data.stream import (
     StreamConfig,
@@ -236,12 +236,10 @@ def open_data(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, PackedTokens | None]:
         packed = PackedTokens.open(
             cfg.train_bin, tokenizer_hash=digest, vocab_size=vocab_size
         )
-        epochs = cfg.loader.epochs
-        have = epochs * batches_per_epoch(packed, cfg.loader)
-        if epochs and have < cfg.steps:
-            asked = f"loader.epochs={epochs} give {have} batches, steps={cfg.steps}"
-            raise ValueError(f"{cfg.train_bin}: {asked}")
         batches = loader(packed, cfg.loader, shard=shard, shards=shards)
+        if batches.batches < cfg.steps:
+            have = f"loader.epochs={cfg.loader.epochs} give {batches.batches} batches"
+            raise ValueError(f"{cfg.train_bin}: {have}, steps={cfg.steps}")
 
     if not cfg.val_bin:
         return batches, None
