@@ -7,7 +7,7 @@ import base64
 import re
 
 import pytest
-from measure import code_figures, modules, prose_figures
+from measure import code_figures, modules, prose_figures, report
 from pages import (
     FLOORS,
     NBS,
@@ -32,19 +32,12 @@ WITH_INDEX = dict(ids=[p.relative_to(NBS).as_posix() for p in notebooks()])
 def test_density_of_the_code(capsys):
     found = code_figures(modules())
     with capsys.disabled():
-        print(
-            "\n",
-            *(
-                f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}"
-                for name, value in found.items()
-            ),
-            sep="\n",
-        )
+        print("\n" + report(found))
     assert found["nodes a line"] <= 9.5
     assert found["characters a line"] <= 42
     assert found["header share"] <= 0.20
     assert found["lines with several statements"] <= 20
-    assert found['share of names used once'] <= 0.31
+    assert found["share of names used once"] <= 0.31
     assert len(found["names defined more than once"]) <= 10
     assert found["lines over 100 columns"] == []
     assert found["longest function"][1] <= 80
@@ -53,14 +46,7 @@ def test_density_of_the_code(capsys):
 def test_voice_of_the_prose(capsys):
     found = prose_figures(notebooks())
     with capsys.disabled():
-        print(
-            "\n",
-            *(
-                f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}"
-                for name, value in found.items()
-            ),
-            sep="\n",
-        )
+        print("\n" + report(found))
     assert found["we and you"] >= 12
     assert found["examples"] >= 1.5
     assert found["negations"] <= 10

@@ -130,16 +130,23 @@ def prose_figures(paths: list[Path]) -> dict:
     }
 
 
+def report(figures: dict) -> str:
+    "The figures, a line each."
+    rows = []
+    for name, value in figures.items():
+        shown = f"{value:.3g}" if isinstance(value, float) else value
+        rows.append(f"{name:32} {shown}")
+    return "\n".join(rows)
+
+
 def main():
     words = sys.argv[1:]
-    chosen = lambda path: not words or any(w in str(path.relative_to(ROOT)) for w in words)
-    for figures in (
-        code_figures([p for p in modules() if chosen(p)]),
-        prose_figures([p for p in notebooks(NBS) if chosen(p)]),
-    ):
-        for name, value in figures.items():
-            print(f"{name:32}", f"{value:.2f}" if isinstance(value, float) else value)
-        print()
+
+    def chosen(paths: list[Path]) -> list[Path]:
+        return [p for p in paths if not words or any(w in str(p.relative_to(ROOT)) for w in words)]
+
+    print(report(code_figures(chosen(modules()))) + "\n")
+    print(report(prose_figures(chosen(notebooks(NBS)))))
 
 
 if __name__ == "__main__":
