@@ -368,9 +368,8 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
     return SuiteReport(suite.hash, weights_hash(lm), tuple(texts), tuple(skills))
 
 # %% ../../nbs/adapt/63_continual.ipynb #c031
-REJECTED = (
-    3  # exit code: the update was made and measured, and the weights before it stand
-)
+# exit code: the update was made and measured, and the weights before it stand
+REJECTED = 3
 
 
 class Rejected(ValueError):

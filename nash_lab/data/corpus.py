@@ -372,9 +372,8 @@ def id_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 # %% ../../nbs/data/25_corpus.ipynb #c036
-MAX_SOURCES = (
-    1000  # files with a hash of their own; all after them share one under "..."
-)
+# files with a hash of their own; all after them share one under "..."
+MAX_SOURCES = 1000
 PACKED_TOGETHER = 1 << 20  # characters: enough for all threads, small beside memory
 
 

@@ -96,9 +96,8 @@ def similarity(one: str, two: str) -> float:
     return len(both) / max(1, len(either))
 
 # %% ../../nbs/data/27_filters.ipynb #c018
-SIGNATURE = (
-    128  # m: numbers of a signature, an error of about 1 / sqrt(m) in an estimate of J
-)
+# m: numbers of a signature, an error of about 1 / sqrt(m) in an estimate of J
+SIGNATURE = 128
 
 
 @lru_cache

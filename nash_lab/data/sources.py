@@ -107,9 +107,8 @@ def local_files(name: str) -> list[Path]:
     return files
 
 # %% ../../nbs/data/26_sources.ipynb #c011
-MAX_LINE = (
-    16 << 20
-)  # bytes of a line of .jsonl and .txt files, as CorpusConfig.max_record_bytes
+# bytes of a line of .jsonl and .txt files, as CorpusConfig.max_record_bytes
+MAX_LINE = 16 << 20
 BAD = "\ufdd0"  # stands for a byte that is not UTF-8
 LONG = "\ufdd1"  # stands for a line of more than MAX_LINE bytes
 
@@ -125,9 +124,8 @@ class MarkedDecoder(codecs.IncrementalDecoder):
         self.utf8 = make(
             "nash_lab.bad_byte"
         )  # guard: data: a byte that is not UTF-8 in a text
-        self.held = (
-            bytearray()
-        )  # of the line that is not complete, MAX_LINE + 1 bytes at most
+        # of the line that is not complete, MAX_LINE + 1 bytes at most
+        self.held = bytearray()
         self.text = ""  # decoded, not returned yet
 
     def decode(self, data: bytes, final: bool = False) -> str:

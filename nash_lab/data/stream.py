@@ -241,9 +241,8 @@ def _check_pass(docs: Documents, i: int, ended: bool) -> None:
     rows = counts["rows"]
     bad = counts["not text"]
     most = docs.cfg.max_bad_share
-    passes = (
-        docs.sources[i].epoch - docs.kept[i]
-    )  # since the last one that gave something
+    # since the last one that gave something
+    passes = docs.sources[i].epoch - docs.kept[i]
     nothing_yet = ended and docs.kept[i] < 0
     if nothing_yet or passes > 1:  # guard: data: pass without documents
         causes = [f"{cause} {n}" for cause, n in counts.items() if cause != "rows"]
@@ -274,9 +273,8 @@ def stream_documents(
         yield Document(text, cfg.sources[i].name)
 
 # %% ../../nbs/data/29_stream.ipynb #c027
-GROUP = (
-    1 << 18
-)  # characters encoded together at most; another value gives the same batches
+# characters encoded together at most; another value gives the same batches
+GROUP = 1 << 18
 
 
 class Lane:
@@ -293,9 +291,8 @@ class Lane:
         self.tokenizer = tokenizer
         self.rows = cfg.batch_size // cfg.lanes
         self.documents = Documents(cfg, lane)
-        self.groups = (
-            deque()
-        )  # (position at its beginning, tokens) of each group that waits
+        # (position at its beginning, tokens) of each group that waits
+        self.groups = deque()
         self.used = 0  # tokens of the first group that are gone
         self.logged = 0  # entries of the filter's log that were handed on
         if state:

@@ -166,9 +166,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = (
-            str(error).rsplit("] ", 1)[-1].strip()
-        )  # behind the library's own file and line
+        # behind the library's own file and line
+        reason = str(error).rsplit("] ", 1)[-1].strip()
         raise ValueError(f"{path}: vocab_size={cfg.vocab_size}: {reason}") from None
     write_atomic(path, model.getvalue())
     return SentencePieceTokenizer(model.getvalue(), path)

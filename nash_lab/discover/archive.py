@@ -29,9 +29,8 @@ from nash_lab.core.configs import (
 from .problems import State
 
 # %% ../../nbs/discover/71_archive.ipynb #c006
-SMALLEST = (
-    1e-6  # scale of an archive in which all rewards are equal, as in the reference code
-)
+# scale of an archive in which all rewards are equal, as in the reference code
+SMALLEST = 1e-6
 
 
 def puct(

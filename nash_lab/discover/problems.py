@@ -64,9 +64,8 @@ def plain_numbers(
     return numbers
 
 # %% ../../nbs/discover/70_problems.ipynb #c009
-SLACK = (
-    1e-12  # of every inequality: 10,000 ulps of 1, far below any digit that is reported
-)
+# of every inequality: 10,000 ulps of 1, far below any digit that is reported
+SLACK = 1e-12
 
 
 def erdos_overlap(h: Float[np.ndarray, "n"]) -> float:

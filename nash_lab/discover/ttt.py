@@ -47,9 +47,8 @@ from nash_lab.train.step import (
 
 # %% ../../nbs/discover/72_ttt.ipynb #c006
 LN2 = math.log(2)
-STEEPEST = (
-    2.0**20
-)  # beta times the spread of the rewards, where the search for beta ends
+# beta times the spread of the rewards, where the search for beta ends
+STEEPEST = 2.0**20
 
 
 def tilt_kl(rewards: Float[np.ndarray, "n"], beta: float) -> float:

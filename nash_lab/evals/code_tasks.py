@@ -303,18 +303,16 @@ def load_task(
         raise ValueError(f"{name}: no data from the hub: {first_line(error)}") from None
 
     wanted = task.config.num_fewshot or 0
-    without = (
-        task.config.num_fewshot == 0
-    )  # lm-eval: a task to be asked without examples
+    # lm-eval: a task to be asked without examples
+    without = task.config.num_fewshot == 0
     if shots is not None and not without:
         wanted = shots
     task.set_config("num_fewshot", wanted)
     task.set_fewshot_seed(seed)
     apart = task.config.fewshot_split or task.config.training_split
     apart = apart or task.fewshot_cfg.samples is not None
-    examples = (
-        len(task.sampler.df) if apart else 0
-    )  # else they would be the problems themselves
+    # else they would be the problems themselves
+    examples = len(task.sampler.df) if apart else 0
     if wanted > examples:
         raise ValueError(
             f"{name}: {wanted} shots, there are {examples} examples beside the problems"

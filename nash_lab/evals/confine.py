@@ -241,9 +241,8 @@ def close_box(
     "Applies the guards that are asked for. OSError or ValueError with the reason."
     sys.path += packages
     bounds = dict.fromkeys(("FSIZE", "CORE", "MEMLOCK", "MSGQUEUE"), 0)
-    bounds["AS"] = (
-        limits["memory_mb"] << 20
-    )  # address space, which bounds memory from above
+    # address space, which bounds memory from above
+    bounds["AS"] = limits["memory_mb"] << 20
     bounds["NOFILE"] = limits["files"]
     if limits["threads"] is not None:  # else the user has other processes too
         bounds["NPROC"] = limits["threads"]

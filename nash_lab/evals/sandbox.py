@@ -92,9 +92,8 @@ def guards_of(
     "The guards that make a level on this machine. SandboxError with what is missing."
     root = os.geteuid() == 0
     try:
-        lock = (
-            confine.kernel(confine.LANDLOCK_CREATE, None, 0, 1) > 0
-        )  # the kernel's version of it
+        # the kernel's version of it
+        lock = confine.kernel(confine.LANDLOCK_CREATE, None, 0, 1) > 0
     except (OSError, AttributeError):
         lock = False
     if level == 3 and not shutil.which("bwrap"):

@@ -302,9 +302,8 @@ class Block(nnx.Module):
             HyperConnection(cfg.width, cfg.mhc, rngs=rngs) if mhc else None
         )
         self.ffn_hyper = HyperConnection(cfg.width, cfg.mhc, rngs=rngs) if mhc else None
-        self.place = (
-            None  # or a function that constrains the sharding of activations [b ...]
-        )
+        # or a function that constrains the sharding of activations [b ...]
+        self.place = None
 
     def __call__(
         self,

@@ -237,9 +237,8 @@ def spread(
 def starting_bias(cfg: MHCConfig) -> Float[Array, "m"]:
     "Static coefficients at step 0: read 1/n, write 1/n, H_res near the identity."
     n = cfg.streams
-    pre = (
-        -log(n - 1) if n > 1 else 15.0
-    )  # logit(1 / n); sigma(15) reads the only stream whole
+    # logit(1 / n); sigma(15) reads the only stream whole
+    pre = -log(n - 1) if n > 1 else 15.0
     half = 1 / (2 * n)  # post is twice a sigmoid
     post = log(half / (1 - half))
     res = np.zeros(cfg.packed - 2 * n)

@@ -80,9 +80,8 @@ def accept_drafts(
     p_here = jnp.take_along_axis(p, here, 1)[:, 0]
     q_here = jnp.take_along_axis(q, here, 1)[:, 0]
     residual = jnp.maximum(p_here - q_here, 0.0)
-    some = (
-        residual.sum(-1, keepdims=True) > 0
-    )  # p = q up to rounding leaves nothing but p
+    # p = q up to rounding leaves nothing but p
+    some = residual.sum(-1, keepdims=True) > 0
     left = jnp.where(some, residual, p_here)
     return kept, draw_token(chances[:, -1], left)
 

@@ -245,9 +245,8 @@ def prune(root: Path, metric: str | None, keep: int, just: int) -> None:
         shutil.rmtree(gone, ignore_errors=True)  # what stays is left for `take_over`
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c021
-LONGEST = (
-    1 << 30
-)  # bytes of a file that is read whole; pieces of arrays are as long as their shape
+# bytes of a file that is read whole; pieces of arrays are as long as their shape
+LONGEST = 1 << 30
 NUMBERS = re.compile(
     r"[<|][biuf][1248]|bfloat16|float8_\w+|u?int[24]"
 )  # types of numbers

@@ -41,9 +41,8 @@ def matrix_axes(path: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | No
     names = path.removesuffix("/value").split("/")
     if names[-1] != "weight" or not in_stack(path):
         return None
-    first = (
-        2 if "ffn" in names and ndim == 4 else 1
-    )  # [l, e, d, f]: one matrix an expert
+    # [l, e, d, f]: one matrix an expert
+    first = 2 if "ffn" in names and ndim == 4 else 1
     inputs = 2 if names[-2] == "o" else 1
     if ndim <= first + inputs:
         return None

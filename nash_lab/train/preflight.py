@@ -650,9 +650,8 @@ class PreflightReport:
 
     @property
     def needed_gib(self) -> float:
-        return (
-            max(p.needed_bytes for p in self.programs) / GIB
-        )  # one program runs at a time
+        # one program runs at a time
+        return max(p.needed_bytes for p in self.programs) / GIB
 
     @property
     def fits(self) -> bool:
@@ -748,9 +747,8 @@ def kept_bytes(
 # How often an array crosses the memory. Activations: written, read, the same in the backward
 # pass, and once or twice more for what is computed again.
 ACTIVATION_CROSSINGS = {"none": 4, "dots": 5, "block": 6}
-WEIGHT_CROSSINGS = (
-    4  # in each micro-batch: read twice, gradient written and added to the sum
-)
+# in each micro-batch: read twice, gradient written and added to the sum
+WEIGHT_CROSSINGS = 4
 MOMENT_CROSSINGS = 2  # in an update: read and written
 UPDATE_CROSSINGS = 4  # of weights in an update: gradient and weights read, both written
 # How often a chip's share crosses the links between chips.
@@ -784,9 +782,8 @@ def estimate(
     _, saved_row, row_flops = row_costs(model, cfg.seq_len)
     saved = rows * saved_row
     if model.remat != "none":
-        one_block = (
-            all_of_row / model.layers
-        )  # all of it is there while it is made again
+        # all of it is there while it is made again
+        one_block = all_of_row / model.layers
         saved += rows * one_block / tp
 
     flops = row_flops * rows * cfg.accumulate / tp
@@ -925,9 +922,8 @@ def report_text(
 
     columns = []
     for p in found.programs:
-        seconds = (
-            p.bound(chip) or math.inf
-        )  # where nothing is known, every number is 0 or infinite
+        # where nothing is known, every number is 0 or infinite
+        seconds = p.bound(chip) or math.inf
         columns.append(
             {
                 "": p.name,

@@ -90,9 +90,8 @@ class Progress(NamedTuple):
     state: TrainState  # donated to the next step
     position: Callable  # () -> position of the data after this step; the loader may be ahead of it
     due: dict | None = None  # the line of this step, while it lacks its validation
-    scores: dict | None = (
-        None  # val_loss and val_bpb of this step, once they are measured
-    )
+    # val_loss and val_bpb of this step, once they are measured
+    scores: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -226,9 +225,8 @@ def pretrain(cfg: TrainConfig, *, hooks: Iterable[Callable] = ()) -> "Result":
                     file.write(json.dumps(change) + "\n")
                 copy_tokenizer(cfg.tokenizer, folder)
                 write_json(folder / "config.json", to_json(cfg))
-            first = (
-                at.step if at.due is None else at.step - 1
-            )  # a line that is due comes again
+            # a line that is due comes again
+            first = at.step if at.due is None else at.step - 1
             log = stack.enter_context(
                 closing(MetricsLog(folder / "metrics.jsonl", first))
             )

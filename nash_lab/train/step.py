@@ -196,9 +196,8 @@ def evaluate_loss(
 # %% ../../nbs/train/42_step.ipynb #c026
 def routing_stats(lm: LM, tokens: Int[Array, "b t"]) -> dict:
     "Name -> one number per sublayer in order of application; `usage` has n of them."
-    pre, _, res = (
-        x.reshape(-1, *x.shape[2:]) for x in lm.routing(tokens)
-    )  # [l 2 ...] -> [2l ...]
+    # [l 2 ...] -> [2l ...]
+    pre, _, res = (x.reshape(-1, *x.shape[2:]) for x in lm.routing(tokens))
     share = pre / pre.sum(-1, keepdims=True)
     stats = gains(composite(res))._asdict()
     stats["identity"], stats["uniform"] = mixing_distances(res)
