@@ -12,7 +12,6 @@ __all__ = ['Policy', 'REJECTED', 'Kept', 'read_as', 'ReplayBuffer', 'paired_chan
            'gated_update', 'ContinualConfig', 'continual']
 
 # %% ../../nbs/adapt/63_continual.ipynb #c003
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ from nash_lab.core.configs import (
     from_json,
     to_json,
 )
-from ..core.files import read_json, read_rows, write_json
+from ..core.files import read_json, read_rows, sha256, write_json
 from ..core.text import Tokenizer
 from ..data.corpus import Document, PackedTokens, pack
 from ..evals.lm_eval import cut_at
@@ -252,7 +251,7 @@ class Suite:
     def hash(self) -> str:
         "SHA-256 of everything in it."
         text = json.dumps(to_json(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return sha256(text.encode())
 
 # %% ../../nbs/adapt/63_continual.ipynb #c027
 def load_suite(path: str | Path) -> Suite:

@@ -8,7 +8,6 @@ __all__ = ['SMALLEST', 'puct', 'ArchiveConfig', 'Node', 'solution_key', 'ancesto
            'Saved', 'archive_to_json', 'archive_from_json']
 
 # %% ../../nbs/discover/71_archive.ipynb #c003
-import hashlib
 import json
 import math
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ..core.files import sha256
 from nash_lab.core.configs import (
     check_choices,
     check_range,
@@ -102,7 +102,7 @@ class Node:
 def solution_key(solution: Any) -> str:
     "The same for equal solutions; ValueError for what JSON cannot hold."
     text = json.dumps(solution, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return sha256(text.encode())[:32]
 
 
 def ancestors(nodes: Sequence[Node], id: int) -> list[int]:

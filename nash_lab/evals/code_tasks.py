@@ -13,7 +13,6 @@ __all__ = ['NO_SPLITS', 'BENCHMARKS', 'CODE_EVAL', 'Benchmark', 'Data', 'read_da
 import ast
 import contextlib
 import doctest
-import hashlib
 import io
 import logging
 import os
@@ -28,7 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..core.configs import check_range, check_that
-from ..core.files import first_line, read_rows
+from ..core.files import first_line, read_rows, sha256
 from .lm_eval import Responder
 from .sandbox import Limits, run_many
 
@@ -112,7 +111,7 @@ def read_data(
             splits[split].append(row)
         if not splits[split]:
             raise ValueError(f"{path}: no problem of the {split} split in it")
-        files[file] = hashlib.sha256(path.read_bytes()).hexdigest()
+        files[file] = sha256(path.read_bytes())
     return Data(splits, files, dict(left_out))
 
 # %% ../../nbs/evals/54_code_tasks.ipynb #c013

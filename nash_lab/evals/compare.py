@@ -9,7 +9,6 @@ __all__ = ['COUNTS', 'FORMAT', 'mcnemar', 'sign_flip', 'holm', 'EvalConfig', 'ru
            'evaluate_tasks', 'Paired', 'Comparison', 'compare', 'describe']
 
 # %% ../../nbs/evals/55_compare.ipynb #c003
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -22,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ..core.configs import check_range, check_that, to_json
-from ..core.files import read_json
+from ..core.files import read_json, sha256
 from ..core.text import Tokenizer
 from nash_lab.evals.code_tasks import (
     CODE_EVAL,
@@ -246,7 +245,7 @@ def evaluate_tasks(
         },
         "config": to_json(cfg),
         "seed": cfg.seed,
-        "config_hash": hashlib.sha256(settings.encode()).hexdigest(),
+        "config_hash": sha256(settings.encode()),
         "environment": environment()
         | {"lm_eval": importlib.metadata.version("lm-eval")},
         "tasks": {task: run_task(task, model, cfg) for task in cfg.names},

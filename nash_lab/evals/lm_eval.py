@@ -10,7 +10,6 @@ __all__ = ['FIRST', 'LENGTH_NAMES', 'front_of', 'split_pair', 'target_scores', '
            'score_texts', 'lm_eval_model']
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c003
-import hashlib
 import itertools
 import json
 import math
@@ -30,7 +29,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from ..core.configs import to_json
-from ..core.files import write_atomic
+from ..core.files import sha256, write_atomic
 from ..core.keys import named_key
 from ..core.text import Tokenizer
 from ..data.tokenizer import HFTokenizer
@@ -225,7 +224,7 @@ class Answers:
 
     def key(self, question: Any) -> str:
         "Name of a question, which is a JSON value, to this model."
-        return hashlib.sha256(json.dumps([self.owner, question]).encode()).hexdigest()
+        return sha256(json.dumps([self.owner, question]).encode())
 
     def answer_all(
         self,

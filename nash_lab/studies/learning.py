@@ -15,7 +15,6 @@ __all__ = ['DIGITS', 'OPERATORS', 'MEANINGS', 'RIVALS', 'NATIVE', 'EXPERT', 'TEM
            'chain_shares', 'run_study']
 
 # %% ../../nbs/studies/91_learning.ipynb #c003
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -47,7 +46,7 @@ from nash_lab.core.configs import (
     from_json,
     to_json,
 )
-from ..core.files import read_json, write_json
+from ..core.files import read_json, sha256, write_json
 from ..evals.scores import Probe, weights_hash
 from ..model.block import ModelConfig
 from ..model.generate import Rollout, SampleConfig, rollout, unpad
@@ -115,7 +114,7 @@ class Symbols:
     pad_id, bos_id, eos_id = 0, 1, 2
     alphabet = "".join((*OPERATORS, *MEANINGS, "=|", NATIVE, EXPERT))
     vocab_size = 3 + len(alphabet)
-    hash = hashlib.sha256(alphabet.encode()).hexdigest()
+    hash = sha256(alphabet.encode())
 
     def encode(self, text: str) -> list[int]:
         "Ids. ValueError for a character that is not in the alphabet."
