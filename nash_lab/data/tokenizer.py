@@ -361,6 +361,11 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
             if file.is_file():
                 copied = Path(target) / file.relative_to(source)
                 write_atomic(copied, file.read_bytes())
+    config = Path(source) / "config.json"
+    if "model_type" in read_object(
+        config
+    ):  # of a model: a run has its own by this name
+        write_atomic(Path(target) / MODEL_CONFIG, config.read_bytes())
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c051
 def as_tokenizer_json(
