@@ -189,6 +189,14 @@ GUARDS = {
         "deadline = time.monotonic() + limits.wall_s + 5",
     ),
     "sandbox: signals": Guard("tests/test_sandbox.py::test_attack[2u-signals]"),
+    "hf: a tensor of another shape": Guard("tests/test_foreign_weights.py::test_refused[turned matrix]"),
+    "hf: quantised weights": Guard("tests/test_foreign_weights.py::test_refused[awq scales]"),
+    "hf: unknown mathematics": Guard("tests/test_foreign_weights.py::test_refused[softcap]"),
+    "hf: rotary keys": Guard("tests/test_foreign_weights.py::test_rotary_keys_that_are_refused"),
+    "hf: two tensors for one weight": Guard("tests/test_foreign_weights.py::test_refused[one weight twice]"),
+    "hf: two heads under one name": Guard(
+        "tests/test_foreign_weights.py::test_a_tied_head_is_in_whichever_tensor_is_there"
+    ),
 }
 
 
