@@ -320,7 +320,7 @@ class HFTokenizer:
         return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Iterable[int]) -> str:
-        "Text of ids, broken UTF-8 as U+FFFD, PAD, BOS and ends as nothing; ValueError out of range."
+        "Text of ids, broken UTF-8 as U+FFFD, PAD, BOS, ends as nothing; ValueError out of range."
         silent = {self.pad_id, self.bos_id, *self.end_ids}
         loud = _plain_ids((i for i in ids if int(i) not in silent), self.vocab_size)
         return self._model.decode(loud, skip_special_tokens=False)

@@ -45,7 +45,9 @@ def read_templates(folder: Path) -> dict[str, str]:
         try:
             said = {entry["name"]: entry["template"] for entry in said}
         except (KeyError, TypeError):
-            raise ValueError(f"{config}: chat_template: expected names and templates")
+            raise ValueError(
+                f"{config}: chat_template: expected names and templates"
+            ) from None
     named = said if isinstance(said, dict) else {"default": said}
     if not all(isinstance(template, str) for template in named.values()):
         raise ValueError(f"{config}: chat_template: expected text")
