@@ -59,6 +59,9 @@ GUARDS = {
         "tests/test_ttt.py::test_lost_answers_are_counted_and_never_averaged",
         "known = np.ones(len(group), bool)",
     ),
+    "evals: problems without a score": Guard(
+        "tests/test_evals.py::test_bad_problems_end_no_evaluation"
+    ),
     "run: lock": Guard("tests/test_faults.py::test_second_process_is_refused"),
     "run: signals": Guard("tests/test_faults.py::test_signal_saves_that_step[SIGTERM-data]"),
     "run: watchdog": Guard("tests/test_faults.py::test_hang_is_ended_and_explained"),
