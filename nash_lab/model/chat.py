@@ -19,7 +19,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..core.files import first_line
+from ..core.files import first_line, read_text
 from ..core.text import Tokenizer, read_object, special_pieces
 
 # %% ../../nbs/model/23_chat.ipynb #c006
@@ -31,7 +31,7 @@ def read_templates(folder: Path) -> dict[str, str]:
     found = {}
     for name, path in files.items():
         if path.is_file():
-            found[name] = path.read_bytes().decode("utf-8-sig")
+            found[name] = read_text(path)
     if found:
         return found
 
