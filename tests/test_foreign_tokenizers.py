@@ -323,7 +323,7 @@ TEMPLATES = {
         {"name": "default", "template": TURNS},
         {"name": "tool_use", "template": "T" + TURNS},
     ],
-    "blocks for training": "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}",
+    "blocks for training": "{% for m in messages %}\n  {%- generation %}{% set x = 1 %}{{ m.content }}{{ eos_token }}{% endgeneration -%}\n{{ x }}{% endfor %}",
     "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "a namespace": "{% set n = namespace(x='') %}{% for m in messages %}{% set n.x = n.x + m.role %}{% endfor %}{{ n.x }}",
     "the date": "{{ strftime_now('%Y') }}{{ messages[0]['content'] }}",
