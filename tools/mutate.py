@@ -59,6 +59,9 @@ GUARDS = {
         "tests/test_ttt.py::test_lost_answers_are_counted_and_never_averaged",
         "known = np.ones(len(group), bool)",
     ),
+    "evals: problems without a score": Guard(
+        "tests/test_evals.py::test_bad_problems_end_no_evaluation"
+    ),
     "run: lock": Guard("tests/test_faults.py::test_second_process_is_refused"),
     "run: signals": Guard("tests/test_faults.py::test_signal_saves_that_step[SIGTERM-data]"),
     "run: watchdog": Guard("tests/test_faults.py::test_hang_is_ended_and_explained"),
@@ -180,6 +183,14 @@ GUARDS = {
         "deadline = time.monotonic() + limits.wall_s + 5",
     ),
     "sandbox: signals": Guard("tests/test_sandbox.py::test_attack[2u-signals]"),
+    "hf: a tensor of another shape": Guard("tests/test_foreign_weights.py::test_refused[turned matrix]"),
+    "hf: quantised weights": Guard("tests/test_foreign_weights.py::test_refused[awq scales]"),
+    "hf: unknown mathematics": Guard("tests/test_foreign_weights.py::test_refused[softcap]"),
+    "hf: rotary keys": Guard("tests/test_foreign_weights.py::test_rotary_keys_that_are_refused"),
+    "hf: two tensors for one weight": Guard("tests/test_foreign_weights.py::test_refused[one weight twice]"),
+    "hf: two heads under one name": Guard(
+        "tests/test_foreign_weights.py::test_a_tied_head_is_in_whichever_tensor_is_there"
+    ),
 }
 
 
