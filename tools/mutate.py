@@ -191,6 +191,9 @@ GUARDS = {
     "hf: two heads under one name": Guard(
         "tests/test_foreign_weights.py::test_a_tied_head_is_in_whichever_tensor_is_there"
     ),
+    "lora: more than plain LoRA": Guard("tests/test_lora.py::test_refused_configs"),
+    "lora: a missing layer": Guard("tests/test_refusals_adapt.py::test_adapter_with_a_block_missing"),
+    "lora: a tensor without a layer": Guard("tests/test_lora.py::test_refused_configs"),
 }
 
 
