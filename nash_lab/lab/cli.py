@@ -183,6 +183,7 @@ class EvalJob:
                 model.lm,
                 PackedTokens.open(data, tokenizer_hash=model.tokenizer.hash),
                 seq_len=cfg.loader.seq_len,
+                documents=cfg.loader.documents,
                 batches=self.batches,
                 probes=probes,
                 generate_text=answer,
