@@ -82,6 +82,10 @@ def product_flops(jaxpr: Any) -> float:
             )
         elif eqn.primitive.name == "cond":
             total += max(inner, default=0.0)  # the larger side: either may be taken
+        elif eqn.primitive.name == "pallas_call":  # blocks that a mask skips too
+            total += sum(inner) * math.prod(eqn.params["grid_mapping"].grid)
+        elif eqn.primitive.name == "shard_map":  # what one device does
+            total += sum(inner) * eqn.params["mesh"].size
         else:
             total += sum(inner) * eqn.params.get("length", 1)
     return total
@@ -236,7 +240,7 @@ NO_TRAFFIC = {
 }
 
 # %% ../../nbs/train/45_preflight.ipynb #c017
-SHARED_MODULES = ("model/layers",)  # count for the module that calls them
+SHARED_MODULES = ("model/layers", "maths/flash")  # count for the module that calls them
 
 
 def frame_modules(
