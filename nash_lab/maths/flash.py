@@ -165,16 +165,17 @@ def splash_kernel(heads: int, t: int, window: int | None, interpret: bool):
     if window is not None:
         mask = splash.LocalMask((t, t), (window - 1, 0), 0)
     size = max(n for n in (128, 256, 512, 1024) if t % n == 0)
+    # backwards each block of keys writes gradients of all queries: few and large ones
+    keys = max(n for n in (size, 2048) if t % n == 0)
     within = min(size, 512)
     blocks = splash.BlockSizes(
         block_q=size,
         block_kv=size,
         block_kv_compute=within,
         block_q_dkv=size,
-        block_kv_dkv=size,
+        block_kv_dkv=keys,
         block_kv_dkv_compute=within,
-        block_q_dq=size,
-        block_kv_dq=size,
+        use_fused_bwd_kernel=True,
     )
     with (
         jax.ensure_compile_time_eval()
