@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..core.configs import check_choices, check_range, check_that
 from ..core.keys import named_key
+from ..maths.flash import NAME
 from .attention import GQA, KVCache
 from .diff import DIFF1, DIFF2, DiffConfig
 from .layers import FFNS, RMSNorm, RopeConfig, dropout
@@ -69,7 +70,8 @@ class ModelConfig:
     tie_embeddings: bool = True  # one matrix for reading and writing tokens
     # share of sublayer outputs and embeddings zeroed while training
     dropout: float = 0.0
-    # what the backward pass recomputes: nothing, whole blocks, all but weight matmuls
+    # what the backward pass recomputes: nothing, whole blocks, all but weight matmuls;
+    # attention over long rows is never run twice
     remat: Literal["none", "block", "dots"] = "none"
     # activations; weights stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -355,10 +357,14 @@ class Block(nnx.Module):
         )
 
 # %% ../../nbs/model/18_block.ipynb #c015
+# what attention over long rows leaves for its backward pass is small, and dear to repeat
+_attention = jax.checkpoint_policies.save_only_these_names(NAME)
 REMATS = {
     "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "block": _attention,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _attention
+    ),
 }
 
 
