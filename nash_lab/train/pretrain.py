@@ -33,6 +33,7 @@ from ..core.keys import named_key
 from ..core.processes import any_process, barrier, gather_json, is_main_process
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
+from ..model.residuals import RESIDUALS
 from ..model.transformer import LM, flops_per_token, model_shapes
 from ..run.checkpoint import Checkpoints
 from nash_lab.run.guard import (
@@ -432,7 +433,7 @@ def validate(run: Run, state: TrainState) -> dict:
                 rows,
                 limit,
             )
-            if cfg.model.residual != "plain":
+            if RESIDUALS[cfg.model.residual].mixes:
                 probe = next(eval_batches(run.validation, seq_len, 4, 1))["tokens"][
                     :, :128
                 ]
