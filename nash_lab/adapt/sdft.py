@@ -346,6 +346,8 @@ class Example:
     prompt: str  # x
     demonstration: str  # c
     shown: str = ""  # the teacher's whole prompt, where the template does not fit
+    # further keys of its row, such as source, tags and reward
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         for name in ("prompt", "demonstration"):
