@@ -96,7 +96,7 @@ def _is_local(name: str) -> bool:
 
 def local_files(name: str) -> list[Path]:
     "Files of one kind that a file, folder or glob means; FileNotFoundError or ValueError."
-    files = matching_files(name, _kind, ", ".join(KINDS))
+    files, _ = matching_files(name, _kind, ", ".join(KINDS))
     for path in files:
         if not _kind(path):
             raise ValueError(f"{path}: expected one of the endings {', '.join(KINDS)}")
