@@ -79,11 +79,11 @@ def open_bytes(path: str | Path) -> BinaryIO:
 
 
 def decode_utf8(data: bytes) -> str:
-    "Text without its byte order mark. ValueError for other encodings, UnicodeDecodeError for bytes."
+    "Text without its byte order mark. ValueError for other encodings and for bad bytes."
     for mark, name in OTHER_ENCODINGS.items():
-        if data.startswith(mark):
+        if data.startswith(mark):  # guard: data: another encoding
             raise ValueError(f"{name} text, expected UTF-8")
-    return data.decode("utf-8-sig")
+    return data.decode("utf-8-sig")  # guard: data: byte order mark of a text
 
 
 def read_bytes(path: str | Path, what: str = "file") -> bytes:
@@ -107,8 +107,8 @@ def read_text(path: str | Path, what: str = "file") -> str:
     try:
         return decode_utf8(data)
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        found = f"byte 0x{data[error.start]:02X}"
+        line = error.object.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{error.object[error.start]:02X}"
         raise ValueError(f"{path}:{line}: invalid UTF-8: {found}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -228,7 +228,7 @@ def cache_folder(name: str) -> Path | None:
     root = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(root):
         home = os.path.expanduser("~")
-        if len(home) < 2 or not os.path.isdir(home):  # guard: data: no home
+        if len(home) < 2 or not os.path.isdir(home):
             return None
         root = f"{home}/.cache"
     folder = Path(root, "nash_lab", name)

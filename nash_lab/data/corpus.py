@@ -125,7 +125,7 @@ def matching_files(
         if path.name.startswith(".") and not path.is_dir():  # a glob such as .*.txt
             own = []
         if any(part.startswith(".") or part == "__MACOSX" for part in own):
-            hidden.append(file)
+            hidden.append(file)  # guard: data: hidden files
         else:
             files.append(file)
     if not files:
@@ -198,6 +198,7 @@ class BadRecord(ValueError):
     ):
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause
+        self.detail = detail
         self.line = line
 
 
@@ -225,9 +226,9 @@ def record_text(cfg: CorpusConfig, raw: bytes) -> str:
     try:
         text = decode_utf8(raw)
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start)
+        line = error.object.count(b"\n", 0, error.start)
         raise BadRecord(
-            "invalid UTF-8", f"byte 0x{raw[error.start]:02X}", line
+            "invalid UTF-8", f"byte 0x{error.object[error.start]:02X}", line
         ) from None
     except ValueError as error:
         raise BadRecord("invalid UTF-8", str(error)) from None
