@@ -133,14 +133,14 @@ def wandb_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
     settings = wandb.Settings(
         init_timeout=5, login_timeout=5, finish_timeout=3, silent=True
     )
-    job = wandb.init(
-        project="nash_lab",
-        name=run.name,
-        dir=run,
-        config=config,
-        settings=settings,
-        mode=mode,
-    )
+    ours = {}  # of what neither a variable nor wandb's own settings file says
+    if found.project is None:
+        ours["project"] = "nash_lab"
+    if found.run_name is None:
+        ours["name"] = run.name
+    if not os.environ.get("WANDB_DIR"):
+        ours["dir"] = run
+    job = wandb.init(**ours, config=config, settings=settings, mode=mode)
     return lambda record: job.log(record, step=record["step"]), job.finish
 
 
@@ -255,6 +255,7 @@ def environment() -> dict:
             revision = found.stdout.strip() or None
 
     device = jax.devices()[0]
+    cache = jax.config.jax_compilation_cache_dir
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
         "python": platform.python_version(),
@@ -263,6 +264,7 @@ def environment() -> dict:
         "backend": device.platform,
         "device": device.device_kind,
         "devices": jax.device_count(),
+        "compiled": hide_home(str(cache)) if cache else None,  # kept here
         "git": revision,
         "command": hide_home(command),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
