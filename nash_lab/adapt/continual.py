@@ -41,7 +41,7 @@ from nash_lab.core.configs import (
     to_json,
 )
 from ..core.files import read_json, read_rows, sha256, write_json
-from ..core.text import Tokenizer
+from ..core.text import Tokenizer, continuation
 from ..data.corpus import Document, PackedTokens, pack
 from ..evals.lm_eval import cut_at
 from ..evals.sandbox import run_python
@@ -54,7 +54,7 @@ from nash_lab.evals.scores import (
     weights_hash,
     wilson,
 )
-from ..model.generate import generate
+from ..model.generate import generate, sampling_rules, unpad
 from ..model.transformer import LM
 from ..run.guard import run_lock
 from ..run.rundir import MetricsLog
@@ -313,7 +313,12 @@ class SuiteReport:
     skills: tuple[SkillScore, ...]
 
 
-def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
+def evaluate_suite(
+    lm: LM,
+    tokenizer: Tokenizer,
+    suite: Suite,
+    documents: str = "cross",  # of texts: `loader.documents` of the model's run
+) -> SuiteReport:
     "Examine a model. ValueError for a gate whose file was not read, or a text that is too short."
     for gate in (*suite.texts, *suite.skills):
         if gate.path:
@@ -327,7 +332,11 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
             pack([Document(gate.text, "text")], tokenizer, f"{folder}/text.bin")
             packed = PackedTokens.open(f"{folder}/text.bin")
             rows = model_rows(
-                lm, packed, seq_len=suite.seq_len, batch_size=suite.batch_size
+                lm,
+                packed,
+                seq_len=suite.seq_len,
+                batch_size=suite.batch_size,
+                documents=documents,
             )
         count = len(rows.nats)
         if count < 10:
@@ -343,18 +352,16 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
     encode = encoder(tokenizer, suite.before)
 
     def greedy_answers(prompts):
+        asked = [encode(p) for p in prompts]
         tokens, lengths = generate(
             lm,
-            [encode(p) for p in prompts],
+            asked,
             max_new_tokens=suite.max_new_tokens,
             temperature=0.0,
-            eos_id=tokenizer.eos_id,
+            **sampling_rules(tokenizer, lm),
         )
-        answers = []
-        for row, length in zip(tokens, lengths):
-            known = [i for i in row[:length] if i < tokenizer.vocab_size]
-            answers.append(tokenizer.decode(known))
-        return answers
+        answers = zip(asked, unpad(tokens, lengths))
+        return [continuation(tokenizer, ids, answer) for ids, answer in answers]
 
     skills = []
     for gate in suite.skills:
@@ -493,13 +500,14 @@ def gated_update(
     *,
     update: Callable = distil,  # how to learn: the signature and the result of `distil`
     encode: Callable[[str], list[int]] | None = None,  # prompt -> ids, as in `distil`
+    documents: str = "cross",  # as in `evaluate_suite`
 ) -> tuple[LM, GateDecision]:
     "The model that goes on, and why. ValueError for data, suite or folder that cannot be used."
     folder = Path(folder)
     if (folder / "gate_decision.json").exists():
         raise ValueError(f"{folder}: an update was decided here, give another folder")
 
-    before = evaluate_suite(lm, tokenizer, suite)
+    before = evaluate_suite(lm, tokenizer, suite, documents)
     write_json(folder / "eval_before.json", to_json(before))
 
     with closing(MetricsLog(folder / "metrics.jsonl")) as log:
@@ -508,7 +516,7 @@ def gated_update(
             lm, tokenizer, examples, cfg, buffer=buffer, hooks=hooks, encode=encode
         )
 
-    after = evaluate_suite(result.lm, tokenizer, suite)
+    after = evaluate_suite(result.lm, tokenizer, suite, documents)
     write_json(folder / "eval_after.json", to_json(after))
 
     decision = decide(before, after, suite)
@@ -557,7 +565,8 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         buffer = read_as(ReplayBuffer, buffer_file)
     else:
         buffer = ReplayBuffer(cfg.capacity, cfg.policy, seed=cfg.sdft.seed)
-    lm, _ = load_run(cfg.run)
+    lm, learned = load_run(cfg.run)
+    rows = learned.loader
     tokenizer = run_tokenizer(cfg.run)
 
     with run_lock(out):
@@ -565,9 +574,8 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         (out / "gate_decision.json").unlink(
             missing_ok=True
         )  # of a block that was interrupted
-        kept, decision = gated_update(
-            lm, tokenizer, examples, cfg.sdft, suite, buffer, out
-        )
+        given = (lm, tokenizer, examples, cfg.sdft, suite, buffer, out)
+        kept, decision = gated_update(*given, documents=rows.documents)
         buffer.write_to(out / "replay.json")
     save_merged(
         cfg.run, out, kept, {"continual": to_json(cfg), "accepted": decision.accepted}
