@@ -31,7 +31,13 @@ import jax
 import numpy as np
 
 import nash_lab
-from ..core.files import first_line, hide_home, parse_json, write_atomic
+from nash_lab.core.files import (
+    allocator,
+    first_line,
+    hide_home,
+    parse_json,
+    write_atomic,
+)
 
 # %% ../../nbs/run/30_rundir.ipynb #c006
 def read_metrics(path: str | Path) -> list[dict]:
@@ -262,6 +268,7 @@ def environment() -> dict:
         "versions": versions,
         "backend": device.platform,
         "device": device.device_kind,
+        "allocator": allocator(),
         "devices": jax.device_count(),
         "git": revision,
         "command": hide_home(command),
