@@ -39,6 +39,7 @@ from nash_lab.lab.viz import (
     stream_usage,
 )
 from ..model.mhc import Routing
+from ..model.residuals import RESIDUALS
 from ..model.transformer import ModelConfig, parameter_count
 from ..train.pretrain import load_run, read_metrics
 from ..train.settings import own_tokenizer, saved_config
@@ -299,8 +300,9 @@ def draw_streams(files: RunFiles) -> None:
     "Write the sections of the H matrices: as they are now, and over the training."
     with files.section("How the streams mix") as add:
         config = files.config
-        if config.model.residual != "mhc":
-            raise ValueError("H_res: the residual is plain")
+        if not RESIDUALS[config.model.residual].mixes:
+            kind = config.model.residual
+            raise ValueError(f"H_res: residual={kind!r} does not mix streams")
         lm, _ = load_run(files.folder)
         rows = config.loader
         held_out = PackedTokens.open(config.val_bin)
