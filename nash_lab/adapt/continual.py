@@ -41,7 +41,7 @@ from nash_lab.core.configs import (
     to_json,
 )
 from ..core.files import read_json, read_rows, sha256, write_json
-from ..core.text import Tokenizer
+from ..core.text import Tokenizer, continuation
 from ..data.corpus import Document, PackedTokens, pack
 from ..evals.lm_eval import cut_at
 from ..evals.sandbox import run_python
@@ -54,7 +54,7 @@ from nash_lab.evals.scores import (
     weights_hash,
     wilson,
 )
-from ..model.generate import generate
+from ..model.generate import generate, sampling_rules, unpad
 from ..model.transformer import LM
 from ..run.guard import run_lock
 from ..run.rundir import MetricsLog
@@ -352,18 +352,16 @@ def evaluate_suite(
     encode = encoder(tokenizer, suite.before)
 
     def greedy_answers(prompts):
+        asked = [encode(p) for p in prompts]
         tokens, lengths = generate(
             lm,
-            [encode(p) for p in prompts],
+            asked,
             max_new_tokens=suite.max_new_tokens,
             temperature=0.0,
-            eos_id=tokenizer.eos_id,
+            **sampling_rules(tokenizer, lm),
         )
-        answers = []
-        for row, length in zip(tokens, lengths):
-            known = [i for i in row[:length] if i < tokenizer.vocab_size]
-            answers.append(tokenizer.decode(known))
-        return answers
+        answers = zip(asked, unpad(tokens, lengths))
+        return [continuation(tokenizer, ids, answer) for ids, answer in answers]
 
     skills = []
     for gate in suite.skills:

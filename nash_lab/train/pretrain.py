@@ -33,6 +33,7 @@ from ..core.files import write_json
 from ..core.keys import named_key
 from ..core.processes import any_process, barrier, gather_json, is_main_process
 from ..data.corpus import PackedTokens
+from ..model.residuals import RESIDUALS
 from ..model.transformer import LM, flops_per_token, model_shapes
 from ..run.checkpoint import Checkpoints
 from nash_lab.run.guard import (
@@ -451,7 +452,7 @@ def validate(run: Run, state: TrainState) -> dict:
                 limit,
                 data.documents,
             )
-            if cfg.model.residual != "plain":
+            if RESIDUALS[cfg.model.residual].mixes:
                 probe = routing_probe(run.validation, data.seq_len, data.documents)
                 routing = _jitted_probe(run.graphdef, run.mesh)(params, probe)
                 record["routing"] = jax.device_get(routing)
