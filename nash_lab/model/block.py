@@ -467,11 +467,13 @@ def einsum32(
     product = partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
     if a.dtype != jnp.bfloat16:
         return product(a, b)
-
-    def widened(a, b):
-        return product(a.astype(jnp.float32), b.astype(jnp.float32))
-
-    return jax.lax.platform_dependent(a, b, cpu=widened, default=product)
+    wide = jnp.float32
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        cpu=lambda a, b: product(a.astype(wide), b.astype(wide)),
+        default=product,
+    )
 
 
 def nats_of(

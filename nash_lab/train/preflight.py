@@ -67,9 +67,9 @@ from nash_lab.train.parallel import (
 )
 from nash_lab.train.step import (
     batch_shapes,
-    device_flops,
     fresh_state,
     make_train_step,
+    peak_flops,
 )
 
 # %% ../../nbs/train/45_preflight.ipynb #c006
@@ -660,7 +660,7 @@ def chip_of(target: str) -> Chip:
     for kind, name in (("TPU v6", "v6e"), ("TPU v5 lite", "v5e")):
         if kind in device.device_kind:
             return replace(CHIPS[name], hbm=memory / GIB)
-    return Chip(memory / GIB, device_flops(device.device_kind) or math.inf)
+    return Chip(memory / GIB, peak_flops(device.device_kind, device=True) or math.inf)
 
 
 def chips_of(cfg: PreflightConfig) -> int:

@@ -76,11 +76,11 @@ from nash_lab.train.step import (
     TrainState,
     batch_fields,
     batch_shapes,
-    device_flops,
     evaluate_loss,
     fresh_state,
     make_eval_step,
     make_train_step,
+    peak_flops,
     routing_probe,
     routing_stats,
 )
@@ -405,7 +405,7 @@ def step_line(run: Run, step: int, metrics: dict, logged: tuple[int, float]) -> 
     line["tokens_per_s"] = speed
     line["time_s"] = time_s
     line["mfu"] = None
-    peak = device_flops(jax.devices()[0].device_kind)
+    peak = peak_flops(jax.devices()[0].device_kind, device=True)
     if peak is not None:
         flops = flops_per_token(cfg.model, cfg.loader.seq_len)
         line["mfu"] = flops * speed / (peak * run.mesh.size)
