@@ -90,6 +90,13 @@ class PackJob:
                 " its documents would be trained on, delete it"
             )
         for split in splits:
+            if next(documents(self.corpus, split), None) is None:
+                raise ValueError(
+                    f"no document falls into {split} with --corpus.holdout "
+                    f"{self.corpus.holdout:g}: cut the files into documents with "
+                    "--corpus.separator, or give another share, 0 for no validation"
+                )
+        for split in splits:
             print(pack_split(self.corpus, split, tokenizer, Path(self.out)))
 
 # %% ../../nbs/lab/86_jobs.ipynb #c009
