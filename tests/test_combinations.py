@@ -179,8 +179,9 @@ def test_speculation_changes_no_token(attention, residual, mtp):
     )
     prompts = [[1], [2, 3], list(range(6, 15)), [4, 4, 4, 4], [15, 1, 2], [9] * 7, [8, 6], [7]]
     how = SampleConfig(max_new_tokens=16, temperature=0)
-    eos = int(rollout(lm, prompts, how).tokens[2, 3])  # one that does come up
-    how = SampleConfig(max_new_tokens=16, temperature=0, eos_id=eos)
+    free = rollout(lm, prompts, how).tokens
+    ends = (int(free[2, 3]), int(free[5, 12]))  # two that do come up
+    how = SampleConfig(max_new_tokens=16, temperature=0, eos_id=ends)
     plain, (fast, stats) = rollout(lm, prompts, how), speculate(lm, prompts, how)
     np.testing.assert_array_equal(fast.tokens, plain.tokens)
     np.testing.assert_array_equal(fast.lengths, plain.lengths)

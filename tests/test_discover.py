@@ -635,6 +635,21 @@ CONFIGS = [
 ]
 
 
+def test_archive_of_rewards_at_the_ends_of_float64():
+    "Spreads beyond float64 and below it: scores stay finite, the best state is chosen first"
+    for rewards in ([1e308, -1e308, 0.0], [1.7e308, -1.7e308, 1e308], [1e-320, 0.0, 5e-324]):
+        archive = Archive(ArchiveConfig(c=0.1))
+        for i, reward in enumerate(rewards):
+            archive.add(State(f"{i}"), reward)
+        none = np.full(3, math.nan)
+        for total in (0, 10**6):
+            scores = puct(np.array(rewards), np.zeros(3, int), none, total)
+            assert np.isfinite(scores).all() and scores.argmax() == 0
+        assert archive.select(3)[0] == 0
+        archive.update(0, [(State("child"), rewards[0] * 0.9)])
+        assert 0 in archive.select(1) or archive.nodes[archive.select(1)[0]].reward > 0
+
+
 @pytest.mark.parametrize(
     "cfg", CONFIGS, ids=lambda c: f"{c.size}-{c.bonus}-{c.count}-{c.children_of}"
 )

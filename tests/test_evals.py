@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +158,133 @@ def test_likelihoods_of_lm_eval(llama):
     assert mine.counts["contexts cut"] == 1
 
 
+JOINED = [  # context and continuation that one token spans, or that lm-eval cannot take
+    ("The qui", "ck"),
+    ("The quick br", "own fox jumps"),
+    ("asse", "rt"),
+    ("Ans", "wer:"),
+    ("Answer", ": 7"),
+    ("", "quick"),
+    ("   ", "quick fox"),
+    ("The quick", "   "),
+    ("The quick ", ""),
+    ("The chair ", " and"),
+    ("G\u00f6", "del"),
+    ("o", "\u0308"),
+    ("the \U0001f469", "\u200d\U0001f4bb"),
+    ("chair " * 40, "near the sink"),
+]
+
+
+@pytest.mark.parity
+def test_a_token_that_spans_context_and_continuation(llama):
+    "What is left of the whole after the context's number of tokens, one token at least, as transformers finds it likely"
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, bos = llama
+    mine = ours(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    words = AutoTokenizer.from_pretrained(folder)
+    merged = 0
+    for (context, continuation), (nats, greedy) in zip(JOINED, mine.log_likelihoods(JOINED)):
+        whole = words(context + continuation)["input_ids"]
+        alone = words(context.rstrip())["input_ids"]
+        start = min(len(alone), len(whole) - 1)
+        merged += start < len(alone)
+        before, after = whole[:start] if start < len(alone) else alone, whole[start:]
+        ids = ((before or [0]) + after)[-65:]
+        with torch.no_grad():
+            z = theirs(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)[-len(after) :]
+        want = sum(float(row[i]) for row, i in zip(z, after))
+        assert nats == pytest.approx(want, abs=1e-3), (context, continuation)
+        assert greedy == (z.argmax(-1).tolist() == after)
+    assert merged >= 1 and not mine.faults
+
+
+def test_continuations_longer_than_the_window(llama):
+    "Window by window, as a whole text; the token before the continuation is its first condition"
+    mine = ours(llama[0])
+    long = "".join(TEXT)
+    whole, alone = mine.encode_text("The" + long), mine.encode_text("The")
+    parts = windows(whole[len(alone) :], alone[-1], 64)
+    want = sum(nats for _, (nats, _) in score_pairs(mine.lm, parts))
+    assert len(whole) - len(alone) > 64
+    assert mine.log_likelihoods([("The", long)])[0] == (pytest.approx(want, abs=1e-3), False)
+    ((one, _),) = mine.log_likelihoods([("", "a")])
+    rolled = lm_eval_model(mine).loglikelihood_rolling(asked(("a",), ("",)))
+    assert math.isfinite(rolled[0]) and (mine.front or rolled == [pytest.approx(one), 0])
+
+
+class Picky:
+    "A tokenizer that cannot read some of the text"
+
+    def __init__(self, inner, *words):
+        self.inner, self.words = inner, words
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def encode(self, text, **where):
+        for word in self.words:
+            if word in text:
+                raise ValueError(f"cannot read {word!r}")
+        return self.inner.encode(text, **where)
+
+
+def test_bad_problems_end_no_evaluation(tmp_path):
+    "Named and counted, left out of every mean and of both reports; a score that is no number, and a task without any score, too"
+    import jax.numpy as jnp
+    from flax import nnx
+    from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+    from nash_lab.model.transformer import LM, ModelConfig
+
+    words = train_tokenizer(TEXT * 3, tmp_path / "t.model", TokenizerConfig(vocab_size=320))
+    lm = LM(ModelConfig.tiny(vocab_size=320, max_len=512))
+    (tmp_path / "arc").mkdir()
+    (tmp_path / "gsm8k").mkdir()
+    rows = [
+        {"query": f"Question: {i}?", "choices": ["one", f"two {i}"], "gold": i % 2, "source": "x"}
+        for i in range(5)
+    ]
+    (tmp_path / "arc/arc_easy_test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sums = [{"question": f"{i} + {i}?", "answer": f"#### {2 * i}", "tags": [i]} for i in range(9)]
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k/{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in sums))
+    cfg = EvalConfig(
+        tasks=("arc_easy", "gsm8k"),
+        limit=(5, 3),
+        shots=0,
+        data=str(tmp_path),
+        max_new_tokens=4,
+        answers=str(tmp_path / "answers.jsonl"),
+    )
+    full = evaluate_tasks(lm, words, cfg)
+    holey = evaluate_tasks(lm, Picky(words, "two 3", "1 + 1?"), cfg)
+    for task, gone, why in (("arc_easy", 3, "two 3"), ("gsm8k", 1, "1 + 1?")):
+        part, whole = holey["tasks"][task], full["tasks"][task]
+        assert part["lost"] == [{"id": gone, "why": f"cannot read {why!r}"}]
+        assert part["counts"]["left out"]["without a score"] == 1 and whole["lost"] == []
+        assert part["items"] == [item for item in whole["items"] if item["id"] != gone]
+        for name, metric in part["metrics"].items():
+            scores = [item["scores"][name] for item in part["items"]]
+            assert metric["items"] == len(scores) and metric["value"] == np.mean(scores)
+        assert f"{task} problem {gone} has no score: cannot read {why!r}" in describe(holey)
+    found = compare(full, holey)
+    assert {(row.task, row.items) for row in found.rows} == {("arc_easy", 4), ("gsm8k", 2)}
+    assert "arc_easy: 1 problems without a score in one of them" in found.left_out
+    json.dumps(holey, allow_nan=False)
+
+    lm.norm.gain[...] = jnp.full_like(lm.norm.gain[...], jnp.nan)
+    for _ in range(2):  # what is no number is not in the file of answers
+        broken = evaluate_tasks(lm, words, replace(cfg, tasks=("arc_easy",), limit=(5,)))
+        part = broken["tasks"]["arc_easy"]
+        assert part["metrics"] == {} and part["items"] == [] and len(part["lost"]) == 5
+        assert part["lost"][0]["why"] == "the model's log-likelihood is nan"
+    with pytest.raises(ValueError, match="no task in common"):
+        compare(full, {**broken, "tasks": {"arc_easy": part}})
+
+
 @pytest.mark.parity
 def test_answers_of_lm_eval(llama):
     "Greedy answers with stop strings; where the tokens decode to whole characters they are the same text"
@@ -210,13 +338,14 @@ def test_requests_that_cannot_be_asked(tmp_path):
             "a continuation of 65 tokens, the model reads",
         ),
         (lambda: score_texts(model, ["a", ""]), "2 documents, 1 of them empty"),
-        (
-            lambda: Responder(LM(ModelConfig.tiny()), tokenizer),
-            "a tokenizer of 320 pieces, the model has 256",
-        ),
     ):
         with pytest.raises(ValueError, match=said):
             call()
+    small = Responder(LM(ModelConfig.tiny(vocab_size=300)), tokenizer)
+    found = small.log_likelihoods([("a", "b"), ("a", TEXT[0])])
+    assert math.isfinite(found[0][0]) and found[1] == (-math.inf, False)
+    (why,) = small.faults.values()
+    assert "the model has only 300 rows" in why
 
 
 def test_windows_of_lm_eval():

@@ -14,6 +14,7 @@ from nash_lab.model.generate import (
     generate,
     rollout,
     sample,
+    sampling_rules,
     sequence_logprobs,
     unpad,
     upper_set,
@@ -92,6 +93,36 @@ def test_eos_ends_rows_one_by_one(plain):
             assert row.tolist() == want[:n] + [eos] * (8 - n)
 
 
+def test_a_row_ends_at_the_first_of_several_ends(plain):
+    "int, tuple, list and array; what follows is filled with the first of them"
+    free = [greedy(plain, p, 8) for p in PROMPTS]
+    ends = [free[2][1], free[0][3], 255]
+    for given in (tuple(ends), ends, np.array(ends)):
+        tokens, lengths = generate(plain, PROMPTS, max_new_tokens=8, temperature=0, eos_id=given)
+        for row, n, want in zip(tokens, lengths, free):
+            hits = [i for i, token in enumerate(want) if token in ends]
+            assert n == (hits[0] + 1 if hits else 8)
+            assert row.tolist() == want[:n] + [ends[0]] * (8 - n)
+    with pytest.raises(ValueError, match="eos_id=.*999.*from 0 to 255"):
+        generate(plain, PROMPTS, max_new_tokens=8, temperature=0, eos_id=(3, 999))
+
+
+def test_ids_without_a_piece_are_never_drawn(plain):
+    "beyond the tokenizer or a hole in it; an end without a row is no end"
+
+    class Words:
+        pieces = ["</s>", *"abcd", "", "e"]
+        end_ids = (0, 300)
+
+    rules = sampling_rules(Words(), plain)
+    assert rules["eos_id"] == (0,) and rules["forbidden"] == (5, *range(7, 256))
+    how = SampleConfig(8, temperature=5.0, **rules)
+    drawn = rollout(plain, PROMPTS, how, jax.random.key(0), copies=4).tokens
+    assert set(drawn.ravel().tolist()) <= {0, 1, 2, 3, 4, 6}
+    best = best_of_n(plain, [1], 4, key=jax.random.key(1), cfg=how)
+    assert {token for _, sample in best for token in sample} <= {0, 1, 2, 3, 4, 6}
+
+
 def test_logprobs_are_zero_after_the_end(plain):
     eos = greedy(plain, PROMPTS[0], 2)[1]
     drawn = rollout(plain, PROMPTS, SampleConfig(max_new_tokens=8, temperature=0, eos_id=eos))
@@ -120,6 +151,7 @@ def test_one_program_a_bucket(plain):
         dict(top_p=0.5),
         dict(min_p=0.2),
         dict(eos_id=3),
+        dict(eos_id=[3, 5]),
         dict(forbidden=(1,)),
         dict(max_new_tokens=5),
         dict(temperature=0),

@@ -130,6 +130,56 @@ def test_ties_and_small_groups():
     assert tilt_kl(np.arange(4.0), 0) == 0
 
 
+@pytest.mark.parametrize("estimator", ["full", "constant-beta", "expected-reward"])
+@pytest.mark.parametrize(
+    "r",
+    [
+        [1e308, -1e308, 0, 0],
+        [-1.7e308, 1.7e308] * 3,
+        [1e-320, 0, 0, 2e-320, 0],
+        [1e308, 1e-320, 0, 1],
+        [1e308] * 5,
+        [0, 0, 0, 1e308],
+        [1, 1, 1, 1 + 2**-52],
+    ],
+)
+def test_rewards_at_the_ends_of_float64(r, estimator):
+    "No spread overflows or underflows: every advantage is finite, and ordered as the rewards"
+    group = [ttt.Judged("", State(), float(x)) for x in r]
+    found, beta = ttt.group_advantages(group, replace(CFG, arm=estimator))
+    assert np.isfinite(found).all() and math.isfinite(beta)
+    assert (np.diff(found[np.argsort(r)]) >= 0).all()
+    if len(set(r)) == 1:
+        assert not found.any()
+
+
+def test_units_of_rewards():
+    "The same advantages in every unit that is a power of two, to the last bit"
+    r = RNG.normal(size=16)
+    a = entropic_advantages(r, solve_beta(r))
+    for power in (-1000, -60, 60, 1000):
+        moved = np.ldexp(r, power)
+        np.testing.assert_array_equal(entropic_advantages(moved, solve_beta(moved)), a)
+    extreme = entropic_advantages([1e308, -1e308, 0, 0], solve_beta([1e308, -1e308, 0, 0]))
+    same = entropic_advantages([1, -1, 0, 0], solve_beta([1, -1, 0, 0]))
+    np.testing.assert_allclose(extreme, same, rtol=1e-9)
+    assert entropic_advantages([3.0], 2.0).tolist() == [0.0]
+    with pytest.raises(ValueError, match="not finite numbers"):
+        entropic_advantages([], 1.0)
+
+
+def test_rewards_that_are_no_float():
+    "An infinite reward, one that is no number, an integer beyond float64: lost, and alone"
+    for worth in (math.inf, -math.inf, math.nan, 10**400):
+        task = Shaky()
+        task.reward = lambda state: worth
+        lost = ttt.judge_rollout(task, State(), "ae")
+        assert lost.lost and lost.reward == 0.0 and lost.state.note
+        group = [ttt.Judged("", State(), float(x)) for x in (1e308, -1e308, 0, 0)]
+        found, _ = ttt.group_advantages([*group, lost], CFG)
+        assert found[-1] == 0 and np.isfinite(found).all() and found[0] > 0
+
+
 # --- the policy ---
 
 

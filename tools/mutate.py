@@ -59,6 +59,9 @@ GUARDS = {
         "tests/test_ttt.py::test_lost_answers_are_counted_and_never_averaged",
         "known = np.ones(len(group), bool)",
     ),
+    "evals: problems without a score": Guard(
+        "tests/test_evals.py::test_bad_problems_end_no_evaluation"
+    ),
     "run: lock": Guard("tests/test_faults.py::test_second_process_is_refused"),
     "run: signals": Guard("tests/test_faults.py::test_signal_saves_that_step[SIGTERM-data]"),
     "run: watchdog": Guard("tests/test_faults.py::test_hang_is_ended_and_explained"),
@@ -109,30 +112,21 @@ GUARDS = {
     "data: copies of an earlier pass": Guard(
         "tests/test_data_stream.py::test_epochs_are_counted_per_source", "if True:"
     ),
-    "data: a byte that is not UTF-8 in a line": Guard(
-        "tests/test_data.py::test_bad_json_lines_in_a_stream",
-        'codecs.register_error("nash_lab.bad_byte", lambda error: ("?", error.end))',
-    ),
-    "data: a byte that is not UTF-8 in a text": Guard(
-        "tests/test_data.py::test_odd_text_files_in_a_stream", 'self.utf8 = make("replace")'
-    ),
-    "data: the encoding of text": Guard("tests/test_data.py::test_odd_text_files_in_a_stream"),
-    "data: byte order mark of a text": Guard(
-        "tests/test_data.py::test_odd_text_files_in_a_stream",
-        'make = codecs.getincrementaldecoder("utf-8")',
-    ),
     "data: position with a byte order mark": Guard(
         "tests/test_data.py::test_a_position_in_text_read_with_its_byte_order_mark_is_of_another_stream"
     ),
     "data: length of a line in a stream": Guard(
         "tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]"
     ),
-    "data: memory of a line in a stream": Guard(
-        "tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]",
-        "self.held += data[end:]",
+    "data: hidden files": Guard(
+        "tests/test_data_files.py::test_hidden_files_are_left_out_and_counted"
     ),
-    "data: reading ahead in a line": Guard(
-        "tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]"
+    "data: another encoding": Guard("tests/test_data_files.py::test_one_reader_for_every_text"),
+    "data: byte order mark of a text": Guard(
+        "tests/test_data.py::test_odd_text_files_in_a_stream", 'return data.decode("utf-8")'
+    ),
+    "data: type of a column": Guard(
+        "tests/test_data_files.py::test_a_column_that_is_no_text_is_refused"
     ),
     "data: files without rows": Guard(
         "tests/test_data_faults.py::test_an_empty_file_is_no_source_and_no_obstacle"

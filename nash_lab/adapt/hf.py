@@ -6,18 +6,16 @@ bit for bit; logits agree with `transformers` within 1e-4."""
 # %% auto #0
 __all__ = ['TENSORS', 'LENGTH', 'YARN_OTHERS', 'ROPES', 'ROPE_COMMON', 'NO_NUMBERS', 'QWEN',
            'FAMILIES', 'SIZES', 'READ_KEYS', 'HARMLESS_KEYS', 'MATHEMATICS', 'WRAPPERS',
-           'OLD_BUFFERS', 'QUANTISED', 'FLOATS', 'FOREIGN', 'TOKENIZER_FILES', 'TensorName',
-           'flat_shape', 'rearrange', 'RopeKeys', 'read_rope', 'Family', 'read_config',
-           'write_config', 'Stored', 'open_tensors', 'named_weights', 'load_hf', 'save_hf',
-           'import_run', 'chat_text']
+           'OLD_BUFFERS', 'QUANTISED', 'FLOATS', 'FOREIGN', 'TensorName', 'flat_shape',
+           'rearrange', 'RopeKeys', 'read_rope', 'Family', 'read_config', 'write_config', 'Stored',
+           'open_tensors', 'named_weights', 'load_hf', 'write_tokenizer', 'save_hf', 'import_run']
 
 # %% ../../nbs/adapt/60_hf.ipynb #c003
-import json
 import math
 import re
 import shutil
+import warnings
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +27,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..core.files import read_json, write_json
+from ..core.text import read_object
 from ..data.loader import LoaderConfig
+from nash_lab.data.tokenizer import (
+    EOS,
+    MODEL_CONFIG,
+    SentencePieceTokenizer,
+    as_tokenizer_json,
+    copy_companions,
+    load_tokenizer,
+)
 from ..model.block import ModelConfig
+from ..model.chat import chat_text as chat_text
 from ..model.layers import RopeConfig
 from ..model.transformer import LM, model_shapes
 from ..train.pretrain import fresh_run, write_run
-from ..train.settings import TrainConfig
+from nash_lab.train.settings import (
+    TOKENIZERS,
+    TrainConfig,
+    own_tokenizer,
+    saved_config,
+)
 
 # %% ../../nbs/adapt/60_hf.ipynb #c006
 class TensorName(NamedTuple):
@@ -428,10 +441,11 @@ def open_tensors(
         try:
             file = stack.enter_context(safe_open(path, framework="np"))
         except SafetensorError as error:
+            said = str(error)
             with path.open("rb") as start:
                 if start.read(32).startswith(b"version https://git-lfs"):
-                    error = "a Git LFS pointer, the weights were not fetched"
-            raise ValueError(f"{path}: {error}") from None
+                    said = "a Git LFS pointer, the weights were not fetched"
+            raise ValueError(f"{path}: {said}") from None
         for tensor in file.keys():
             seen.add(tensor)
             bare = tensor[WRAPPERS.match(tensor).end() :]
@@ -541,13 +555,35 @@ def load_hf(
     return nnx.merge(graph, params)
 
 # %% ../../nbs/adapt/60_hf.ipynb #c020
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+def write_tokenizer(source: Path, folder: Path) -> dict:
+    "Tokenizer files of a run or model folder; what a config.json repeats of them."
+    path = own_tokenizer(source)
+    if path is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    tokenizer = load_tokenizer(path)
+    ends = [*tokenizer.end_ids]
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tokenizer.pad_id,
+    }
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        joined = saved_config(source).loader.documents == "cross"
+        front = [EOS] if joined else []  # as every text began in training
+        as_tokenizer_json(tokenizer, front).save(str(folder / "tokenizer.json"))
+        names = ("pad_token", "bos_token", "eos_token", "unk_token")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= dict(zip(names, tokenizer.pieces))
+        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "generation_config.json", ids)
+    else:
+        shutil.copyfile(path, folder / "tokenizer.json")
+
+    copy_companions(source, folder)
+    kept = folder / MODEL_CONFIG  # what the model itself said
+    said = read_object(kept)
+    kept.unlink(missing_ok=True)
+    return ids | {key: said[key] for key in ids if said.get(key) is not None}
 
 
 def save_hf(
@@ -609,10 +645,8 @@ def save_hf(
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-    for name in TOKENIZER_FILES:
-        source = Path(tokenizer_from) / name
-        if tokenizer_from and source.is_file():
-            shutil.copyfile(source, folder / name)
+    if tokenizer_from:
+        config |= write_tokenizer(Path(tokenizer_from), folder)
     write_json(
         folder / "config.json", config | {"dtype": dtype}
     )  # last: then the folder is whole
@@ -624,8 +658,17 @@ def import_run(folder: str | Path, run: str | Path, dtype: str = "float32") -> P
     run = fresh_run(run)
     left_out = []
     lm = load_hf(folder, dtype, left_out)
-    tokenizer = Path(folder) / "tokenizer.json"
-    own = str(tokenizer) if tokenizer.exists() else ""
+    own = ""
+    for name in reversed(TOKENIZERS):  # tokenizer.json first
+        if not own and (Path(folder) / name).is_file():
+            own = str(Path(folder) / name)
+    if own.endswith(".model"):
+        try:
+            load_tokenizer(own)
+        except ValueError as error:
+            said = f"{error}; imported without it, a tokenizer.json would do"
+            warnings.warn(said, stacklevel=2)
+            own = ""
     cfg = TrainConfig(
         run=str(run),
         model=lm.cfg,
@@ -636,49 +679,3 @@ def import_run(folder: str | Path, run: str | Path, dtype: str = "float32") -> P
     )
     notes = {"imported.json": {"folder": str(folder), "left_out": left_out}}
     return write_run(lm, cfg, run, tokenizer=own or None, notes=notes)
-
-# %% ../../nbs/adapt/60_hf.ipynb #c024
-def chat_text(folder: str | Path, messages: list[dict], *, answer: bool = True) -> str:
-    """Turns (role and content) as one text in the model's own form.
-
-    `answer` ends it with the opening of the assistant's turn. FileNotFoundError without a
-    template, ValueError when it refuses.
-    """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    folder = Path(folder)
-    file = folder / "chat_template.jinja"
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
-    template = settings.get("chat_template")
-    if file.is_file():
-        template = file.read_text(encoding="utf-8")
-    if not template:
-        raise FileNotFoundError(
-            f"{file}: no such file, and no chat_template in tokenizer_config.json"
-        )
-    special = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = settings.get(name)
-        if isinstance(value, dict):
-            value = value["content"]
-        if value:
-            special[name] = value
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        program = environment.from_string(template)
-        return program.render(
-            messages=messages, add_generation_prompt=answer, **special
-        )
-    except TemplateError as error:
-        raise ValueError(f"{folder}: chat template: {error}") from None

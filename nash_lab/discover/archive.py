@@ -45,7 +45,13 @@ def puct(
     measured: Bool[np.ndarray, "m"]
     | None = None,  # states whose rewards set the scale; None: all
 ) -> Float[np.ndarray, "m"]:
-    "Score of each state (2601.16175, §3)."
+    "Score of each state (2601.16175, §3); in a larger unit where rewards pass 2**900."
+    _, exponent = np.frexp(
+        max(np.abs(rewards).max(), np.nanmax(np.abs(best), initial=0))
+    )
+    shift = min(900 - int(exponent), 0)  # else their spread may be infinite
+    rewards = np.ldexp(rewards, shift)
+    best = np.ldexp(best, shift)
     spanned = rewards
     if measured is not None and measured.any():
         spanned = rewards[measured]

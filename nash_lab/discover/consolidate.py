@@ -47,6 +47,7 @@ from nash_lab.discover.ttt import (
     judge_rollout,
     sample_rollouts,
     steady_adam,
+    unit_rewards,
 )
 from ..evals.scores import Probe
 from ..train.optim import OptimConfig
@@ -149,11 +150,13 @@ def measure_run(
                 raise OSError(
                     f"{problem.name}: an answer could not be judged: {one.state.note}"
                 )
-        rewards = np.array([one.reward for one in judged])  # a failure has reward 0
-        mean = float(rewards.mean())
-        half = 1.96 * float(rewards.std(ddof=1)) / len(rewards) ** 0.5
+        # a failure has reward 0
+        rewards, exponent = unit_rewards([one.reward for one in judged])
+        mean = rewards.mean()
+        half = 1.96 * rewards.std(ddof=1) / len(rewards) ** 0.5
+        ends = np.ldexp([mean, mean - half, mean + half], exponent)
         valid = float((rewards > 0).mean())
-        worths[problem.name] = Worth(mean, mean - half, mean + half, valid)
+        worths[problem.name] = Worth(*ends.tolist(), valid)
     return worths
 
 # %% ../../nbs/discover/75_consolidate.ipynb #c016

@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,22 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from flax import nnx
 from tqdm import tqdm
 
 from ..core.configs import to_json
 from ..core.files import sha256, write_atomic
 from ..core.keys import named_key
-from ..core.text import Tokenizer
+from ..core.text import Tokenizer, continuation, known_ids
 from ..data.tokenizer import HFTokenizer
 from .scores import Score, bootstrap, weights_hash
-from ..model.generate import SampleConfig, bucket, rollout, unpad
+from nash_lab.model.generate import (
+    SampleConfig,
+    bucket,
+    rollout,
+    sampling_rules,
+    unpad,
+)
 from ..model.transformer import LM
 from ..run.rundir import read_metrics
 
@@ -44,15 +49,9 @@ def front_of(
     documents: Literal["cross", "mask"] = "mask",  # how our own run was packed
 ) -> list[int]:
     "Ids before every text in training: the tokenizer's rule, or EOS where documents were joined."
-    if not isinstance(tokenizer, HFTokenizer):
-        return [tokenizer.eos_id] if documents == "cross" else []
-    around = tokenizers.Tokenizer.from_file(str(tokenizer.path)).encode("a")
-    front = []
-    for i, special in zip(around.ids, around.special_tokens_mask):
-        if not special:
-            break
-        front.append(i)
-    return front
+    if isinstance(tokenizer, HFTokenizer):
+        return list(tokenizer.front)
+    return [tokenizer.eos_id] if documents == "cross" else []
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c012
 def split_pair(
@@ -63,22 +62,23 @@ def split_pair(
     continuation: str,  # not empty
     empty: int,  # the id to condition on when there is no context
 ) -> tuple[list[int], list[int]]:
-    "Ids before and ids to score. ValueError when the continuation has no token of its own."
+    "Ids before and ids to score, at least one. ValueError for a continuation that adds nothing."
     context_alone = context.rstrip()
     whole = encode(context + continuation)
     before = encode(context_alone)
-    if not context_alone and not before:
-        before = [empty]
-    after = whole
-    if context_alone or whole[: len(before)] == before:
-        after = whole[len(before) :]
-    if not after:
+    if whole in ([], before):
         raise ValueError(
             f"the continuation {continuation[:40]!r} has no token of its own"
         )
-    return before, after
+    if not context_alone and whole[: len(before)] != before:
+        return before, whole
+    after = whole[len(before) :]
+    if not after:  # one token spans context and continuation
+        before = whole[:-1]
+        after = whole[-1:]
+    return before or [empty], after
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c020
+# %% ../../nbs/evals/53_lm_eval.ipynb #c022
 @partial(jax.jit, static_argnames="graphdef")
 def target_scores(graphdef, weights, tokens, at, targets):
     "Loss of the targets at positions `at` [b c] of the rows, and whether each was the likeliest."
@@ -145,7 +145,7 @@ def score_pairs(
             greedy = bool(best[k, :n].all())
             yield batch[k], (log_likelihood, greedy)
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c026
+# %% ../../nbs/evals/53_lm_eval.ipynb #c028
 def windows(
     ids: Sequence[int],  # to score
     prefix: int,  # stands before the first
@@ -161,7 +161,7 @@ def windows(
         )
     return pairs
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c030
+# %% ../../nbs/evals/53_lm_eval.ipynb #c032
 def cut_at(
     text: str,
     stops: Iterable[str],  # empty ones are ignored
@@ -173,7 +173,7 @@ def cut_at(
 
 FIRST = 32  # tokens of the first stretch; every following one is twice as long
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c033
+# %% ../../nbs/evals/53_lm_eval.ipynb #c035
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -200,7 +200,7 @@ def read_settings(
         raise ValueError(f"generation setting {min(rest)!r} is not known here")
     return until, length, SampleConfig(1, temperature, **sampling)
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c036
+# %% ../../nbs/evals/53_lm_eval.ipynb #c038
 class Answers:
     "What a model has answered so far."
 
@@ -251,15 +251,13 @@ class Answers:
                 answer(list(new.values())), what, len(new), disable=None
             ):
                 self.known[names[i]] = reply
+                row = {"key": names[i], "answer": reply}
                 if file:
-                    print(
-                        json.dumps({"key": names[i], "answer": reply}),
-                        file=file,
-                        flush=True,
-                    )
+                    with suppress(ValueError):  # NaN is no JSON: it is asked again
+                        print(json.dumps(row, allow_nan=False), file=file, flush=True)
         return [self.known[k] for k in keys]
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c039
+# %% ../../nbs/evals/53_lm_eval.ipynb #c041
 def fit_prompt(
     prompt: list[int],  # ids
     wanted: int,  # new tokens the task asks for
@@ -269,7 +267,7 @@ def fit_prompt(
     kept = prompt[-(window - min(wanted, window // 2)) :]
     return kept, min(wanted, window - len(kept))
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c042
+# %% ../../nbs/evals/53_lm_eval.ipynb #c044
 class Responder:
     "A model and its tokenizer behind the three requests of lm-eval, in text."
 
@@ -285,16 +283,12 @@ class Responder:
         answers: str | Path | None = None,  # file that keeps them; None: memory only
         most_new: int = 0,  # bound on the tokens of an answer; 0: what the task says
     ):
-        v = tokenizer.vocab_size
-        if v > lm.cfg.vocab_size:
-            raise ValueError(
-                f"a tokenizer of {v} pieces, the model has {lm.cfg.vocab_size}"
-            )
         self.lm = lm
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.most_new = most_new
         self.counts = Counter()
+        self.faults = {}  # request as JSON -> why there is no answer to it
         self.front = front_of(tokenizer) if front is None else list(front)
         self.front_text = "".join(tokenizer.pieces[i] for i in self.front)
 
@@ -311,41 +305,71 @@ class Responder:
         self.answers = Answers(json.dumps(owner, sort_keys=True), answers)
 
     def encode_text(self, text: str) -> list[int]:
-        "Ids with the front before them, once: a text that already spells the front keeps its own."
+        """Ids with the front before them, once: a text that already spells the front keeps its own.
+        ValueError for a piece without a row in the model."""
         bare = text.removeprefix(self.front_text) if self.front_text else text
-        return [*self.front, *self.tokenizer.encode(bare)]
+        ids = [*self.front, *self.tokenizer.encode(bare)]
+        return known_ids(self.tokenizer, ids, self.lm.cfg.vocab_size)
+
+    def note_fault(self, request: Sequence, why: Any) -> None:
+        "Remember that a request has no answer; the evaluation goes on."
+        self.faults[json.dumps(request, sort_keys=True)] = str(why)
+
+    def sum_pairs(
+        self,
+        requests: Sequence[Any],  # JSON values
+        cut: Callable,  # a request -> its pairs for `score_pairs`; ValueError
+        what: str,  # for the progress bar
+    ) -> list[tuple[float, bool]]:
+        "Log-likelihood of all pairs of each request, and are they greedy; -inf where at fault."
+        self.counts["requests"] += len(requests)
+        parts = []
+        for request in requests:
+            try:
+                parts.append(cut(request))
+            except ValueError as error:
+                self.note_fault(request, error)
+                parts.append(None)
+
+        pairs = list(itertools.chain(*(some or () for some in parts)))
+        score = partial(score_pairs, self.lm, batch_size=self.batch_size)
+        found = iter(self.answers.answer_all(pairs, score, what))
+        sums = []
+        for request, some in zip(requests, parts):
+            each = [next(found) for _ in some or ()]
+            nats = sum(nats for nats, _ in each)
+            if not math.isfinite(nats):
+                self.note_fault(request, f"the model's log-likelihood is {nats}")
+            if some is None or not math.isfinite(nats):
+                sums.append((-math.inf, False))
+            else:
+                sums.append((nats, all(greedy for _, greedy in each)))
+        return sums
 
     def log_likelihoods(
         self, requests: Sequence[tuple[str, str]]
     ) -> list[tuple[float, bool]]:
         "For contexts and continuations: log-likelihood in nats, and whether it is the greedy one."
-        self.counts["requests"] += len(requests)
-        pairs = []
-        for context, continuation in requests:
-            before, after = split_pair(
-                self.encode_text, context, continuation, self.empty
-            )
-            pairs.append((before, after))
-            self.counts["contexts cut"] += (
-                len(before) + len(after) > self.lm.cfg.max_len + 1
-            )
-        score = partial(score_pairs, self.lm, batch_size=self.batch_size)
-        found = self.answers.answer_all(pairs, score, "likelihoods")
-        return [(nats, greedy) for nats, greedy in found]
+        window = self.lm.cfg.max_len
 
-    def document_sums(self, documents: Sequence[list[int]]) -> list[float]:
-        "Log-likelihood of lists of ids of any length, window by window."
-        self.counts["requests"] += len(documents)
-        pairs = [windows(ids, self.empty, self.lm.cfg.max_len) for ids in documents]
-        score = partial(score_pairs, self.lm, batch_size=self.batch_size)
-        found = iter(
-            self.answers.answer_all(list(itertools.chain(*pairs)), score, "rolling")
+        def cut_request(request):
+            before, after = split_pair(self.encode_text, *request, self.empty)
+            self.counts["contexts cut"] += len(before) + len(after) > window + 1
+            if len(after) > window:
+                return windows(after, before[-1], window)
+            return [(before, after)]
+
+        return self.sum_pairs(requests, cut_request, "likelihoods")
+
+    def text_likelihoods(self, texts: Sequence[str]) -> list[float]:
+        "Log-likelihood of whole texts of any length, their front included, as lm-eval has it."
+        window = self.lm.cfg.max_len
+        found = self.sum_pairs(
+            [(text,) for text in texts],
+            lambda request: windows(self.encode_text(*request), self.empty, window),
+            "rolling",
         )
-        sums = []
-        for parts in pairs:
-            nats = [next(found)[0] for _ in parts]
-            sums.append(sum(nats))
-        return sums
+        return [nats for nats, _ in found]
 
     def generate(self, requests: Sequence[tuple[str, dict]]) -> list[str]:
         "For contexts and settings: an answer, cut before its first stop string."
@@ -355,7 +379,11 @@ class Responder:
         for i, (context, settings) in enumerate(requests):
             _, wanted, how = read_settings(settings)
             wanted = min(wanted, self.most_new or wanted)
-            ids = self.encode_text(context)
+            try:
+                ids = self.encode_text(context)
+            except ValueError as error:
+                self.note_fault(requests[i], error)
+                continue
             kept, room = fit_prompt(ids, wanted, self.lm.cfg.max_len)
             self.counts["contexts cut"] += len(kept) < len(ids)
             self.counts["answers with less room"] += room < wanted
@@ -370,17 +398,16 @@ class Responder:
         replies.update(zip(certain, kept))
         for k, reply in self.write_answers([requests[i] for i in drawn]):
             replies[drawn[k]] = reply
-        return [replies[i] for i in range(len(requests))]
+        return [replies.get(i, "") for i in range(len(requests))]
 
     def write_answers(
         self, requests: Sequence[tuple[str, dict]]
     ) -> Iterator[tuple[int, str]]:
         "Index and answer of each request, by settings, the longest first."
-        decode = self.tokenizer.decode
         groups = {}
         for i, (context, settings) in enumerate(requests):
             group = groups.setdefault(json.dumps(settings, sort_keys=True), [])
-            group.append((i, self.encode_text(context)))
+            group.append((i, self.encode_text(context) or [self.empty]))
 
         batches = []
         for settings, group in groups.items():
@@ -391,7 +418,7 @@ class Responder:
         for settings, batch in batches:
             until, wanted, how = read_settings(json.loads(settings))
             wanted = min(wanted, self.most_new or wanted)
-            how = replace(how, eos_id=self.tokenizer.eos_id)
+            how = replace(how, **sampling_rules(self.tokenizer, self.lm))
             prompts = []
             limits = []
             for _, ids in batch:
@@ -415,26 +442,30 @@ class Responder:
                 going_on = []
                 for k, ids in zip(live, unpad(drawn.tokens, drawn.lengths)):
                     new[k] += ids
-                    text = decode(new[k])
-                    if ids[-1] != how.eos_id and cut_at(text, until) == text:
+                    text = continuation(self.tokenizer, prompts[k], new[k])
+                    if ids[-1] not in how.ends and cut_at(text, until) == text:
                         going_on.append(k)
                 live = going_on
 
-            for (i, _), ids in zip(batch, new):
-                yield i, cut_at(decode(ids), until)
+            for (i, _), prompt, ids in zip(batch, prompts, new):
+                yield i, cut_at(continuation(self.tokenizer, prompt, ids), until)
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c051
+# %% ../../nbs/evals/53_lm_eval.ipynb #c055
 def score_texts(
     model: Responder,
     texts: Sequence[str],  # documents, not empty
 ) -> Score:
     "Bits per byte and perplexity of whole documents, of any length. ValueError without a text."
-    ids = [model.tokenizer.encode(text) for text in texts]
+    rows = model.lm.cfg.vocab_size
+    words = model.tokenizer
+    ids = [known_ids(words, words.encode(text), rows) for text in texts]
     if not ids or not all(ids):
         raise ValueError(
             f"{len(ids)} documents, {sum(not i for i in ids)} of them empty"
         )
-    nats = -np.asarray(model.document_sums(ids), np.float64)
+    L = model.lm.cfg.max_len
+    sums = model.sum_pairs(ids, lambda row: windows(row, model.empty, L), "rolling")
+    nats = -np.asarray([nats for nats, _ in sums], np.float64)
     text_bytes = np.asarray([len(text.encode("utf-8")) for text in texts], np.float64)
     bits = nats / math.log(2)
     tokens = sum(map(len, ids))
@@ -450,7 +481,7 @@ def score_texts(
         high=high,
     )
 
-# %% ../../nbs/evals/53_lm_eval.ipynb #c054
+# %% ../../nbs/evals/53_lm_eval.ipynb #c058
 def lm_eval_model(model: Responder) -> Any:
     "The model for lm_eval.simple_evaluate(model=...). ValueError when lm-eval is not installed."
     try:
@@ -465,9 +496,7 @@ def lm_eval_model(model: Responder) -> Any:
             return model.log_likelihoods([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests, **_):
-            # lm-eval tokenizes a text with its front and scores that too.
-            texts = [model.encode_text(request.args[0]) for request in requests]
-            return model.document_sums(texts)
+            return model.text_likelihoods([request.args[0] for request in requests])
 
         def generate_until(self, requests, **_):
             return model.generate([request.args for request in requests])

@@ -6,7 +6,7 @@ the naive way, 16 times as fast in the demo, and no sampler setting ever recompi
 # %% auto #0
 __all__ = ['Sampling', 'SampleConfig', 'upper_set', 'filtered_logits', 'sample', 'DecodeState',
            'Rollout', 'PromptBatch', 'bucket', 'prompt_batch', 'cut_rollout', 'rollout',
-           'generate', 'unpad', 'sequence_logprobs', 'best_of_n']
+           'generate', 'unpad', 'sampling_rules', 'sequence_logprobs', 'best_of_n']
 
 # %% ../../nbs/model/21_generate.ipynb #c003
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..core.configs import check_range, check_that
+from ..core.text import Tokenizer
 from .attention import KVCache
 from .transformer import LM
 
@@ -46,7 +47,8 @@ class SampleConfig:
     top_p: float = 1.0  # smallest set of likely tokens with this probability; 1 is off
     top_k: int = 0  # number of most likely tokens; 0 is off
     min_p: float = 0.0  # least probability, as a share of the largest; 0 is off
-    eos_id: int | None = None  # a row ends after drawing this token
+    # a row ends after drawing this token, or any of these
+    eos_id: int | tuple[int, ...] | None = None
     forbidden: tuple[int, ...] = ()  # token ids that are never drawn
 
     def __post_init__(self):
@@ -55,11 +57,15 @@ class SampleConfig:
         check_range(self, "top_p", above=0, at_most=1)
         check_range(self, "min_p", at_least=0, at_most=1)
 
+    @property
+    def ends(self) -> list[int]:
+        "The ids of `eos_id`, however many."
+        return [] if self.eos_id is None else np.atleast_1d(self.eos_id).tolist()
+
     def sampling(self, vocab_size: int) -> Sampling:
         "The settings as arrays. ValueError for token ids outside the vocabulary."
         ids = f"token ids from 0 to {vocab_size - 1}"
-        eos = 0 if self.eos_id is None else self.eos_id
-        check_that(self, "eos_id", 0 <= eos < vocab_size, ids)
+        check_that(self, "eos_id", all(0 <= i < vocab_size for i in self.ends), ids)
         check_that(
             self, "forbidden", all(0 <= i < vocab_size for i in self.forbidden), ids
         )
@@ -146,7 +152,18 @@ class DecodeState(NamedTuple):
 
 @partial(jax.jit, static_argnames=("graphdef", "room", "copies"))
 def _decode(
-    graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, room, copies=1
+    graphdef,
+    weights,
+    prompt,
+    lengths,
+    active,
+    limit,
+    ends,
+    pad,
+    key,
+    cfg,
+    room,
+    copies=1,
 ):
     "Prefill `prompt` [b t] and decode `copies` rows of each; rows not `active` count as done."
     lm = nnx.merge(graphdef, weights)
@@ -154,7 +171,6 @@ def _decode(
     rows = b * copies
     fold = partial(jax.random.fold_in, key)
     row_keys = jax.vmap(fold)(jnp.arange(rows))
-    pad = jnp.maximum(eos, 0)  # eos is -1 where there is none
 
     def add_token(state, hidden):
         z = lm.logits(hidden)
@@ -168,7 +184,7 @@ def _decode(
         return state._replace(
             n=state.n + 1,
             token=token,
-            done=state.done | (token == eos),
+            done=state.done | ends[token],
             tokens=state.tokens.at[:, state.n].set(token),
             lengths=state.lengths + (~state.done).astype(jnp.int32),
             logprobs=state.logprobs.at[:, state.n].set(logprob),
@@ -209,7 +225,7 @@ def _decode(
 class Rollout(NamedTuple):
     "Drawn tokens, and how likely the model itself found them (temperature 1, nothing cut)."
 
-    tokens: Int[np.ndarray, "b t"]  # after the end: EOS, or 0 without one
+    tokens: Int[np.ndarray, "b t"]  # after the end: the first EOS, or 0 without one
     lengths: Int[np.ndarray, "b"]  # drawn tokens of each row, the EOS counted
     logprobs: Float[np.ndarray, "b t"]  # nats, 0 after the end
 
@@ -221,7 +237,8 @@ class PromptBatch(NamedTuple):
     lengths: Int[np.ndarray, "b"]
     active: Bool[np.ndarray, "b"]  # False: the row only fills the bucket
     limit: np.int32  # new tokens
-    eos: np.int32  # -1: none
+    ends: Bool[np.ndarray, "v"]  # True: a row ends after this token
+    pad: np.int32  # what fills a row after its end
     key: Array
     sampling: Sampling
 
@@ -265,15 +282,16 @@ def prompt_batch(
 
     if key is None:
         key = jax.random.key(0)
-    eos = -1 if cfg.eos_id is None else cfg.eos_id
+    vocab_size = lm.cfg.vocab_size
     return PromptBatch(
         prompt=padded,
         lengths=lengths,
         active=np.arange(rows) < b,
         limit=np.int32(new),
-        eos=np.int32(eos),
+        ends=np.isin(np.arange(vocab_size), cfg.ends),
+        pad=np.int32(cfg.ends[0] if cfg.ends else 0),
         key=key,
-        sampling=cfg.sampling(lm.cfg.vocab_size),
+        sampling=cfg.sampling(vocab_size),
     )
 
 
@@ -309,7 +327,7 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     forbidden: Sequence[int] = (),
     key: Array | None = None,  # needed unless temperature is 0
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
@@ -326,7 +344,16 @@ def unpad(
     "Rows as lists of their own lengths."
     return [row[:n].tolist() for row, n in zip(tokens, lengths)]
 
-# %% ../../nbs/model/21_generate.ipynb #c028
+# %% ../../nbs/model/21_generate.ipynb #c030
+def sampling_rules(tokenizer: Tokenizer, lm: LM) -> dict[str, tuple[int, ...]]:
+    "Settings that every sampler of text shares: ids that end it, and ids that no text has."
+    rows = lm.cfg.vocab_size
+    ends = tuple(i for i in tokenizer.end_ids if i < rows)
+    written = {i for i, piece in enumerate(tokenizer.pieces) if piece}
+    nowhere = set(range(rows)) - written - set(ends)  # guard: generate: ids beyond
+    return {"eos_id": ends, "forbidden": tuple(sorted(nowhere))}
+
+# %% ../../nbs/model/21_generate.ipynb #c033
 def sequence_logprobs(
     lm: LM,
     tokens: Int[Array, "b t"],  # prompt and continuation, padded on the right

@@ -124,7 +124,7 @@ def speculative_round(
     keys: Array,  # one JAX key a row, [b]
     cfg: Sampling,
     end: Int[Array, "b"],  # position of the last token that may be drawn
-    eos: Int[Array, ""],  # -1 for none
+    ends: Bool[Array, "v"],  # True: a row ends after this token
     rule: Callable,
 ) -> SpecState:
     "Draft D tokens, check them in one trunk step, and move every live row behind what it keeps."
@@ -174,7 +174,7 @@ def speculative_round(
     logprobs = jnp.take_along_axis(logprobs, fresh[..., None], -1)[..., 0]
 
     # advance
-    hit = (fresh == eos) & (next_slots <= kept[:, None])
+    hit = ends[fresh] & (next_slots <= kept[:, None])
     ended = hit.any(1)
     new = jnp.where(ended, hit.argmax(1), kept) + 1
     at = jnp.minimum(s.at + new, end)
@@ -196,7 +196,7 @@ def speculative_round(
 # %% ../../nbs/model/22_speculative.ipynb #c012
 @partial(jax.jit, static_argnames=("graphdef", "room", "rule"))
 def _speculate(
-    graphdef, weights, prompt, lengths, active, limit, eos, key, cfg, room, rule
+    graphdef, weights, prompt, lengths, active, limit, ends, pad, key, cfg, room, rule
 ):
     "Prefill, then rounds until every row has ended."
     lm = nnx.merge(graphdef, weights)
@@ -210,8 +210,7 @@ def _speculate(
     # prefill of the trunk, and the first token
     everywhere = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
     hidden, cache = lm.step(prompt, everywhere, lm.init_cache(b, slots))
-    ends = (lengths - 1)[:, None]
-    last = read_slots(hidden, ends)[:, 0]
+    last = read_slots(hidden, (lengths - 1)[:, None])[:, 0]
     z = lm.logits(last)
     chances = row_chances(row_keys, 0, 1)[:, 0]
     token = draw_token(chances, probabilities(z, cfg))[:, None]
@@ -238,7 +237,7 @@ def _speculate(
         logprobs=logprobs,
         hidden=jnp.pad(hidden, ((0, 0), (0, slots - t), (0, 0))),
         at=lengths,
-        done=~active | (token[:, 0] == eos) | (lengths == end),
+        done=~active | ends[token[:, 0]] | (lengths == end),
         cache=cache,
         heads=heads,
         counts=jnp.zeros((3, b), jnp.int32),
@@ -246,7 +245,7 @@ def _speculate(
     )
 
     one_round = partial(
-        speculative_round, lm=lm, keys=row_keys, cfg=cfg, end=end, eos=eos, rule=rule
+        speculative_round, lm=lm, keys=row_keys, cfg=cfg, end=end, ends=ends, rule=rule
     )
     s = jax.lax.while_loop(lambda s: ~s.done.all(), one_round, s)
 
@@ -256,7 +255,7 @@ def _speculate(
     within = steps < drawn[:, None]
     new = lengths[:, None] + steps
     tokens = read_slots(s.tokens, new)
-    tokens = jnp.where(within, tokens, jnp.maximum(eos, 0))
+    tokens = jnp.where(within, tokens, pad)
     logprobs = read_slots(s.logprobs, new)
     logprobs = jnp.where(within, logprobs, 0.0)
     return (tokens, drawn, logprobs), s.counts * active[None]

@@ -112,8 +112,10 @@ class Symbols:
     "A tokenizer with one token for each character."
 
     pad_id, bos_id, eos_id = 0, 1, 2
+    end_ids = (eos_id,)
     alphabet = "".join((*OPERATORS, *MEANINGS, "=|", NATIVE, EXPERT))
-    vocab_size = 3 + len(alphabet)
+    pieces = ["<pad>", "<s>", "</s>", *alphabet]
+    vocab_size = len(pieces)
     hash = sha256(alphabet.encode())
 
     def encode(self, text: str) -> list[int]:
