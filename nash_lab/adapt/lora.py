@@ -427,11 +427,12 @@ def write_peft(
     "An adapter as `peft` stores it. ValueError when shapes do not fit."
     tensors = {}
     ranks = {}  # path of a layer there -> rank
+    changes = any(np.any(leaf) for leaf in jax.tree.leaves(adapter))
     for path, layer in fitting(lm, adapter).items():
         a, b = map(np.asarray, adapter[path])
         rank = a.shape[-1]
         for index in np.ndindex(shape_of(layer).lead):
-            if not (a[index].any() or b[index].any()):
+            if changes and not (a[index].any() or b[index].any()):
                 continue  # a block that has no adapter
             name = peft_name(path, index)
             turned = a[index].reshape(-1, rank).T

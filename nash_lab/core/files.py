@@ -24,6 +24,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -94,14 +95,19 @@ def read_bytes(path: str | Path, what: str = "file") -> bytes:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {what}")
+    data = bytearray()
     try:
         with open_bytes(path) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            # in pieces: asked for a gigabyte at once, Python makes room for it
+            for block in iter(partial(file.read, 1 << 20), b""):
+                data += block
+                if len(data) > MAX_FILE_BYTES:
+                    break
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: {first_line(error)}") from None
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"{path}: more than {MAX_FILE_BYTES} bytes, unpacked")
-    return data
+    return bytes(data)
 
 
 def read_text(path: str | Path, what: str = "file") -> str:
