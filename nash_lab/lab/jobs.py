@@ -34,6 +34,7 @@ from nash_lab.adapt.lora import (
 from ..core.configs import check_range, check_that, from_json, to_json
 from ..core.files import cache_folder, read_json, read_rows, sha256, write_json
 from ..core.processes import initialize, is_main_process
+from ..adapt.streams import GIVEN, with_streams
 from ..data.corpus import CorpusConfig, PackedTokens, documents
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from ..discover.consolidate import ConsolidateConfig, consolidate
@@ -45,6 +46,7 @@ from .demo import pack_split
 from .report import write_report
 from .run import load
 from ..model.generate import SampleConfig
+from ..model.residuals import ResidualConfig
 from ..model.transformer import parameter_count
 from ..train.preflight import PreflightConfig, preflight_text
 from ..train.pretrain import load_run, pretrain
@@ -235,9 +237,21 @@ class ImportJob:
     folder: str = "model"  # with config.json, safetensors and perhaps tokenizer.json
     run: str = "runs/imported"  # run directory to make
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+    # as it is, or given streams with the same logits: mhc, wide, v41 ...
+    residual: str = "plain"
+    residuals: ResidualConfig = field(default_factory=ResidualConfig)  # of the streams
+
+    def __post_init__(self):
+        known = ("plain", *GIVEN)
+        names = ", ".join(known)
+        check_that(self, "residual", self.residual in known, f"one of {names}")
 
     def __call__(self):
-        print(import_run(self.folder, self.run, self.compute_dtype))
+        change = None
+        if self.residual != "plain":
+            streams = dict(residual=self.residual, settings=self.residuals)
+            change = partial(with_streams, **streams)
+        print(import_run(self.folder, self.run, self.compute_dtype, change))
 
 
 @dataclass(frozen=True)
