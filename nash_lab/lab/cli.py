@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import nash_lab
 from ..core.configs import from_json, to_json
-from ..core.files import read_json, spare_home
+from ..core.files import preload_allocator, read_json, spare_home
 
 # %% ../../nbs/lab/88_cli.ipynb #c006
 class Verb(NamedTuple):
@@ -554,7 +554,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # of an ascii terminal
     prefix = "nash_lab"
     with suppress(Usage):
-        prefix = f"nash_lab {verb_name(args)}"
+        verb = verb_name(args)
+        prefix = f"nash_lab {verb}"
+        if argv is None and VERBS[verb].device and "--help" not in args:
+            preload_allocator()  # may start this command once more
     try:
         with interruptible(prefix) if argv is None else nullcontext():
             spare_home()
