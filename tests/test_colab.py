@@ -176,3 +176,47 @@ def test_sources_that_do_not_answer_are_left_out_and_said_so(tmp_path, capsys, m
     assert said.count("left out:") == 2 and "the corpus is the standard library" in said, said
     (source,) = space["stream"].sources
     assert next(stream_documents(StreamConfig(sources=(source,)))).text
+
+
+def test_small_checkpoints_resume(tmp_path, monkeypatch, capsys):
+    "What the page asks for on a Drive: half the bytes, the two newest, asynchronous; the run resumes and is loaded"
+    import numpy as np
+    from nash_lab.lab.cli import main
+    from nash_lab.train.pretrain import load_run
+
+    monkeypatch.chdir(tmp_path)
+    corpus = "--corpus.max-bytes 60000 --corpus.holdout 0.1".split()
+    assert main(["tokenizer", "--tokenizer.vocab-size", "400", *corpus]) == 0
+    assert main(["pack", *corpus]) == 0
+    small = (
+        "pretrain --preset tiny --model.vocab-size 400 --loader.seq-len 32 --loader.batch-size 4 --eval-batches 2"
+        " --optim.warmup-steps 1 --checkpoint-every 1 --keep 2 --steps 4"
+    ).split()
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        run = tmp_path / dtype
+        assert main([*small, "--run", dtype, "--checkpoint-dtype", dtype]) == 0
+        steps = {int(p.name) for p in (run / "checkpoints").iterdir()}
+        assert {3, 4} <= steps and len(steps) <= 3, steps  # and the best, where it is an older one
+        arrays = [run / "checkpoints/4" / item for item in ("model", "optimizer")]
+        sizes[dtype] = sum(
+            p.stat().st_size for a in arrays for p in a.rglob("[0-9]*") if p.is_file()
+        )
+    assert sizes["bfloat16"] < 0.55 * sizes["float32"], sizes
+    half, cfg = load_run(tmp_path / "bfloat16")
+    whole, _ = load_run(tmp_path / "float32")
+    assert half.embedding[...].dtype == np.float32 and cfg.checkpoint_dtype == "bfloat16"
+    np.testing.assert_allclose(half.embedding[...], whole.embedding[...], rtol=2**-8)
+    # longer, and with whole checkpoints from here on: the type on the disk may always change
+    again = [
+        *small[:-1],
+        "6",
+        "--allow-changes",
+        "--run",
+        "bfloat16",
+        "--checkpoint-dtype",
+        "float32",
+    ]
+    assert main(again) == 0
+    assert (tmp_path / "bfloat16/checkpoints/6").exists()
+    load_run(tmp_path / "bfloat16", 6)
