@@ -223,7 +223,12 @@ def pretrain(cfg: TrainConfig, *, hooks: Iterable[Callable] = ()) -> "Result":
         changes = []
         if main:
             stack.enter_context(run_lock(folder))
-        checkpoints = Checkpoints(folder / "checkpoints", keep=cfg.keep, facts=facts)
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            keep=cfg.keep,
+            facts=facts,
+            dtype=cfg.checkpoint_dtype,
+        )
         stack.enter_context(closing(checkpoints))
         if main:
             fresh = not (folder / "config.json").exists()

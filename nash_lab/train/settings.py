@@ -70,6 +70,8 @@ class TrainConfig:
     # steps between checkpoints; the last step is always saved
     checkpoint_every: int = 200
     keep: int = 3  # newest checkpoints kept, beside the one with the lowest val_loss
+    # of float32 weights and moments on the disk; bfloat16 halves them, a resume rounds
+    checkpoint_dtype: Literal["float32", "bfloat16"] = "float32"
     # steps between lines of metrics.jsonl; only there the host waits
     log_every: int = 10
     # of initial weights and dropout; the order of the data has loader.seed
@@ -119,6 +121,7 @@ FREE = (  # may always differ
     "trackers",
     "log_every",
     "checkpoint_every",
+    "checkpoint_dtype",
     "keep",
     "watchdog_s",
     "allow_changes",
