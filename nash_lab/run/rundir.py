@@ -31,7 +31,13 @@ import jax
 import numpy as np
 
 import nash_lab
-from ..core.files import first_line, hide_home, parse_json, write_atomic
+from nash_lab.core.files import (
+    allocator,
+    first_line,
+    hide_home,
+    parse_json,
+    write_atomic,
+)
 
 # %% ../../nbs/run/30_rundir.ipynb #c006
 def read_metrics(path: str | Path) -> list[dict]:
@@ -263,6 +269,7 @@ def environment() -> dict:
         "versions": versions,
         "backend": device.platform,
         "device": device.device_kind,
+        "allocator": allocator(),
         "devices": jax.device_count(),
         "compiled": hide_home(str(cache)) if cache else None,  # kept here
         "git": revision,
