@@ -119,10 +119,9 @@ class GenerateJob:
     def __post_init__(self):
         sizes = (self.max_new_tokens, self.temperature, self.top_p, self.top_k)
         SampleConfig(*sizes, self.min_p)  # refuses what is out of range
+        check_that(self, "system", self.chat or not self.system, "--chat beside it")
 
     def __call__(self):
-        if self.system and not self.chat:
-            raise ValueError("generate --system: only with --chat")
         model = load(self.run)
         sampling = to_json(self)
         for name in ("run", "prompt", "chat", "system"):
@@ -258,7 +257,11 @@ class ImportJob:
         if self.residual != "plain":
             streams = dict(residual=self.residual, settings=self.residuals)
             change = partial(with_streams, **streams)
-        print(import_run(self.folder, self.run, self.compute_dtype, change))
+        run = import_run(self.folder, self.run, self.compute_dtype, change)
+        print(run)
+        left_out = read_json(run / "imported.json")["left_out"]
+        if left_out:
+            print(f"left out, {len(left_out)}: {', '.join(left_out[:5])}")
 
 
 @dataclass(frozen=True)
