@@ -361,16 +361,6 @@ class Responder:
 
         return self.sum_pairs(requests, cut_request, "likelihoods")
 
-    def text_likelihoods(self, texts: Sequence[str]) -> list[float]:
-        "Log-likelihood of whole texts of any length, their front included, as lm-eval has it."
-        window = self.lm.cfg.max_len
-        found = self.sum_pairs(
-            [(text,) for text in texts],
-            lambda request: windows(self.encode_text(*request), self.empty, window),
-            "rolling",
-        )
-        return [nats for nats, _ in found]
-
     def generate(self, requests: Sequence[tuple[str, dict]]) -> list[str]:
         "For contexts and settings: an answer, cut before its first stop string."
         self.counts["requests"] += len(requests)
@@ -496,7 +486,14 @@ def lm_eval_model(model: Responder) -> Any:
             return model.log_likelihoods([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests, **_):
-            return model.text_likelihoods([request.args[0] for request in requests])
+            # lm-eval tokenizes a text with its front and scores that too.
+            window = model.lm.cfg.max_len
+            found = model.sum_pairs(
+                [request.args for request in requests],
+                lambda text: windows(model.encode_text(*text), model.empty, window),
+                "rolling",
+            )
+            return [nats for nats, _ in found]
 
         def generate_until(self, requests, **_):
             return model.generate([request.args for request in requests])
