@@ -112,30 +112,21 @@ GUARDS = {
     "data: copies of an earlier pass": Guard(
         "tests/test_data_stream.py::test_epochs_are_counted_per_source", "if True:"
     ),
-    "data: a byte that is not UTF-8 in a line": Guard(
-        "tests/test_data.py::test_bad_json_lines_in_a_stream",
-        'codecs.register_error("nash_lab.bad_byte", lambda error: ("?", error.end))',
-    ),
-    "data: a byte that is not UTF-8 in a text": Guard(
-        "tests/test_data.py::test_odd_text_files_in_a_stream", 'self.utf8 = make("replace")'
-    ),
-    "data: the encoding of text": Guard("tests/test_data.py::test_odd_text_files_in_a_stream"),
-    "data: byte order mark of a text": Guard(
-        "tests/test_data.py::test_odd_text_files_in_a_stream",
-        'make = codecs.getincrementaldecoder("utf-8")',
-    ),
     "data: position with a byte order mark": Guard(
         "tests/test_data.py::test_a_position_in_text_read_with_its_byte_order_mark_is_of_another_stream"
     ),
     "data: length of a line in a stream": Guard(
         "tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]"
     ),
-    "data: memory of a line in a stream": Guard(
-        "tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]",
-        "self.held += data[end:]",
+    "data: hidden files": Guard(
+        "tests/test_data_files.py::test_hidden_files_are_left_out_and_counted"
     ),
-    "data: reading ahead in a line": Guard(
-        "tests/test_data_faults.py::test_a_giant_line_in_a_stream[jsonl-line-stream]"
+    "data: another encoding": Guard("tests/test_data_files.py::test_one_reader_for_every_text"),
+    "data: byte order mark of a text": Guard(
+        "tests/test_data.py::test_odd_text_files_in_a_stream", 'return data.decode("utf-8")'
+    ),
+    "data: type of a column": Guard(
+        "tests/test_data_files.py::test_a_column_that_is_no_text_is_refused"
     ),
     "data: files without rows": Guard(
         "tests/test_data_faults.py::test_an_empty_file_is_no_source_and_no_obstacle"
@@ -192,6 +183,17 @@ GUARDS = {
         "deadline = time.monotonic() + limits.wall_s + 5",
     ),
     "sandbox: signals": Guard("tests/test_sandbox.py::test_attack[2u-signals]"),
+    "hf: a tensor of another shape": Guard("tests/test_foreign_weights.py::test_refused[turned matrix]"),
+    "hf: quantised weights": Guard("tests/test_foreign_weights.py::test_refused[awq scales]"),
+    "hf: unknown mathematics": Guard("tests/test_foreign_weights.py::test_refused[softcap]"),
+    "hf: rotary keys": Guard("tests/test_foreign_weights.py::test_rotary_keys_that_are_refused"),
+    "hf: two tensors for one weight": Guard("tests/test_foreign_weights.py::test_refused[one weight twice]"),
+    "hf: two heads under one name": Guard(
+        "tests/test_foreign_weights.py::test_a_tied_head_is_in_whichever_tensor_is_there"
+    ),
+    "lora: more than plain LoRA": Guard("tests/test_lora.py::test_refused_configs"),
+    "lora: a missing layer": Guard("tests/test_refusals_adapt.py::test_adapter_with_a_block_missing"),
+    "lora: a tensor without a layer": Guard("tests/test_lora.py::test_refused_configs"),
 }
 
 

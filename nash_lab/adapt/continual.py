@@ -313,7 +313,12 @@ class SuiteReport:
     skills: tuple[SkillScore, ...]
 
 
-def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
+def evaluate_suite(
+    lm: LM,
+    tokenizer: Tokenizer,
+    suite: Suite,
+    documents: str = "cross",  # of texts: `loader.documents` of the model's run
+) -> SuiteReport:
     "Examine a model. ValueError for a gate whose file was not read, or a text that is too short."
     for gate in (*suite.texts, *suite.skills):
         if gate.path:
@@ -327,7 +332,11 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
             pack([Document(gate.text, "text")], tokenizer, f"{folder}/text.bin")
             packed = PackedTokens.open(f"{folder}/text.bin")
             rows = model_rows(
-                lm, packed, seq_len=suite.seq_len, batch_size=suite.batch_size
+                lm,
+                packed,
+                seq_len=suite.seq_len,
+                batch_size=suite.batch_size,
+                documents=documents,
             )
         count = len(rows.nats)
         if count < 10:
@@ -491,13 +500,14 @@ def gated_update(
     *,
     update: Callable = distil,  # how to learn: the signature and the result of `distil`
     encode: Callable[[str], list[int]] | None = None,  # prompt -> ids, as in `distil`
+    documents: str = "cross",  # as in `evaluate_suite`
 ) -> tuple[LM, GateDecision]:
     "The model that goes on, and why. ValueError for data, suite or folder that cannot be used."
     folder = Path(folder)
     if (folder / "gate_decision.json").exists():
         raise ValueError(f"{folder}: an update was decided here, give another folder")
 
-    before = evaluate_suite(lm, tokenizer, suite)
+    before = evaluate_suite(lm, tokenizer, suite, documents)
     write_json(folder / "eval_before.json", to_json(before))
 
     with closing(MetricsLog(folder / "metrics.jsonl")) as log:
@@ -506,7 +516,7 @@ def gated_update(
             lm, tokenizer, examples, cfg, buffer=buffer, hooks=hooks, encode=encode
         )
 
-    after = evaluate_suite(result.lm, tokenizer, suite)
+    after = evaluate_suite(result.lm, tokenizer, suite, documents)
     write_json(folder / "eval_after.json", to_json(after))
 
     decision = decide(before, after, suite)
@@ -555,7 +565,8 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         buffer = read_as(ReplayBuffer, buffer_file)
     else:
         buffer = ReplayBuffer(cfg.capacity, cfg.policy, seed=cfg.sdft.seed)
-    lm, _ = load_run(cfg.run)
+    lm, learned = load_run(cfg.run)
+    rows = learned.loader
     tokenizer = run_tokenizer(cfg.run)
 
     with run_lock(out):
@@ -563,9 +574,8 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         (out / "gate_decision.json").unlink(
             missing_ok=True
         )  # of a block that was interrupted
-        kept, decision = gated_update(
-            lm, tokenizer, examples, cfg.sdft, suite, buffer, out
-        )
+        given = (lm, tokenizer, examples, cfg.sdft, suite, buffer, out)
+        kept, decision = gated_update(*given, documents=rows.documents)
         buffer.write_to(out / "replay.json")
     save_merged(
         cfg.run, out, kept, {"continual": to_json(cfg), "accepted": decision.accepted}

@@ -346,6 +346,10 @@ class Example:
     prompt: str  # x
     demonstration: str  # c
     shown: str = ""  # the teacher's whole prompt, where the template does not fit
+    # of the row, kept with it: not part of what is learned
+    source: str = ""
+    tags: tuple[str, ...] = ()
+    reward: float | None = None
 
     def __post_init__(self):
         for name in ("prompt", "demonstration"):

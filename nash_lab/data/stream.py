@@ -270,6 +270,8 @@ def stream_documents(
             report.skipped = sum(docs.counts, Counter())
             for kept in ("rows", "documents", "bytes", "cut"):
                 del report.skipped[kept]
+            hidden = sum(len(source.hidden) for source in docs.sources)
+            report.skipped += Counter({"hidden file": hidden})
         yield Document(text, cfg.sources[i].name)
 
 # %% ../../nbs/data/29_stream.ipynb #c027
@@ -491,6 +493,7 @@ class StreamLoader(Batches):
             first[str(lane)] = dict(
                 at=docs.get_state(), used=0, read=docs.read_so_far(), log=""
             )
+        self._hidden = [len(source.hidden) for source in docs.sources]
         self._entry = docs.filter.memory.entry
         self.set_state(dict(batch=0, lanes=first, stream=self.stream))
 
@@ -529,6 +532,7 @@ class StreamLoader(Batches):
             total = Counter()
             for lane in read:
                 total.update(lane["counts"][i])
+            total["hidden file"] = self._hidden[i]
             found[label] = dict(+total)  # + drops what is 0
             found[label]["epoch"] = min(lane["epochs"][i] for lane in read)
         return found

@@ -320,7 +320,7 @@ class HFTokenizer:
         return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Iterable[int]) -> str:
-        "Text of ids, broken UTF-8 as U+FFFD, PAD, BOS and ends as nothing; ValueError out of range."
+        "Text of ids, broken UTF-8 as U+FFFD, PAD, BOS, ends as nothing; ValueError out of range."
         silent = {self.pad_id, self.bos_id, *self.end_ids}
         loud = _plain_ids((i for i in ids if int(i) not in silent), self.vocab_size)
         return self._model.decode(loud, skip_special_tokens=False)
@@ -361,6 +361,11 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
             if file.is_file():
                 copied = Path(target) / file.relative_to(source)
                 write_atomic(copied, file.read_bytes())
+    config = Path(source) / "config.json"
+    if "model_type" in read_object(
+        config
+    ):  # of a model: a run has its own by this name
+        write_atomic(Path(target) / MODEL_CONFIG, config.read_bytes())
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c051
 def as_tokenizer_json(

@@ -13,7 +13,6 @@ __all__ = ['SLACK', 'LETTERS', 'COMPLAINTS', 'OBJECTIVES', 'Runner', 'PROBLEMS',
            'problem_by_name']
 
 # %% ../../nbs/discover/70_problems.ipynb #c003
-import gzip
 import json
 import math
 import string
@@ -28,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ..core.files import parse_json
+from ..core.files import MAX_FILE_BYTES, parse_json, read_text
 from ..data.tokenizer import HFTokenizer
 
 # %% ../../nbs/discover/70_problems.ipynb #c006
@@ -582,15 +581,14 @@ def code_tests(
 # %% ../../nbs/discover/70_problems.ipynb #c066
 def code_problems(path: str | Path, run: Runner) -> list[Problem]:
     "HumanEval, MBPP or sanitized MBPP: .jsonl, .jsonl.gz or .json. ValueError: file and line."
-    data = Path(path).read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
-    text = data.decode("utf-8")
+    text = read_text(path, "file of problems")
     is_list = text.lstrip().startswith("[")
-    rows = json.loads(text) if is_list else text.splitlines()
+    rows = text.split("\n")
+    if is_list:
+        rows = parse_json(text, MAX_FILE_BYTES)
     problems = []
     for number, row in enumerate(rows, 1):
-        if not row:
+        if not is_list and not row.strip():
             continue
         try:
             item = row if is_list else parse_json(row)

@@ -101,6 +101,9 @@ class GenerateJob:
 
     run: str = "runs/demo"  # run directory
     prompt: tuple[str, ...] = ("def ",)  # one or more prompts
+    # each prompt is a question to a chat model, in the form of its chat template
+    chat: bool = False
+    system: str = ""  # instructions before the question, with --chat
     max_new_tokens: int = 64  # tokens to add at most
     temperature: float = 0.7  # 0 takes the most likely token every time
     top_p: float = 0.95  # smallest set of tokens with this probability; 1 is off
@@ -109,11 +112,17 @@ class GenerateJob:
     seed: int = 0  # of the draws
 
     def __call__(self):
+        if self.system and not self.chat:
+            raise ValueError("generate --system: only with --chat")
         model = load(self.run)
         sampling = to_json(self)
-        del sampling["run"], sampling["prompt"]
+        for name in ("run", "prompt", "chat", "system"):
+            del sampling[name]
         for prompt in self.prompt:
-            print(prompt + model.generate(prompt, **sampling))
+            if self.chat:
+                print(model.chat(prompt, system=self.system, **sampling))
+            else:
+                print(prompt + model.generate(prompt, **sampling))
 
 # %% ../../nbs/lab/86_cli.ipynb #c010
 @dataclass(frozen=True)
@@ -174,6 +183,7 @@ class EvalJob:
                 model.lm,
                 PackedTokens.open(data, tokenizer_hash=model.tokenizer.hash),
                 seq_len=cfg.loader.seq_len,
+                documents=cfg.loader.documents,
                 batches=self.batches,
                 probes=probes,
                 generate_text=answer,

@@ -6,7 +6,7 @@
 __all__ = ['padded_row', 'LogProb', 'Model', 'load']
 
 # %% ../../nbs/lab/81_run.ipynb #c003
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,11 @@ from flax import nnx
 from jaxtyping import Float
 
 from ..core.keys import named_key
-from ..core.text import Tokenizer
+from ..core.text import Tokenizer, continuation, known_ids
 from ..data.tokenizer import PAD, load_tokenizer
 from .viz import Picture, routing_heatmaps
-from ..model.generate import generate
+from ..model.chat import chat_ids
+from ..model.generate import generate, sampling_rules, unpad
 from ..model.mhc import Routing
 from ..model.transformer import LM, parameter_count
 from ..train.pretrain import load_run, read_metrics
@@ -74,11 +75,30 @@ class Model:
         return read_metrics(self.run / "metrics.jsonl")
 
     def token_ids(self, text: str) -> list[int]:
-        "Ids of the start of a document, EOS before them unless the run masked boundaries."
-        ids = self.tokenizer.encode(text)
-        if self.config.loader.documents == "cross":
-            return [self.tokenizer.eos_id, *ids]
-        return ids
+        "Ids of the start of a document, with what stood before it in training."
+        cfg = self.config
+        front = ()
+        if cfg.loader.documents == "cross":
+            front = (self.tokenizer.eos_id,)
+        elif not (cfg.train_bin or cfg.data or cfg.stream.sources):  # trained elsewhere
+            front = self.tokenizer.front
+        ids = [*front, *self.tokenizer.encode(text)]
+        return known_ids(self.tokenizer, ids, self.lm.cfg.vocab_size)
+
+    def continue_ids(
+        self, prompts: list[list[int]], *, seed: int = 0, forbidden=(), **how: Any
+    ) -> list[str]:
+        "Text that continues ids; `how` as in `model.generate.generate`."
+        words = self.tokenizer
+        rules = sampling_rules(words, self.lm)
+        silent = {words.pad_id, words.bos_id, words.unk_id} - {None, *words.end_ids}
+        never = {i for i in silent if i < self.lm.cfg.vocab_size}
+        never |= {*rules["forbidden"], *forbidden}
+        rules["forbidden"] = tuple(sorted(never))
+        key = named_key(jax.random.key(seed), "generate")
+        tokens, lengths = generate(self.lm, prompts, **rules | {"key": key} | how)
+        rows = zip(prompts, unpad(tokens, lengths))
+        return [continuation(words, prompt, new) for prompt, new in rows]
 
     def generate(
         self,
@@ -89,21 +109,25 @@ class Model:
     ) -> str | list[str]:  # new text only, one for each given
         "Continue `text`. ValueError for a bad setting or too little room."
         texts = [text] if isinstance(text, str) else list(text)
-        words = self.tokenizer
-        beyond = range(words.vocab_size, self.lm.cfg.vocab_size)
-        never = {words.pad_id, words.bos_id, words.unk_id, *beyond} - {
-            None,
-            words.eos_id,
-        }
-        options = {
-            "eos_id": words.eos_id,
-            "forbidden": tuple(sorted(never)),
-            "key": named_key(jax.random.key(seed), "generate"),
-        }
         prompts = [self.token_ids(t) for t in texts]
-        tokens, lengths = generate(self.lm, prompts, **options | sampling)
-        written = [words.decode(row[:length]) for row, length in zip(tokens, lengths)]
+        written = self.continue_ids(prompts, seed=seed, **sampling)
         return written[0] if isinstance(text, str) else written
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping],  # a question, or turns with role and content
+        *,
+        system: str = "",  # instructions before them
+        seed: int = 0,  # of the draw
+        **sampling: Any,  # as in `generate`
+    ) -> str:
+        "The answer of a chat model. FileNotFoundError where the run has no chat template."
+        turns = [{"role": "system", "content": system}] if system else []
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        ids = chat_ids(self.tokenizer, self.run, [*turns, *messages])
+        ids = known_ids(self.tokenizer, ids, self.lm.cfg.vocab_size)
+        return self.continue_ids([ids], seed=seed, **sampling)[0]
 
     def logprob(self, text: str) -> LogProb:
         "How likely the model finds `text`. ValueError for fewer than two tokens or too many."
@@ -147,9 +171,4 @@ def load(
         raise ValueError(
             f"{run_dir}: the run has no tokenizer, expected tokenizer=FILE"
         )
-    words = load_tokenizer(path)
-    if words.vocab_size > lm.cfg.vocab_size:
-        raise ValueError(
-            f"{path}: {words.vocab_size} pieces, the model of {run_dir} has {lm.cfg.vocab_size}"
-        )
-    return Model(lm, config, words, Path(run_dir))
+    return Model(lm, config, load_tokenizer(path), Path(run_dir))

@@ -88,25 +88,27 @@ def rope(
 ) -> Float[Array, "b t h k"]:
     "Rotate each pair by position times frequency, in fp32 (2104.09864, Eq. 34)."
     width = 2 * rotary.frequencies.shape[0]  # the other dimensions stay
-    y = wide(x[..., :width])
+    y = x[..., :width]
     frequencies = jnp.asarray(rotary.frequencies)
     angle = (
         positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     )
-    cos = jnp.cos(angle).astype(y.dtype) * rotary.scale
-    sin = jnp.sin(angle).astype(y.dtype) * rotary.scale
+    full = wide(y).dtype
+    cos = jnp.cos(angle).astype(full) * rotary.scale
+    sin = jnp.sin(angle).astype(full) * rotary.scale
 
     if interleaved:
         a, b = y[..., 0::2], y[..., 1::2]
     else:
         a, b = jnp.split(y, 2, axis=-1)
-    turned = [a * cos - b * sin, b * cos + a * sin]
+    # widened after the cut and narrowed before the join: compilers store what is cut and joined
+    a = wide(a)
+    b = wide(b)
+    turned = [(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype)]
     if interleaved:
         y = jnp.stack(turned, axis=-1).reshape(y.shape)
     else:
         y = jnp.concatenate(turned, axis=-1)
-
-    y = y.astype(x.dtype)
     if width == x.shape[-1]:
         return y
     return jnp.concatenate([y, x[..., width:]], axis=-1)
@@ -120,7 +122,7 @@ class RopeConfig:
     # share of a head's dimensions that turn, its first ones; the others know no position
     rotary_fraction: float = 1.0
     # how contexts longer than the trained one are reached
-    scaling: Literal["none", "yarn", "llama3"] = "none"
+    scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
     factor: float = 1.0  # s, longest context over original_len; 1 changes nothing
     original_len: int = 2048  # L, context length of the training before, in tokens
     # yarn: a pair with more turns in L tokens than this is left alone
@@ -133,6 +135,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     # llama3: a pair with more turns in L tokens than this is left alone
     high_freq_factor: float = 4.0
+    truncate: bool = True  # yarn: the ends of the ramp are rounded outward
 
     def __post_init__(self):
         check_choices(self)
@@ -162,6 +165,8 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> Rotary:
     # slowed = 1 - gamma: 0 leaves a pair alone, 1 divides its frequency by the factor
     if cfg.scaling == "none":
         slowed = np.zeros(width // 2)
+    elif cfg.scaling == "linear":  # position interpolation, 2306.15595
+        slowed = np.ones(width // 2)
     elif cfg.scaling == "llama3":
         turns = cfg.original_len * plain / (2 * math.pi)
         ramp = (turns - cfg.low_freq_factor) / (
@@ -173,9 +178,12 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> Rotary:
         for turns in (cfg.beta_fast, cfg.beta_slow):
             waves = math.log(cfg.original_len / (turns * 2 * math.pi))
             ends.append(width * waves / (2 * math.log(cfg.theta)))
-        low = max(math.floor(ends[0]), 0)
-        high = min(math.ceil(ends[1]), width - 1)
-        slowed = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0, 1)
+        if cfg.truncate:
+            ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        low = max(ends[0], 0)
+        high = min(ends[1], width - 1)
+        span = high - low or 1e-3  # below zero as in the published code
+        slowed = np.clip((np.arange(width // 2) - low) / span, 0, 1)
         scale = cfg.attention_factor or 0.1 * math.log(cfg.factor) + 1  # Eq. 22
 
     frequencies = plain + slowed * (plain / cfg.factor - plain)

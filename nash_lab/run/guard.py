@@ -25,6 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..core.files import hide_home
+
 # %% ../../nbs/run/32_guard.ipynb #c006
 STOPPED = 75  # a signal came, the state of that step is saved: the same command resumes
 HUNG = 76  # nothing moved: stacks are in stacks.txt, the last checkpoint counts
@@ -299,7 +301,7 @@ class Guard:
         for number, frame in sys._current_frames().items():
             trace = "".join(traceback.format_stack(frame))
             text += f"thread {names.get(number, number)}\n{trace}\n"
-        text = text.replace(str(Path.home()), "~")  # guard: run: home directory
+        text = hide_home(text)  # guard: run: home directory
         with suppress(OSError):
             (self.run / "stacks.txt").write_text(text)
         _exit_now(

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 import nash_lab
-from ..core.files import first_line, parse_json, write_atomic
+from ..core.files import first_line, hide_home, parse_json, write_atomic
 
 # %% ../../nbs/run/30_rundir.ipynb #c006
 def read_metrics(path: str | Path) -> list[dict]:
@@ -264,6 +264,6 @@ def environment() -> dict:
         "device": device.device_kind,
         "devices": jax.device_count(),
         "git": revision,
-        "command": command.replace(str(Path.home()), "~"),
+        "command": hide_home(command),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

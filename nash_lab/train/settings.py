@@ -35,7 +35,7 @@ from nash_lab.data.stream import (
     stream_documents,
     stream_loader,
 )
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import copy_companions, load_tokenizer
 from ..model.transformer import ModelConfig
 from ..run.rundir import TRACKERS, environment
 from .optim import OptimConfig, schedule
@@ -156,7 +156,7 @@ def saved_config(run: Path) -> TrainConfig:
 
 # %% ../../nbs/train/43_settings.ipynb #c011
 def copy_tokenizer(path: str | Path, run: Path) -> None:
-    "Give the run a copy of its tokenizer, a file or a folder with tokenizer.json."
+    "Give the run a copy of its tokenizer, a file or a folder, and of what stands beside it."
     if not path:
         return
     file = Path(path)
@@ -164,6 +164,8 @@ def copy_tokenizer(path: str | Path, run: Path) -> None:
         file = file / "tokenizer.json"
     name = f"tokenizer{file.suffix}"
     write_atomic(run / name, file.read_bytes())
+    if file.suffix == ".json" and file.parent.resolve() != Path(run).resolve():
+        copy_companions(file.parent, run)
     for other in TOKENIZERS:
         if other != name:
             (run / other).unlink(missing_ok=True)
