@@ -473,13 +473,16 @@ def distil(
     if encode is None:
         encode = encoder(tokenizer, cfg.before)
 
-    def encode_known(text):
-        return known_ids(tokenizer, encode(text), lm.cfg.vocab_size)
-
     order = jax.random.key_data(named_key(key, "order"))
     rng = np.random.default_rng(np.asarray(order))
-    planned = plan_batches(lm, examples, buffer, cfg, encode_known, rng)
-    batches, replayed, widths = planned
+    batches, replayed, widths = plan_batches(
+        lm,
+        examples,
+        buffer,
+        cfg,
+        lambda text: known_ids(tokenizer, encode(text), lm.cfg.vocab_size),
+        rng,
+    )
 
     # theta and phi start as copies of the same parameters
     graphdef = nnx.graphdef(lm)
