@@ -11,7 +11,6 @@ __all__ = ['GIVEN', 'with_streams']
 from dataclasses import replace
 from math import log
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
