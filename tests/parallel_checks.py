@@ -14,9 +14,11 @@ from flax import nnx
 
 from nash_lab.data.corpus import PackedMeta, PackedTokens
 from nash_lab.data.loader import LoaderConfig, loader
+from nash_lab.model import attention
 from nash_lab.model.block import MAHAConfig, ModelConfig
 from nash_lab.model.generate import generate
 from nash_lab.core.configs import to_json
+from nash_lab.model.residuals import RESIDUALS, ResidualConfig
 from nash_lab.model.transformer import LM
 from nash_lab.run.checkpoint import Checkpoints
 from nash_lab.train.settings import TrainConfig
@@ -57,6 +59,10 @@ KINDS = {
     "moe": dict(ffn="moe", ffn_width=96, residual="plain"),
     "mtp": dict(mtp="sequential", residual="plain"),
     "plain": dict(residual="plain", dropout=0.1, tie_embeddings=False),
+} | {
+    name: dict(residual=name, residuals=ResidualConfig(rank=8, block=2))
+    for name in RESIDUALS
+    if name not in ("plain", "mhc")
 }
 
 
@@ -163,6 +169,12 @@ def kinds(*names):
         }
         for kind in names
     }
+
+
+def long_rows(*names):
+    "the same, with rows that count as long: attention in blocks, divided over devices by hand"
+    attention.LONG = 16
+    return kinds(*names)
 
 
 def checkpoints(folder):

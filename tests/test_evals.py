@@ -338,13 +338,14 @@ def test_requests_that_cannot_be_asked(tmp_path):
             "a continuation of 65 tokens, the model reads",
         ),
         (lambda: score_texts(model, ["a", ""]), "2 documents, 1 of them empty"),
-        (
-            lambda: Responder(LM(ModelConfig.tiny()), tokenizer),
-            "a tokenizer of 320 pieces, the model has 256",
-        ),
     ):
         with pytest.raises(ValueError, match=said):
             call()
+    small = Responder(LM(ModelConfig.tiny(vocab_size=300)), tokenizer)
+    found = small.log_likelihoods([("a", "b"), ("a", TEXT[0])])
+    assert math.isfinite(found[0][0]) and found[1] == (-math.inf, False)
+    (why,) = small.faults.values()
+    assert "the model has only 300 rows" in why
 
 
 def test_windows_of_lm_eval():

@@ -17,6 +17,7 @@ from nash_lab.adapt.lora import (
     init_adapter,
     linear_layers,
     merge_adapter,
+    peft_adapts,
     peft_name,
     read_peft,
     target_shapes,
@@ -199,8 +200,27 @@ def test_extraction_is_exact_at_full_rank():
         (dict(peft_type="IA3"), "peft_type 'IA3'"),
         (dict(use_dora=True), "use_dora"),
         (dict(bias="all"), "bias"),
-        (dict(rank_pattern={"q_proj": 4}), "rank_pattern"),
+        (dict(rank_pattern={"q_proj": 4}), "expected (4, 32)"),
+        (dict(rank_pattern={"q_proj": 0}), "rank_pattern: 'q_proj' is 0"),
+        (dict(rank_pattern=[4]), "rank_pattern is [4], expected dict"),
+        (dict(alpha_pattern={"q_proj": "x"}), "alpha_pattern: 'q_proj' is 'x'"),
+        (dict(rank_pattern={"(": 4}), "no regular expression"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(lora_bias=True), "lora_bias"),
+        (dict(use_new_variant=True), "use_new_variant"),
+        (dict(new_config={"a": 1}), "new_config"),
+        (dict(init_lora_weights="pissa_niter_4"), "which may change the base"),
+        (dict(init_lora_weights="loftq"), "which may change the base"),
+        (dict(target_modules=["q_proj"]), "belongs to no linear layer that is adapted"),
+        (dict(target_modules=["lm_head"]), "belongs to no linear layer that is adapted"),
+        (dict(target_modules=3), "target_modules is 3, expected str or list"),
+        (dict(exclude_modules=["layers.1.mlp.up_proj"]), "layers.1.mlp.up_proj.lora_A.weight belongs"),
+        (dict(layers_to_transform=[0]), "layers.1.mlp.down_proj.lora_A.weight belongs"),
+        (
+            dict(layers_to_transform=[0], target_modules="all-linear"),
+            "layers_to_transform needs target_modules as a list",
+        ),
+        (dict(layers_pattern="layers"), "layers_pattern needs layers_to_transform"),
         (dict(r=5), "expected (5, 32)"),
         (dict(r="x"), "rank: expected int, found 'x'"),
     ],
@@ -228,6 +248,9 @@ def test_refused_files(tmp_path):
         read_peft(tmp_path, lm)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
+        read_peft(tmp_path, lm)
+    (tmp_path / "adapter_model.bin").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="adapter_model.bin: expected adapter_model.safetensors"):
         read_peft(tmp_path, lm)
     (tmp_path / "adapter_config.json").write_text("[")
     with pytest.raises(ValueError, match="adapter_config.json: "):
@@ -350,6 +373,94 @@ def test_we_load_what_peft_wrote(pair, cfg, tmp_path):
 
     a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours"))
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+Q1 = "model.layers.1.self_attn.q_proj"
+PEFT_RULES = {
+    "suffixes": dict(target_modules=["self_attn.v_proj", "up_proj"]),
+    "whole paths": dict(target_modules=[Q1, "model.layers.0.mlp.down_proj"]),
+    "regular expression": dict(target_modules=r".*layers\.1\..*(q|v)_proj"),
+    "all-linear": dict(target_modules="all-linear", exclude_modules=["o_proj"]),
+    "the family's own": dict(target_modules=None),
+    "excluded end": dict(target_modules=["q_proj", "k_proj"], exclude_modules=[Q1]),
+    "excluded by expression": dict(
+        target_modules=["q_proj", "k_proj"], exclude_modules=r".*\.0\..*q_proj"
+    ),
+    "one block": dict(target_modules=["q_proj", "gate_proj"], layers_to_transform=1),
+    "list of blocks": dict(target_modules=["q_proj", "gate_proj"], layers_to_transform=[0]),
+    "no blocks": dict(target_modules=["q_proj"], layers_to_transform=[]),
+    "a path beside a block": dict(
+        target_modules=[Q1, "v_proj"], layers_to_transform=[0], layers_pattern=["h", "layers"]
+    ),
+    "ranks": dict(target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2}),
+    "alphas": dict(target_modules=["q_proj", "v_proj"], alpha_pattern={"q_proj": 32}),
+    "ranks by block": dict(
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={r"layers\.0\..*": 2, "self_attn.q_proj": 5},
+        alpha_pattern={"^" + Q1.replace(".", r"\."): 3, Q1: 7.5, "layers.*v_proj": 1},
+    ),
+    "ranks of all": dict(target_modules=["q_proj"], rank_pattern={".*": 3}),
+    "roots of ranks": dict(
+        target_modules=["q_proj", "down_proj"],
+        use_rslora=True,
+        rank_pattern={"down_proj": 9},
+        alpha_pattern={Q1: 5},
+    ),
+    "another start": dict(target_modules=["q_proj"], init_lora_weights="orthogonal"),
+    "turned": dict(target_modules=["q_proj"], fan_in_fan_out=True),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(PEFT_RULES))
+def test_layers_ranks_and_scales_are_those_of_peft(pair, name, tmp_path):
+    "Logits of what peft wrote, and of what we write of it when peft reads that"
+    peft = pytest.importorskip("peft")
+    import copy
+    import torch
+
+    ours, theirs = pair
+    rules = dict(r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(
+        copy.deepcopy(theirs), peft.LoraConfig(**rules | PEFT_RULES[name])
+    ).eval()
+    for key, weight in model.named_parameters():
+        if "lora_" in key:
+            weight.data = 0.2 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "theirs")
+    want = scores(model)
+    assert np.abs(want - scores(theirs)).max() > 0.01
+
+    adapter, told = read_peft(tmp_path / "theirs", ours)
+    np.testing.assert_allclose(
+        logits(attach(ours, adapter, told.scale), TOKENS), want, atol=5e-5
+    )
+    write_peft(tmp_path / "ours", adapter, told, ours)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    np.testing.assert_allclose(scores(again), want, atol=5e-5)
+    adapted = {k for k, _ in model.named_parameters() if "lora_A" in k}
+    assert {k for k, _ in again.named_parameters() if "lora_A" in k} == adapted
+
+
+def test_what_peft_would_not_adapt_is_zero():
+    "The rules on paths alone: no more and no fewer than peft's"
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(12)]
+    for config, want in (
+        ({"layers_to_transform": 1}, [1]),
+        ({"layers_to_transform": [1, 11]}, [1, 11]),
+        ({"layers_to_transform": [3], "layers_pattern": "layers"}, [3]),
+        ({"layers_to_transform": [3], "layers_pattern": "h"}, []),
+        ({"exclude_modules": names[2:]}, [0, 1]),
+        ({"exclude_modules": r".*\.1\d?\..*"}, [0, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ({"target_modules": r"layers\.1\..*"}, []),
+        ({"target_modules": ["proj"]}, []),
+        ({"target_modules": "ALL-linear"}, list(range(12))),
+    ):
+        config = {"target_modules": ["q_proj"]} | config
+        assert [i for i, n in enumerate(names) if peft_adapts(config, n)] == want, config
+    assert not peft_adapts({"target_modules": "all-linear"}, "lm_head")
 
 
 @pytest.mark.parity

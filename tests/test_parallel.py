@@ -29,6 +29,7 @@ from nash_lab.train.parallel import (
     state_shardings,
     unsharded,
 )
+from nash_lab.model.residuals import RESIDUALS as FAMILY
 from nash_lab.train.step import fresh_state
 
 ATTENTIONS, RESIDUALS, MTPS = (
@@ -44,6 +45,7 @@ MODELS += [
     dict(attention="mla", mla=MLAConfig(q_rank=16)),
     dict(tie_embeddings=False),
     dict(ffn="moe", ffn_width=96, mtp="sequential"),
+    *(dict(residual=name) for name in FAMILY if name not in ("plain", "mhc")),
 ]
 
 
@@ -87,10 +89,9 @@ def test_every_large_weight_is_divided(model):
         leaves(params).items(), jax.tree.leaves(param_specs(params, RULES, mesh))
     ):
         parts[name] = x.size // int(np.prod(s.shard_shape(x.shape)))
-        few = any(
-            word in name
-            for word in ("phi", "router", "latent/down", "key/weight", "ends/embedding")
-        )  # into n, e, c or r numbers
+        few = ("phi", "router", "latent/down", "key/weight", "ends/embedding", "inject", "mixer")
+        few = any(word in name for word in few)  # into n, e, c or r numbers
+        few = few or name.endswith(("_hyper/down", "_hyper/up"))
         small = x.size <= 256 or x.ndim <= 2 and name.endswith(("gain", "bias"))
         assert parts[name] == (2 if few else 4) or small, (
             f"{name}{x.shape} is in {parts[name]} parts"
@@ -237,7 +238,17 @@ def test_losses_in_micro_batches():
     assert off(found["2,2,2"], found["1"]) < 1e-5, found
 
 
-@pytest.mark.parametrize("kinds", ["diff1 diff2", "mla maha", "moe mtp"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        "diff1 diff2",
+        "mla maha",
+        "moe mtp",
+        "wider hc frac v4",
+        "v41 lite kromhc ihc",
+        "gated wide attnres",
+    ],
+)
 def test_gradients_of_every_kind(kinds):
     "loss and norm of the gradient"
     for kind, found in check("kinds", *kinds.split()).items():
@@ -267,6 +278,12 @@ def test_a_run_moves_between_meshes(tmp_path):
 def test_order_of_batches():
     found = check("order")
     assert found["1"] == found["2"] == found["8"] and len(found["1"]) == 4
+
+
+def test_long_rows_on_a_mesh():
+    "attention in blocks, each device its rows and heads: the numbers of one device"
+    for kind, found in check("long_rows", "plain", "mla").items():
+        assert off(found["1"], found["2,2,2"]) < 1e-4, (kind, found)
 
 
 def test_decoding_on_a_mesh():

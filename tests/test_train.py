@@ -18,14 +18,15 @@ import pytest
 from flax import nnx
 
 from nash_lab.data.corpus import CorpusConfig, Document, PackedTokens, corpus_files, pack
-from nash_lab.data.loader import LoaderConfig, row_count
-from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+from nash_lab.data.loader import LoaderConfig, make_batch, row_count
+from nash_lab.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from nash_lab.core.configs import to_json
+from nash_lab.lab.cli import main
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train import pretrain as module
 from nash_lab.run import rundir
 from nash_lab.train import step as step_module
-from nash_lab.run.checkpoint import Checkpoints, Damaged, steps_in, verify
+from nash_lab.run.checkpoint import Checkpoints, Damaged, read_manifest, steps_in, verify
 from nash_lab.run.guard import run_lock
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.settings import TrainConfig
@@ -232,6 +233,59 @@ def test_log_has_each_step_once(straight, cfg):
     assert steps_in(straight / "checkpoints") == [8, 12]
     metrics = {step: verify(straight / f"checkpoints/{step}")["metrics"] for step in (8, 12)}
     assert metrics == {8: {}, 12: {name: rows[-1][name] for name in ("val_loss", "val_bpb")}}
+
+
+def mean_nats(lm, packed, loader, how):
+    "Nats per counted target of a file, by hand: rows from `make_batch`, the objective of training"
+    rows = np.arange(row_count(len(packed), loader.seq_len))
+    batch = make_batch(packed.tokens, rows, loader.seq_len, how, packed.meta.eos_id)
+    batch = {name: batch[name] for name in step_module.batch_fields(how)}
+    _, terms = lm.objective(**batch)
+    return float(terms["nats"] / terms["count"]), int(terms["count"])
+
+
+@pytest.mark.parametrize("documents", ["cross", "mask"])
+def test_validation_and_eval_measure_what_is_trained(cfg, tmp_path, documents):
+    """Short documents end often. The loss of the log falls with that of training, it is what the objective of training says of
+    the held-out rows, and `eval`, the tables beside it, the kept checkpoint and a gate's text all ask for the same"""
+    rng = np.random.default_rng(0)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    for split, count in (("train", 600), ("validation", 60)):
+        words = ("".join(rng.choice(list("abcde"), 1 + rng.integers(6))) for _ in range(count))
+        docs = [Document(word, f"{i}") for i, word in enumerate(words)]
+        pack(docs, tokenizer, tmp_path / f"{split}.bin", split=split)
+    loader = LoaderConfig(seq_len=32, batch_size=16, documents=documents)
+    run = replace(
+        cfg,
+        run=str(tmp_path / "run"),
+        train_bin=str(tmp_path / "train.bin"),
+        val_bin=str(tmp_path / "validation.bin"),
+        steps=40,
+        log_every=20,
+        eval_every=20,
+        checkpoint_every=20,
+        eval_batches=0,
+        loader=loader,
+    )
+    pretrain(run)
+    rows = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if "val_loss" in row]
+    assert rows[0]["val_loss"] > rows[1]["val_loss"] > rows[2]["val_loss"]
+    assert rows[2]["val_loss"] < 1.2 * rows[2]["loss"]
+
+    lm, _ = load_run(tmp_path / "run")
+    packed = PackedTokens.open(run.val_bin)
+    right, count = mean_nats(lm, packed, loader, documents)
+    assert rows[2]["val_loss"] == pytest.approx(right, rel=1e-5)
+    other = "cross" if documents == "mask" else "mask"
+    assert abs(mean_nats(lm, packed, loader, other)[0] - right) > 0.01
+    best = [read_manifest(tmp_path / f"run/checkpoints/{step}")["metrics"] for step in (20, 40)]
+    assert [kept["val_loss"] for kept in best] == [row["val_loss"] for row in rows[1:]]
+
+    assert main(["eval", "--run", run.run, "--tables", "--out", str(tmp_path / "e.json")]) == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["model"]["nats_per_token"] == pytest.approx(right, rel=1e-5)
+    assert {table["tokens"] for table in report["tables"].values()} == {count}
+    assert report["model"]["tokens"] == count
 
 
 def test_epoch_edge_is_inside_the_run(cfg):

@@ -7,7 +7,7 @@ every time (three seeds, [studies/learning](../studies/91_learning.ipynb))."""
 
 # %% auto #0
 __all__ = ['Policy', 'REJECTED', 'Kept', 'read_as', 'ReplayBuffer', 'paired_change', 'CodeProbe',
-           'TextGate', 'SkillGate', 'Suite', 'load_suite', 'TextScore', 'SkillScore',
+           'is_right', 'TextGate', 'SkillGate', 'Suite', 'load_suite', 'TextScore', 'SkillScore',
            'SuiteReport', 'evaluate_suite', 'Rejected', 'Check', 'GateDecision', 'decide',
            'gated_update', 'ContinualConfig', 'continual']
 
@@ -38,10 +38,11 @@ from nash_lab.core.configs import (
     check_that,
     claim,
     from_json,
+    from_row,
     to_json,
 )
 from ..core.files import read_json, read_rows, sha256, write_json
-from ..core.text import Tokenizer
+from ..core.text import Tokenizer, continuation
 from ..data.corpus import Document, PackedTokens, pack
 from ..evals.lm_eval import cut_at
 from ..evals.sandbox import run_python
@@ -54,7 +55,7 @@ from nash_lab.evals.scores import (
     weights_hash,
     wilson,
 )
-from ..model.generate import generate
+from ..model.generate import generate, sampling_rules, unpad
 from ..model.transformer import LM
 from ..run.guard import run_lock
 from ..run.rundir import MetricsLog
@@ -177,14 +178,19 @@ class CodeProbe:
     tests: str  # assertions that hold for a right answer
     # ends the answer
     stop: tuple[str, ...] = ("\ndef ", "\nclass ", "\nprint(", "\nif ", "\n#")
+    # further keys of its row
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         check_that(self, "tests", bool(self.tests.strip()), "assertions")
 
-    def matches(self, answer: str) -> bool:
-        "Whether the tests hold, in the sandbox."
-        program = self.prompt + cut_at(answer, self.stop)
-        return run_python(program, self.tests).passed
+
+def is_right(probe: Probe | CodeProbe, answer: str) -> bool:
+    "Whether the answer is the probe's; tests are run in the sandbox."
+    if isinstance(probe, Probe):
+        return probe.matches(answer)
+    program = probe.prompt + cut_at(answer, probe.stop)
+    return run_python(program, probe.tests).passed
 
 # %% ../../nbs/adapt/63_continual.ipynb #c025
 @dataclass(frozen=True)
@@ -249,9 +255,12 @@ class Suite:
 
     @property
     def hash(self) -> str:
-        "SHA-256 of everything in it."
-        text = json.dumps(to_json(self), sort_keys=True)
-        return sha256(text.encode())
+        "SHA-256 of everything that decides."
+        data = to_json(self)
+        for gate in data["skills"]:
+            for probe in gate["probes"]:
+                del probe["more"]  # a note, and hashes of suites without are older
+        return sha256(json.dumps(data, sort_keys=True).encode())
 
 # %% ../../nbs/adapt/63_continual.ipynb #c027
 def load_suite(path: str | Path) -> Suite:
@@ -261,7 +270,7 @@ def load_suite(path: str | Path) -> Suite:
 
     def read_probe(row):
         kind = CodeProbe if isinstance(row, dict) and "tests" in row else Probe
-        return from_json(kind, row)
+        return from_row(kind, row)
 
     texts = []
     for gate in suite.texts:
@@ -313,7 +322,12 @@ class SuiteReport:
     skills: tuple[SkillScore, ...]
 
 
-def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
+def evaluate_suite(
+    lm: LM,
+    tokenizer: Tokenizer,
+    suite: Suite,
+    documents: str = "cross",  # of texts: `loader.documents` of the model's run
+) -> SuiteReport:
     "Examine a model. ValueError for a gate whose file was not read, or a text that is too short."
     for gate in (*suite.texts, *suite.skills):
         if gate.path:
@@ -327,7 +341,11 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
             pack([Document(gate.text, "text")], tokenizer, f"{folder}/text.bin")
             packed = PackedTokens.open(f"{folder}/text.bin")
             rows = model_rows(
-                lm, packed, seq_len=suite.seq_len, batch_size=suite.batch_size
+                lm,
+                packed,
+                seq_len=suite.seq_len,
+                batch_size=suite.batch_size,
+                documents=documents,
             )
         count = len(rows.nats)
         if count < 10:
@@ -343,22 +361,20 @@ def evaluate_suite(lm: LM, tokenizer: Tokenizer, suite: Suite) -> SuiteReport:
     encode = encoder(tokenizer, suite.before)
 
     def greedy_answers(prompts):
+        asked = [encode(p) for p in prompts]
         tokens, lengths = generate(
             lm,
-            [encode(p) for p in prompts],
+            asked,
             max_new_tokens=suite.max_new_tokens,
             temperature=0.0,
-            eos_id=tokenizer.eos_id,
+            **sampling_rules(tokenizer, lm),
         )
-        answers = []
-        for row, length in zip(tokens, lengths):
-            known = [i for i in row[:length] if i < tokenizer.vocab_size]
-            answers.append(tokenizer.decode(known))
-        return answers
+        answers = zip(asked, unpad(tokens, lengths))
+        return [continuation(tokenizer, ids, answer) for ids, answer in answers]
 
     skills = []
     for gate in suite.skills:
-        found = run_probes(greedy_answers, gate.probes, suite.batch_size)
+        found = run_probes(greedy_answers, gate.probes, suite.batch_size, is_right)
         passed = tuple(item.passed for item in found.items)
         answers = tuple(item.answer for item in found.items)
         skills.append(
@@ -493,13 +509,14 @@ def gated_update(
     *,
     update: Callable = distil,  # how to learn: the signature and the result of `distil`
     encode: Callable[[str], list[int]] | None = None,  # prompt -> ids, as in `distil`
+    documents: str = "cross",  # as in `evaluate_suite`
 ) -> tuple[LM, GateDecision]:
     "The model that goes on, and why. ValueError for data, suite or folder that cannot be used."
     folder = Path(folder)
     if (folder / "gate_decision.json").exists():
         raise ValueError(f"{folder}: an update was decided here, give another folder")
 
-    before = evaluate_suite(lm, tokenizer, suite)
+    before = evaluate_suite(lm, tokenizer, suite, documents)
     write_json(folder / "eval_before.json", to_json(before))
 
     with closing(MetricsLog(folder / "metrics.jsonl")) as log:
@@ -508,7 +525,7 @@ def gated_update(
             lm, tokenizer, examples, cfg, buffer=buffer, hooks=hooks, encode=encode
         )
 
-    after = evaluate_suite(result.lm, tokenizer, suite)
+    after = evaluate_suite(result.lm, tokenizer, suite, documents)
     write_json(folder / "eval_after.json", to_json(after))
 
     decision = decide(before, after, suite)
@@ -550,14 +567,15 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         claim(settings, cfg, advice="give another name")
         return read_as(GateDecision, out / "gate_decision.json")
 
-    examples = read_rows(cfg.data, partial(from_json, Example), "examples")
+    examples = read_rows(cfg.data, partial(from_row, Example), "examples")
     suite = load_suite(cfg.suite)
     buffer_file = Path(cfg.buffer or Path(cfg.run) / "replay.json")
     if cfg.buffer or buffer_file.is_file():
         buffer = read_as(ReplayBuffer, buffer_file)
     else:
         buffer = ReplayBuffer(cfg.capacity, cfg.policy, seed=cfg.sdft.seed)
-    lm, _ = load_run(cfg.run)
+    lm, learned = load_run(cfg.run)
+    rows = learned.loader
     tokenizer = run_tokenizer(cfg.run)
 
     with run_lock(out):
@@ -565,9 +583,8 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         (out / "gate_decision.json").unlink(
             missing_ok=True
         )  # of a block that was interrupted
-        kept, decision = gated_update(
-            lm, tokenizer, examples, cfg.sdft, suite, buffer, out
-        )
+        given = (lm, tokenizer, examples, cfg.sdft, suite, buffer, out)
+        kept, decision = gated_update(*given, documents=rows.documents)
         buffer.write_to(out / "replay.json")
     save_merged(
         cfg.run, out, kept, {"continual": to_json(cfg), "accepted": decision.accepted}

@@ -30,9 +30,9 @@ from tqdm import tqdm
 from .lora import Adapter, LoRAConfig, attach, init_adapter, merge_adapter
 from ..core.configs import check_choices, check_range, check_that
 from ..core.keys import named_key
-from ..core.text import Tokenizer
+from ..core.text import Tokenizer, known_ids
 from ..model.block import map_chunks
-from ..model.generate import SampleConfig, rollout, unpad
+from ..model.generate import SampleConfig, rollout, sampling_rules, unpad
 from ..model.transformer import LM
 from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer, schedule
@@ -346,6 +346,8 @@ class Example:
     prompt: str  # x
     demonstration: str  # c
     shown: str = ""  # the teacher's whole prompt, where the template does not fit
+    # further keys of its row, such as source, tags and reward
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         for name in ("prompt", "demonstration"):
@@ -467,9 +469,13 @@ def distil(
     if encode is None:
         encode = encoder(tokenizer, cfg.before)
 
+    def encode_known(text):
+        return known_ids(tokenizer, encode(text), lm.cfg.vocab_size)
+
     order = jax.random.key_data(named_key(key, "order"))
     rng = np.random.default_rng(np.asarray(order))
-    batches, replayed, widths = plan_batches(lm, examples, buffer, cfg, encode, rng)
+    planned = plan_batches(lm, examples, buffer, cfg, encode_known, rng)
+    batches, replayed, widths = planned
 
     # theta and phi start as copies of the same parameters
     graphdef = nnx.graphdef(lm)
@@ -488,8 +494,8 @@ def distil(
             return merge_adapter(lm, learner.train.params, cfg.lora.scale)
         return nnx.merge(graphdef, jax.tree.map(jnp.copy, learner.train.params))
 
-    eos_id = tokenizer.eos_id
-    sampling = SampleConfig(cfg.max_new_tokens, cfg.temperature, eos_id=eos_id)
+    rules = sampling_rules(tokenizer, lm)
+    sampling = SampleConfig(cfg.max_new_tokens, cfg.temperature, **rules)
     dropout_key = named_key(key, "dropout")
     static_cfg = replace(cfg, seed=0)  # runs that differ in the seed share the program
     records = []
@@ -515,7 +521,7 @@ def distil(
             learner, base, batch, dropout_key, graphdef=graphdef, cfg=static_cfg
         )
 
-        ended = [eos_id in row[:n] for row, n in zip(drawn.tokens, drawn.lengths)]
+        ended = [row[-1] in sampling.ends for row in answers]
         record = {
             "step": step,
             **jax.device_get(metrics),

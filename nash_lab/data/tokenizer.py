@@ -239,6 +239,9 @@ SPECIAL_NAMES = {  # how published vocabularies call them; the first that is the
         "<｜end▁of▁sentence｜>",
         "[EOS]",
         "<|im_end|>",
+        "<|eot_id|>",
+        "<end_of_turn>",
+        "<|end|>",
     ),
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[BOS]"),
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>"),
@@ -332,6 +335,12 @@ class HFTokenizer:
         self.eos_id, self.bos_id, self.pad_id, self.unk_id, self.end_ids = self._special
         self._parser = None  # made by the first chat
 
+        self._silent = {self.eos_id, self.bos_id, self.pad_id}
+        added = model.get_added_tokens_decoder()
+        for i in self.end_ids:  # an end may also be a piece of text, such as a newline
+            if i >= self.vocab_size or (i in added and added[i].special):
+                self._silent.add(i)
+
         around = model.encode("a")  # its template puts BOS in front, or nothing
         bare = [*around.special_tokens_mask, 0].index(0)
         self.front = tuple(around.ids[:bare])
@@ -366,8 +375,8 @@ class HFTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         "Text of ids, broken UTF-8 as U+FFFD, PAD, BOS, ends as nothing; ValueError out of range."
-        silent = {self.pad_id, self.bos_id, *self.end_ids}
-        loud = _plain_ids((i for i in ids if int(i) not in silent), self.vocab_size)
+        loud = (i for i in ids if int(i) not in self._silent)
+        loud = _plain_ids(loud, self.vocab_size)
         return self._model.decode(loud, skip_special_tokens=False)
 
     def __repr__(self) -> str:

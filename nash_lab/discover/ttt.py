@@ -32,10 +32,16 @@ from ..adapt.sdft import encoder
 from ..core.configs import check_choices, check_range, check_that
 from ..core.files import parse_json
 from ..core.keys import named_key
-from ..core.text import Tokenizer
+from ..core.text import Tokenizer, continuation
 from .archive import Archive, ArchiveConfig, Node, solution_key
 from .problems import Problem, State, value_of
-from ..model.generate import SampleConfig, bucket, rollout, sequence_logprobs
+from nash_lab.model.generate import (
+    SampleConfig,
+    bucket,
+    rollout,
+    sampling_rules,
+    sequence_logprobs,
+)
 from ..model.transformer import LM
 from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer
@@ -257,8 +263,8 @@ def sample_rollouts(
             drawn[row, start : ends[row]] = True
             sampled[row, start : ends[row]] = logprobs
 
-    eos = tokenizer.eos_id
-    how = SampleConfig(think_tokens or max_new_tokens, eos_id=eos)
+    rules = sampling_rules(tokenizer, lm)
+    how = SampleConfig(think_tokens or max_new_tokens, **rules)
     first = rollout(lm, prompts, how, named_key(key, "first"), count)
     for row, head in enumerate(heads):
         n = first.lengths[row]
@@ -266,22 +272,22 @@ def sample_rollouts(
         put_tokens(row, first.tokens[row, :n], first.logprobs[row, :n])
 
     if think_tokens:
-        how = SampleConfig(max_new_tokens - think_tokens, eos_id=eos)
+        how = SampleConfig(max_new_tokens - think_tokens, **rules)
         thoughts = []
         for row, end in enumerate(ends):
             thought = tokens[row, :end].tolist()
             thoughts.append(thought + forced)
         rest = rollout(lm, thoughts, how, named_key(key, "rest"))
         for row, end in enumerate(ends):
-            if tokens[row, end - 1] != eos:
+            if tokens[row, end - 1] not in rules["eos_id"]:
                 n = rest.lengths[row]
                 put_tokens(row, forced)
                 put_tokens(row, rest.tokens[row, :n], rest.logprobs[row, :n])
 
     texts = []
     for row, head in enumerate(heads):
-        answer = tokens[row, len(head) : ends[row]]
-        texts.append(tokenizer.decode(answer))
+        answer = tokens[row, len(head) : ends[row]].tolist()
+        texts.append(continuation(tokenizer, head, answer))
     return Rollouts(tokens, drawn, sampled, texts)
 
 # %% ../../nbs/discover/72_ttt.ipynb #c027

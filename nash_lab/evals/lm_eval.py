@@ -24,17 +24,22 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from flax import nnx
 from tqdm import tqdm
 
 from ..core.configs import to_json
 from ..core.files import sha256, write_atomic
 from ..core.keys import named_key
-from ..core.text import Tokenizer
+from ..core.text import Tokenizer, continuation, known_ids
 from ..data.tokenizer import HFTokenizer
 from .scores import Score, bootstrap, weights_hash
-from ..model.generate import SampleConfig, bucket, rollout, unpad
+from nash_lab.model.generate import (
+    SampleConfig,
+    bucket,
+    rollout,
+    sampling_rules,
+    unpad,
+)
 from ..model.transformer import LM
 from ..run.rundir import read_metrics
 
@@ -44,15 +49,9 @@ def front_of(
     documents: Literal["cross", "mask"] = "mask",  # how our own run was packed
 ) -> list[int]:
     "Ids before every text in training: the tokenizer's rule, or EOS where documents were joined."
-    if not isinstance(tokenizer, HFTokenizer):
-        return [tokenizer.eos_id] if documents == "cross" else []
-    around = tokenizers.Tokenizer.from_file(str(tokenizer.path)).encode("a")
-    front = []
-    for i, special in zip(around.ids, around.special_tokens_mask):
-        if not special:
-            break
-        front.append(i)
-    return front
+    if isinstance(tokenizer, HFTokenizer):
+        return list(tokenizer.front)
+    return [tokenizer.eos_id] if documents == "cross" else []
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c012
 def split_pair(
@@ -284,11 +283,6 @@ class Responder:
         answers: str | Path | None = None,  # file that keeps them; None: memory only
         most_new: int = 0,  # bound on the tokens of an answer; 0: what the task says
     ):
-        v = tokenizer.vocab_size
-        if v > lm.cfg.vocab_size:
-            raise ValueError(
-                f"a tokenizer of {v} pieces, the model has {lm.cfg.vocab_size}"
-            )
         self.lm = lm
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -311,9 +305,11 @@ class Responder:
         self.answers = Answers(json.dumps(owner, sort_keys=True), answers)
 
     def encode_text(self, text: str) -> list[int]:
-        "Ids with the front before them, once: a text that already spells the front keeps its own."
+        """Ids with the front before them, once: a text that already spells the front keeps its own.
+        ValueError for a piece without a row in the model."""
         bare = text.removeprefix(self.front_text) if self.front_text else text
-        return [*self.front, *self.tokenizer.encode(bare)]
+        ids = [*self.front, *self.tokenizer.encode(bare)]
+        return known_ids(self.tokenizer, ids, self.lm.cfg.vocab_size)
 
     def note_fault(self, request: Sequence, why: Any) -> None:
         "Remember that a request has no answer; the evaluation goes on."
@@ -408,7 +404,6 @@ class Responder:
         self, requests: Sequence[tuple[str, dict]]
     ) -> Iterator[tuple[int, str]]:
         "Index and answer of each request, by settings, the longest first."
-        decode = self.tokenizer.decode
         groups = {}
         for i, (context, settings) in enumerate(requests):
             group = groups.setdefault(json.dumps(settings, sort_keys=True), [])
@@ -423,7 +418,7 @@ class Responder:
         for settings, batch in batches:
             until, wanted, how = read_settings(json.loads(settings))
             wanted = min(wanted, self.most_new or wanted)
-            how = replace(how, eos_id=self.tokenizer.eos_id)
+            how = replace(how, **sampling_rules(self.tokenizer, self.lm))
             prompts = []
             limits = []
             for _, ids in batch:
@@ -447,13 +442,13 @@ class Responder:
                 going_on = []
                 for k, ids in zip(live, unpad(drawn.tokens, drawn.lengths)):
                     new[k] += ids
-                    text = decode(new[k])
-                    if ids[-1] != how.eos_id and cut_at(text, until) == text:
+                    text = continuation(self.tokenizer, prompts[k], new[k])
+                    if ids[-1] not in how.ends and cut_at(text, until) == text:
                         going_on.append(k)
                 live = going_on
 
-            for (i, _), ids in zip(batch, new):
-                yield i, cut_at(decode(ids), until)
+            for (i, _), prompt, ids in zip(batch, prompts, new):
+                yield i, cut_at(continuation(self.tokenizer, prompt, ids), until)
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c055
 def score_texts(
@@ -461,7 +456,9 @@ def score_texts(
     texts: Sequence[str],  # documents, not empty
 ) -> Score:
     "Bits per byte and perplexity of whole documents, of any length. ValueError without a text."
-    ids = [model.tokenizer.encode(text) for text in texts]
+    rows = model.lm.cfg.vocab_size
+    words = model.tokenizer
+    ids = [known_ids(words, words.encode(text), rows) for text in texts]
     if not ids or not all(ids):
         raise ValueError(
             f"{len(ids)} documents, {sum(not i for i in ids)} of them empty"

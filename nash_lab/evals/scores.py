@@ -14,9 +14,9 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from ..core.configs import check_choices, check_that
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
 from ..model.transformer import LM
+from ..train.step import batch_fields
 
 # %% ../../nbs/evals/52_scores.ipynb #c008
 class Rows(NamedTuple):
@@ -44,8 +45,9 @@ class Rows(NamedTuple):
 def row_nats(graphdef, weights, batch):
     "Summed negative log-likelihood of each row of a batch."
     lm = nnx.merge(graphdef, weights)
-    nats = lm.token_nats(batch["tokens"], batch["targets"])
-    return jnp.where(batch["mask"], nats, 0.0).sum(1)
+    mask = batch["mask"]
+    fields = {name: batch[name] for name in batch if name != "mask"}
+    return jnp.where(mask, lm.token_nats(**fields), 0.0).sum(1)
 
 
 def model_rows(
@@ -55,28 +57,32 @@ def model_rows(
     seq_len: int = 128,  # tokens of context at most; longer rows give lower losses
     batch_size: int = 16,  # rows at once
     batches: int | None = None,  # None or 0: the whole file
+    documents: str = "cross",  # or "mask": what the model was trained with
 ) -> Rows:
     "Loss of a model on a packed file, in order. ValueError when model and file do not fit."
-    v = packed.meta.vocab_size
+    rows = lm.cfg.vocab_size
     if seq_len > lm.cfg.max_len:
         raise ValueError(
             f"{seq_len=} is longer than the model's max_len={lm.cfg.max_len}"
         )
-    if v > lm.cfg.vocab_size:
-        raise ValueError(
-            f"{packed.path}: vocabulary of {v}, the model has {lm.cfg.vocab_size}"
-        )
+    # pieces without a row are harmless until a text holds one
+    if packed.meta.vocab_size > rows and packed.tokens.max() >= rows:
+        found = f"vocabulary of {packed.meta.vocab_size}, id {packed.tokens.max()}"
+        raise ValueError(f"{packed.path}: {found}, the model has {rows} rows")
 
     graphdef, weights = nnx.split(lm)
     nats = []
     targets = []
-    for batch in eval_batches(packed, seq_len, batch_size, batches or None):
-        given = {name: batch[name] for name in ("tokens", "targets", "mask")}
+    fields = batch_fields(documents)
+    for batch in eval_batches(packed, seq_len, batch_size, batches or None, documents):
+        given = {name: batch[name] for name in fields}
         nats.append(np.asarray(row_nats(graphdef, weights, given), np.float64))
         targets.append(np.asarray(batch["mask"]).sum(1))
     nats = np.concatenate(nats)
     targets = np.concatenate(targets)
     real = targets > 0  # the last batch is filled up with empty rows
+    if not real.any():
+        raise ValueError(f"{packed.path}: {documents=} leaves no target to score")
     return Rows(nats[real], targets[real], packed.bytes_per_token)
 
 # %% ../../nbs/evals/52_scores.ipynb #c012
@@ -164,6 +170,7 @@ def table_rows(
     seq_len: int = 128,  # only groups targets into the rows of `model_rows`
     batch_size: int = 16,  # with `batches`: the same targets as `model_rows`
     batches: int | None = None,  # None or 0: the whole file
+    documents: str = "cross",  # as in `model_rows`: mask leaves out first tokens
     most: int = 50_000_000,  # training tokens to count, from the start; bounds the memory
 ) -> dict[str, Rows]:
     "Uniform, unigram and bigram on the targets of `model_rows`. ValueError for two tokenizers."
@@ -173,20 +180,23 @@ def table_rows(
         )
     v = packed.meta.vocab_size
     seen = np.asarray(train.tokens[:most]).astype(np.int64)
-    end = batches * batch_size * seq_len + 1 if batches else None
-    text = np.asarray(packed.tokens[:end]).astype(np.int64)
+    asked = list(eval_batches(packed, seq_len, batch_size, batches or None, documents))
+    mask = np.concatenate([batch["mask"] for batch in asked])
+    previous = np.concatenate([batch["tokens"] for batch in asked])[mask]
+    text = np.concatenate([batch["targets"] for batch in asked])[mask]
     counts = np.bincount(seen, minlength=v)
     logprobs = {
-        "uniform": np.full(len(text) - 1, -math.log(v)),
-        "unigram": np.log((counts + 1) / (len(seen) + v))[text[1:]],
-        "bigram": bigram_logprobs(seen, v, text[:-1], text[1:]),
+        "uniform": np.full(len(text), -math.log(v)),
+        "unigram": np.log((counts + 1) / (len(seen) + v))[text],
+        "bigram": bigram_logprobs(seen, v, previous, text),
     }
-    row = np.arange(len(text) - 1) // seq_len
+    row, _ = np.nonzero(mask)
+    targets = np.bincount(row)
+    real = targets > 0
     rows = {}
     for name, logprob in logprobs.items():
-        rows[name] = Rows(
-            np.bincount(row, -logprob), np.bincount(row), packed.bytes_per_token
-        )
+        nats = np.bincount(row, -logprob)
+        rows[name] = Rows(nats[real], targets[real], packed.bytes_per_token)
     return rows
 
 # %% ../../nbs/evals/52_scores.ipynb #c032
@@ -197,6 +207,8 @@ class Probe:
     prompt: str  # text to continue
     target: str  # text or pattern
     kind: Literal["exact", "contains", "regex"] = "contains"  # how the target is found
+    # further keys of its row, such as source and tags
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         check_choices(self)
@@ -211,6 +223,14 @@ class Probe:
                 re.compile(self.target)
             except re.error as error:
                 check_that(self, "target", False, f"a regular expression ({error})")
+
+    def matches(self, answer: str) -> bool:
+        "Whether the answer is right."
+        if self.kind == "exact":
+            return answer.strip() == self.target.strip()
+        if self.kind == "contains":
+            return self.target in answer
+        return re.search(self.target, answer) is not None
 
 # %% ../../nbs/evals/52_scores.ipynb #c034
 def wilson(
@@ -279,6 +299,7 @@ def run_probes(
     generate_text: Callable[[list[str]], list[str]],  # prompts -> continuations
     probes: Sequence[Probe],
     batch_size: int = 16,  # prompts a call
+    judge: Callable[[Any, str], bool] = Probe.matches,  # of a probe and its answer
 ) -> ProbeReport:
     "Ask every probe and count. ValueError without probes or when an answer is missing."
     items = []
@@ -288,13 +309,7 @@ def run_probes(
         if len(answers) != len(asked):
             raise ValueError(f"{len(answers)} answers to {len(asked)} prompts")
         for probe, answer in zip(asked, answers):
-            if probe.kind == "exact":
-                right = answer.strip() == probe.target.strip()
-            elif probe.kind == "contains":
-                right = probe.target in answer
-            else:
-                right = re.search(probe.target, answer) is not None
-            items.append(ProbeResult(probe, answer, right))
+            items.append(ProbeResult(probe, answer, judge(probe, answer)))
     passed = sum(item.passed for item in items)
     low, high = wilson(passed, len(items))
     return ProbeReport(passed, len(items), passed / len(items), low, high, tuple(items))
@@ -332,6 +347,7 @@ def evaluate(
     seq_len: int = 128,  # as in `model_rows`
     batch_size: int = 16,  # as in `model_rows`
     batches: int | None = None,  # None or 0: the whole file
+    documents: str = "cross",  # as in `model_rows`
     probes: Sequence[Probe] = (),  # needs `generate_text`
     generate_text: Callable[[list[str]], list[str]]
     | None = None,  # prompts -> continuations
@@ -340,6 +356,7 @@ def evaluate(
     if probes and generate_text is None:
         raise ValueError(f"{len(probes)} probes need generate_text")
     where = dict(seq_len=seq_len, batch_size=batch_size, batches=batches)
+    where["documents"] = documents
     tables = {}
     if train is not None:
         for name, rows in table_rows(train, packed, **where).items():

@@ -242,7 +242,9 @@ def demo(cfg: DemoConfig) -> Path:
     with stage("evaluate") as say:
         train = PackedTokens.open(data / "train.bin")
         packed = PackedTokens.open(data / "validation.bin")
-        sizes = dict(seq_len=cfg.loader.seq_len, batches=cfg.eval_batches)
+        rows = cfg.loader
+        sizes = dict(seq_len=rows.seq_len, documents=rows.documents)
+        sizes["batches"] = cfg.eval_batches
         model = load(cfg.run)
         answer = partial(model.generate, max_new_tokens=8, temperature=0.0)
         asked = dict(probes=PROBES, generate_text=answer)

@@ -28,7 +28,6 @@ from .. import __version__
 from ..core.configs import to_json
 from ..core.files import read_json, write_atomic
 from ..data.corpus import PackedTokens
-from ..data.loader import eval_batches
 from ..data.tokenizer import load_tokenizer
 from nash_lab.lab.viz import (
     Picture,
@@ -40,9 +39,11 @@ from nash_lab.lab.viz import (
     stream_usage,
 )
 from ..model.mhc import Routing
+from ..model.residuals import RESIDUALS
 from ..model.transformer import ModelConfig, parameter_count
 from ..train.pretrain import load_run, read_metrics
 from ..train.settings import own_tokenizer, saved_config
+from ..train.step import routing_probe
 
 # %% ../../nbs/lab/82_report.ipynb #c006
 def paragraph(
@@ -299,14 +300,15 @@ def draw_streams(files: RunFiles) -> None:
     "Write the sections of the H matrices: as they are now, and over the training."
     with files.section("How the streams mix") as add:
         config = files.config
-        if config.model.residual != "mhc":
-            raise ValueError("H_res: the residual is plain")
+        if not RESIDUALS[config.model.residual].mixes:
+            kind = config.model.residual
+            raise ValueError(f"H_res: residual={kind!r} does not mix streams")
         lm, _ = load_run(files.folder)
-        batch = next(
-            eval_batches(PackedTokens.open(config.val_bin), config.loader.seq_len, 4, 1)
-        )
-        tokens = batch["tokens"][batch["mask"].any(1)][:, :128]
-        routing = Routing(*(np.asarray(x, np.float32) for x in lm.routing(tokens)))
+        rows = config.loader
+        held_out = PackedTokens.open(config.val_bin)
+        probe = routing_probe(held_out, rows.seq_len, rows.documents)
+        tokens = probe["tokens"]
+        routing = Routing(*(np.asarray(x, np.float32) for x in lm.routing(**probe)))
 
         mean = routing.res.mean((2, 3))  # [l 2 n n]
         kept = np.trace(mean, axis1=-2, axis2=-1).ravel() / mean.shape[-1]

@@ -164,6 +164,8 @@ def matrix_grid(
 
 def routing_heatmaps(routing: Routing, token: int | None = None) -> Picture:
     "H_res of every layer, attention above and FFN below; the mean over tokens, or of one token."
+    if routing.res is None:
+        raise ValueError("H_res: this residual connection does not mix its streams")
     h, what = pick_token(per_sublayer(routing.res), token)
     names = []
     places = []

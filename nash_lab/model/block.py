@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..core.configs import check_choices, check_range, check_that
 from ..core.keys import named_key
+from ..maths.flash import NAME
 from .attention import GQA, KVCache
 from .diff import DIFF1, DIFF2, DiffConfig
 from .layers import FFNS, RMSNorm, RopeConfig, dropout
 from .maha import MAHA, MAHAConfig
-from .mhc import HyperConnection, MHCConfig, read_streams, write_streams
+from .mhc import MHCConfig
 from .mla import MLA, MLAConfig
 from .moe import MoE, MoEConfig
+from .residuals import RESIDUALS, ResidualConfig
 
 # %% ../../nbs/model/18_block.ipynb #c006
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class ModelConfig:
     ffn: Literal["swiglu", "gelu", "relu2", "leaky_relu2", "signed_sqrt", "moe"] = (
         "swiglu"
     )
-    residual: Literal["plain", "mhc"] = "mhc"  # how sublayers are joined to the stream
+    # how sublayers are joined to the stream: plain, mhc or another name of RESIDUALS
+    residual: str = "mhc"
     # multi-token prediction: Meta's heads or DeepSeek's modules
     mtp: Literal["none", "parallel", "sequential"] = "none"
     mtp_depth: int = 1  # tokens predicted beyond the next one, when mtp is on
@@ -62,6 +65,8 @@ class ModelConfig:
     maha: MAHAConfig = field(default_factory=MAHAConfig)  # used when attention is maha
     moe: MoEConfig = field(default_factory=MoEConfig)  # used when ffn is moe
     mhc: MHCConfig = field(default_factory=MHCConfig)  # used when residual is mhc
+    # used by the other residual connections
+    residuals: ResidualConfig = field(default_factory=ResidualConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)  # rotary position embedding
     # gain of each RMSNorm: g, 1 + g, a number, or none
     norm: Literal["uncentred", "centred", "scalar", "none"] = "uncentred"
@@ -69,7 +74,8 @@ class ModelConfig:
     tie_embeddings: bool = True  # one matrix for reading and writing tokens
     # share of sublayer outputs and embeddings zeroed while training
     dropout: float = 0.0
-    # what the backward pass recomputes: nothing, whole blocks, all but weight matmuls
+    # what the backward pass recomputes: nothing, whole blocks, all but weight matmuls;
+    # attention over long rows is never run twice
     remat: Literal["none", "block", "dots"] = "none"
     # activations; weights stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -86,6 +92,9 @@ class ModelConfig:
         check_choices(self)
         sizes = [f.name for f in fields(self) if f.type is int]
         check_range(self, *sizes, at_least=1)
+        known = self.residual in RESIDUALS
+        check_that(self, "residual", known, f"one of {', '.join(RESIDUALS)}")
+        self.residuals.check_variant(self.residual, self.width)
         check_range(self, "dropout", at_least=0, below=1)
         check_range(self, "mtp_weight", at_least=0)
         groups = self.heads % self.kv_heads == 0
@@ -276,13 +285,15 @@ def add_aux(*losses: Float[Array, ""] | None) -> Float[Array, ""] | None:
 class Block(nnx.Module):
     "Attention and FFN, each pre-normed and joined to the residual streams."
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, index: int = 0, *, rngs: nnx.Rngs):
+        variant = RESIDUALS[cfg.residual]
+        norm = cfg.width, cfg.norm_eps, cfg.norm
         std = dict(
             std=cfg.init_std, out_std=cfg.init_std / sqrt(2 * cfg.layers), rngs=rngs
         )
         self.cfg = cfg
-        self.attention_norm = RMSNorm(cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
-        self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
+        self.attention_norm = RMSNorm(*norm, rngs=rngs) if variant.pre_norm else None
+        self.ffn_norm = RMSNorm(*norm, rngs=rngs) if variant.pre_norm else None
 
         attention, own = ATTENTIONS[cfg.attention]
         if own is None:
@@ -297,17 +308,15 @@ class Block(nnx.Module):
         else:
             self.ffn = FFNS[cfg.ffn](cfg.width, cfg.ffn_width, **std)
 
-        mhc = cfg.residual == "mhc"
-        self.attention_hyper = (
-            HyperConnection(cfg.width, cfg.mhc, rngs=rngs) if mhc else None
-        )
-        self.ffn_hyper = HyperConnection(cfg.width, cfg.mhc, rngs=rngs) if mhc else None
+        settings = getattr(cfg, variant.settings)
+        self.attention_hyper = variant.site(cfg.width, settings, 2 * index, rngs=rngs)
+        self.ffn_hyper = variant.site(cfg.width, settings, 2 * index + 1, rngs=rngs)
         # or a function that constrains the sharding of activations [b ...]
         self.place = None
 
     def __call__(
         self,
-        streams: tuple[Float[Array, "b t d"], ...],
+        state: Any,  # of the residual connection; all its arrays are [b ...]
         *,
         positions: Int[Array, "b t"],  # of each token in its row
         segments: Int[Array, "b t"]
@@ -316,10 +325,10 @@ class Block(nnx.Module):
         depth: Int[Array, ""] | None = None,  # index of the block, from 0
         key: PRNGKeyArray | None = None,  # turns dropout on
     ):
-        "Next streams, updated cache, maps of both sublayers (None when plain), auxiliary loss."
+        "Next state, updated cache, maps of both sublayers (None when plain), auxiliary loss."
         cfg = self.cfg
         if self.place:
-            streams = tuple(map(self.place, streams))
+            state = jax.tree.map(self.place, state)
 
         def drop(y, name):
             return dropout(
@@ -329,64 +338,71 @@ class Block(nnx.Module):
         attention_aux = None
         ffn_aux = None
 
-        x, attention_maps = read_streams(self.attention_hyper, streams)
-        x = self.attention_norm(x)
+        x, attention_maps = self.attention_hyper.read(state)
+        if self.attention_norm is not None:
+            x = self.attention_norm(x)
         where = dict(positions=positions, segments=segments, cache=cache, depth=depth)
         if cfg.attention == "maha":
             (y, cache), _, attention_aux = self.attention.weighted(x, **where)
         else:
             y, cache = self.attention(x, **where)
         y = drop(y, "attention")
-        streams = write_streams(self.attention_hyper, streams, y, attention_maps)
+        state = self.attention_hyper.write(state, y, attention_maps)
 
-        x, ffn_maps = read_streams(self.ffn_hyper, streams)
-        x = self.ffn_norm(x)
+        x, ffn_maps = self.ffn_hyper.read(state)
+        if self.ffn_norm is not None:
+            x = self.ffn_norm(x)
         if cfg.ffn == "moe":
             y, ffn_aux = self.ffn.with_aux(x)
         else:
             y = self.ffn(x)
         y = drop(y, "ffn")
-        streams = write_streams(self.ffn_hyper, streams, y, ffn_maps)
+        state = self.ffn_hyper.write(state, y, ffn_maps)
         return (
-            streams,
+            state,
             cache,
             (attention_maps, ffn_maps),
             add_aux(attention_aux, ffn_aux),
         )
 
 # %% ../../nbs/model/18_block.ipynb #c015
+# what attention over long rows leaves for its backward pass is small, and dear to repeat
+_attention = jax.checkpoint_policies.save_only_these_names(NAME)
 REMATS = {
     "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "block": _attention,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _attention
+    ),
 }
 
 
 def stacked(
-    make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs
+    make: Callable[[nnx.Rngs, int], nnx.Module], count: int, rngs: nnx.Rngs
 ) -> nnx.Module:
-    "One module whose every weight has a leading axis of `count`, each slice drawn by itself."
-    return nnx.split_rngs(splits=count)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+    "`make(rngs, index)` of every index in one module whose weights have a leading axis of `count`."
+    every = nnx.split_rngs(splits=count)(nnx.vmap(make, in_axes=0, out_axes=0))
+    return every(rngs, jnp.arange(count))
 
 
 def run_stack(
     cfg: ModelConfig,
     blocks: Block,  # stacked, cfg.layers of them
-    streams: tuple[Float[Array, "b t d"], ...],
+    state: Any,  # of the residual connection, from `begin`
     *,
     positions: Int[Array, "b t"],  # of each token in its row
     segments: Int[Array, "b t"] | None = None,  # document of each token, 0 is padding
     cache: KVCache | None = None,  # of all layers
     key: PRNGKeyArray | None = None,  # turns dropout on
 ):
-    "Scan the blocks: streams, cache, maps of every layer, auxiliary losses summed or None."
+    "Scan the blocks: state, cache, maps of every layer, auxiliary losses summed or None."
     graph, weights = nnx.split(blocks)
     keys = (
         None if key is None else jax.random.split(named_key(key, "blocks"), cfg.layers)
     )
 
     def layer(carry, own):
-        streams, cache = carry
+        state, cache = carry
         weights, index, key = own
         if cache is not None:
             cache = cache._replace(
@@ -394,21 +410,19 @@ def run_stack(
             )  # written in place, not copied through the scan
         block = nnx.merge(graph, weights)
         where = dict(positions=positions, segments=segments, depth=index, key=key)
-        streams, cache, maps, aux = block(streams, cache=cache, **where)
+        state, cache, maps, aux = block(state, cache=cache, **where)
         if cache is not None:
             cache = cache._replace(layer=None)
-        return (streams, cache), (maps, aux)
+        return (state, cache), (maps, aux)
 
     if cfg.remat != "none":
         layer = jax.checkpoint(layer, policy=REMATS[cfg.remat], prevent_cse=False)
-    start = streams, cache
+    start = state, cache
     inputs = weights, jnp.arange(cfg.layers), keys
-    (streams, cache), (maps, aux) = jax.lax.scan(
-        layer, start, inputs, unroll=cfg.unroll
-    )
+    (state, cache), (maps, aux) = jax.lax.scan(layer, start, inputs, unroll=cfg.unroll)
     if aux is not None:
         aux = aux.sum()
-    return streams, cache, maps, aux
+    return state, cache, maps, aux
 
 # %% ../../nbs/model/18_block.ipynb #c022
 def cut_time(arrays, chunk: int):

@@ -9,14 +9,14 @@ __all__ = ['read_templates', 'chat_text', 'chat_ids']
 
 # %% ../../nbs/model/23_chat.ipynb #c003
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
+from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..core.files import first_line, read_text
@@ -54,17 +54,6 @@ def read_templates(folder: Path) -> dict[str, str]:
     return named
 
 # %% ../../nbs/model/23_chat.ipynb #c008
-class _Generation(Extension):
-    "{% generation %} blocks, which are their content."
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
-
-
 def _raise_exception(message):
     raise TemplateError(message)
 
@@ -94,7 +83,7 @@ def chat_text(
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        extensions=["jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
@@ -102,7 +91,9 @@ def chat_text(
     data = {"messages": messages, "tools": tools, "documents": documents} | names
     try:
         data = json.loads(json.dumps(data))  # plain data, and a copy
-        program = environment.from_string(templates[wanted])
+        # a block of the assistant's words is a scope without names, as {% with %}
+        blocks = re.compile(r"({%[-+]?\s*(?:end)?)generation(\s*[-+]?%})")
+        program = environment.from_string(blocks.sub(r"\1with\2", templates[wanted]))
         pieces = {k: v for k, v in special_pieces(folder).items() if v is not None}
         return program.render(pieces | data, add_generation_prompt=answer)
     except (

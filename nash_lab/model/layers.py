@@ -88,25 +88,27 @@ def rope(
 ) -> Float[Array, "b t h k"]:
     "Rotate each pair by position times frequency, in fp32 (2104.09864, Eq. 34)."
     width = 2 * rotary.frequencies.shape[0]  # the other dimensions stay
-    y = wide(x[..., :width])
+    y = x[..., :width]
     frequencies = jnp.asarray(rotary.frequencies)
     angle = (
         positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     )
-    cos = jnp.cos(angle).astype(y.dtype) * rotary.scale
-    sin = jnp.sin(angle).astype(y.dtype) * rotary.scale
+    full = wide(y).dtype
+    cos = jnp.cos(angle).astype(full) * rotary.scale
+    sin = jnp.sin(angle).astype(full) * rotary.scale
 
     if interleaved:
         a, b = y[..., 0::2], y[..., 1::2]
     else:
         a, b = jnp.split(y, 2, axis=-1)
-    turned = [a * cos - b * sin, b * cos + a * sin]
+    # widened after the cut and narrowed before the join: compilers store what is cut and joined
+    a = wide(a)
+    b = wide(b)
+    turned = [(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype)]
     if interleaved:
         y = jnp.stack(turned, axis=-1).reshape(y.shape)
     else:
         y = jnp.concatenate(turned, axis=-1)
-
-    y = y.astype(x.dtype)
     if width == x.shape[-1]:
         return y
     return jnp.concatenate([y, x[..., width:]], axis=-1)

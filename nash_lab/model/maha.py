@@ -25,8 +25,7 @@ from nash_lab.model.attention import (
     KVCache,
     Positions,
     Segments,
-    attention,
-    attention_mask,
+    attend,
     causal_mask,
     read_cache,
 )
@@ -178,7 +177,7 @@ def down(
     b, m, _, *channels = windows.shape
     return kernel(windows.reshape(b, m, -1)).reshape(b, m, *channels)
 
-# %% ../../nbs/model/14_maha.ipynb #c023
+# %% ../../nbs/model/14_maha.ipynb #c020
 def up(
     y: Float[Array, "b m h k"], blocks: Blocks, size: int
 ) -> Float[Array, "b t h k"]:
@@ -192,7 +191,7 @@ def up(
     got = jnp.take_along_axis(y, index, axis=1, mode="clip")
     return jnp.where((blocks.latest >= 0)[..., None, None], got, 0)
 
-# %% ../../nbs/model/14_maha.ipynb #c028
+# %% ../../nbs/model/14_maha.ipynb #c025
 class MAHACache(NamedTuple):
     "Keys (rotated) and values of every scale, inputs of all but the last; slot = block."
 
@@ -255,7 +254,7 @@ def multiscale(
         q = rope(own.q(x), blocks.at, rotary)
         k = rope(own.k(x), blocks.at, rotary)
         if cache is None:
-            y = attention(q, k, v, attention_mask(blocks.at, blocks.segments))
+            y = attend(q, k, v, segments=blocks.segments, place=maha.place)
         else:  # keep the blocks, then attend to all that are kept
             for name, new in (("k", k), ("v", v), ("x", x)):
                 arrays = list(getattr(cache, name))
@@ -269,14 +268,14 @@ def multiscale(
                 KVCache(cache.k[scale], cache.v[scale], cache.layer)
             )
             mask = causal_mask(blocks.last, keys.shape[1])
-            y = attention(q, keys.astype(dtype), values.astype(dtype), mask)
+            y = attend(q, keys.astype(dtype), values.astype(dtype), mask)
 
         # up(O_l)
         said.append(up(y, blocks, size))
         here.append(jnp.broadcast_to(blocks.latest >= 0, (b, t)))
     return jnp.stack(said, 2), jnp.stack(here, 2), cache
 
-# %% ../../nbs/model/14_maha.ipynb #c030
+# %% ../../nbs/model/14_maha.ipynb #c027
 class Scale(nnx.Module):
     "The weights of one coarse scale."
 
@@ -323,6 +322,7 @@ class MAHA(nnx.Module):
         for scale in range(1, cfg.scales):
             own = Scale(width, heads, kv_heads, head_dim, std=std, rngs=rngs, cfg=cfg)
             setattr(self, f"scale{scale}", own)
+        self.place = None  # divides attention over devices, as in `attend`
         learned = cfg.aggregate != "nash"
         self.mixing = nnx.Param(jnp.zeros(cfg.scales, jnp.float32)) if learned else None
 

@@ -7,7 +7,7 @@ bits per byte and mixing them 0.02; in 200-step runs with three seeds neither sh
 # %% auto #0
 __all__ = ['MHCConfig', 'project', 'Routing', 'identity_like', 'route_streams', 'merge_streams',
            'spread_streams', 'to_public', 'routing', 'merge', 'spread', 'starting_bias',
-           'HyperConnection', 'read_streams', 'write_streams', 'StreamEnds']
+           'HyperConnection', 'StreamEnds']
 
 # %% ../../nbs/model/16_mhc.ipynb #c003
 from dataclasses import dataclass
@@ -36,7 +36,8 @@ class MHCConfig:
     alpha: float = 0.01
     iterations: int = 20  # of Sinkhorn, columns then rows
     clamp: float = 15.0  # bound on the H_res logits before exp, 0 for none
-    eps: float = 1e-6  # added to every Sinkhorn sum and inside the root of the norm
+    eps: float = 1e-6  # added to every Sinkhorn sum
+    norm_eps: float | None = None  # inside the root of the norm; None is eps
     # std of the projection at the start; 0 leaves all streams alike
     phi_std: float = 0.02
     gain: bool = True  # learned RMSNorm gain over the flattened n*d stream
@@ -62,6 +63,11 @@ class MHCConfig:
             check_that(
                 self, "gates", not self.gates, "False: nothing lies between I and I"
             )
+
+    @property
+    def root_eps(self) -> float:
+        "What is added inside the root of the norm."
+        return self.eps if self.norm_eps is None else self.norm_eps
 
     @property
     def packed(self) -> int:
@@ -97,13 +103,15 @@ def project(
     mean_square = sum(jnp.sum(x * x, -1) for x in streams) / phi.shape[0]
     return u * jax.lax.rsqrt(mean_square + eps)[None]
 
-# %% ../../nbs/model/16_mhc.ipynb #c025
+# %% ../../nbs/model/16_mhc.ipynb #c023
 class Routing(NamedTuple):
     "The three maps: [b t ...] in public functions, token axes last ([..., b, t]) inside the model."
 
-    pre: Array  # n read weights
-    post: Array  # n write weights
-    res: Array  # n x n, multiplies the streams from the left
+    pre: Array | None  # n read weights
+    post: Array | None  # n write weights
+    res: (
+        Array | None
+    )  # n x n, multiplies the streams from the left; None where they keep apart
 
 
 def identity_like(h: Float[Array, "n *m"], n: int) -> Float[Array, "n n *m"]:
@@ -122,7 +130,7 @@ def route_streams(
 ) -> Routing:
     "Maps with token axes last: pre [n b t], post [n b t], res [n n b t] (paper Eqs. 14-19)."
     n = cfg.streams
-    u = project(streams, phi, cfg.eps)
+    u = project(streams, phi, cfg.root_eps)
     a = alpha.astype(u.dtype)
     b = bias.astype(u.dtype)[:, None, None]
 
@@ -153,7 +161,7 @@ def route_streams(
         res = sinkhorn_leading(logits, cfg.iterations, cfg.eps)  # Eq. 19
     return Routing(pre, post, res)
 
-# %% ../../nbs/model/16_mhc.ipynb #c027
+# %% ../../nbs/model/16_mhc.ipynb #c026
 def merge_streams(
     streams: tuple[Float[Array, "b t d"], ...], pre: Float[Array, "n b t"]
 ) -> Float[Array, "b t d"]:
@@ -180,10 +188,10 @@ def spread_streams(
         after.append(written.astype(dtype))
     return tuple(after)
 
-# %% ../../nbs/model/16_mhc.ipynb #c029
+# %% ../../nbs/model/16_mhc.ipynb #c028
 def to_public(r: Routing, lead: int = 0) -> Routing:
     "Move the token axes of [*lead ... b t] before the stream axes: [*lead b t ...]."
-    return Routing(*(jnp.moveaxis(a, (-2, -1), (lead, lead + 1)) for a in r))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, (-2, -1), (lead, lead + 1)), r)
 
 
 def routing(
@@ -233,7 +241,7 @@ def spread(
     after = spread_streams(streams, y, post, res)
     return jnp.stack(after, 2)
 
-# %% ../../nbs/model/16_mhc.ipynb #c035
+# %% ../../nbs/model/16_mhc.ipynb #c034
 def starting_bias(cfg: MHCConfig) -> Float[Array, "m"]:
     "Static coefficients at step 0: read 1/n, write 1/n, H_res near the identity."
     n = cfg.streams
@@ -254,11 +262,11 @@ def starting_bias(cfg: MHCConfig) -> Float[Array, "m"]:
     bias = [pre] * n + [post] * n + list(res)
     return jnp.asarray(bias, jnp.float32)
 
-# %% ../../nbs/model/16_mhc.ipynb #c038
+# %% ../../nbs/model/16_mhc.ipynb #c037
 class HyperConnection(nnx.Module):
     "Float32 weights of one sublayer's maps: phi [n*d, m], alpha [3], bias [m], gain [n*d]."
 
-    def __init__(self, width: int, cfg: MHCConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, cfg: MHCConfig, index: int = 0, *, rngs: nnx.Rngs):
         size = cfg.streams * width
         phi = cfg.phi_std * jax.random.normal(
             rngs.params(), (size, cfg.packed), jnp.float32
@@ -288,35 +296,28 @@ class HyperConnection(nnx.Module):
             maps = maps._replace(res=gated)
         return maps
 
-# %% ../../nbs/model/16_mhc.ipynb #c040
-def read_streams(
-    hyper: HyperConnection | None,  # None is the plain residual on a single stream
-    streams: tuple[Float[Array, "b t d"], ...],
-) -> tuple[Float[Array, "b t d"], Routing | None]:
-    "What the sublayer reads, H_pre x, and the maps (None when plain)."
-    if hyper is None:
-        return streams[0], None
-    maps = hyper(streams)
-    return merge_streams(streams, maps.pre), maps
+    def read(
+        self, streams: tuple[Float[Array, "b t d"], ...]
+    ) -> tuple[Float[Array, "b t d"], Routing]:
+        "What the sublayer reads, H_pre x, and the maps."
+        maps = self(streams)
+        return merge_streams(streams, maps.pre), maps
 
+    def write(
+        self,
+        streams: tuple[Float[Array, "b t d"], ...],
+        y: Float[Array, "b t d"],  # output of the sublayer
+        maps: Routing,  # of `read`
+    ) -> tuple[Float[Array, "b t d"], ...]:
+        "The next streams, H_res x + H_post y (paper Eq. 3)."
+        mix = None if self.cfg.h_res == "identity" else maps.res
+        return spread_streams(streams, y, maps.post, mix)
 
-def write_streams(
-    hyper: HyperConnection | None,
-    streams: tuple[Float[Array, "b t d"], ...],
-    y: Float[Array, "b t d"],  # output of the sublayer
-    maps: Routing | None,  # of `read_streams`
-) -> tuple[Float[Array, "b t d"], ...]:
-    "The next streams, H_res x + H_post y."
-    if hyper is None:
-        return (streams[0] + y,)
-    mix = None if hyper.cfg.h_res == "identity" else maps.res
-    return spread_streams(streams, y, maps.post, mix)
-
-# %% ../../nbs/model/16_mhc.ipynb #c045
+# %% ../../nbs/model/16_mhc.ipynb #c043
 class StreamEnds(nnx.Module):
     "Both ends: learned stream embeddings [n, d] and, for readout='head', a learned mix."
 
-    def __init__(self, width: int, cfg: MHCConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, cfg: MHCConfig, sites: int = 0, *, rngs: nnx.Rngs):
         n = cfg.streams
 
         def draw(std, *shape):
@@ -331,18 +332,18 @@ class StreamEnds(nnx.Module):
             self.alpha = nnx.Param(jnp.full(1, cfg.alpha, jnp.float32))
             self.bias = nnx.Param(starting_bias(cfg)[:n])
 
-    def split(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], ...]:
+    def begin(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], ...]:
         "One embedding to n streams."
         if self.embedding is None:
             return (x,) * self.cfg.streams
         return tuple(x + e.astype(x.dtype)[None, None] for e in self.embedding[...])
 
-    def join(self, streams: tuple[Float[Array, "b t d"], ...]) -> Float[Array, "b t d"]:
+    def end(self, streams: tuple[Float[Array, "b t d"], ...]) -> Float[Array, "b t d"]:
         "n streams to one vector."
         if self.cfg.readout == "mean":
             mean = sum(wide(x) for x in streams) / len(streams)
             return mean.astype(streams[0].dtype)
-        u = project(streams, self.phi[...], self.cfg.eps)
+        u = project(streams, self.phi[...], self.cfg.root_eps)
         h_pre = self.alpha[...][0] * u + self.bias[...][:, None, None]
         pre = jax.nn.sigmoid(h_pre) + self.cfg.eps
         return merge_streams(streams, pre)

@@ -23,12 +23,11 @@ from nash_lab.model.attention import (
     Mask,
     Positions,
     Segments,
-    attention_mask,
+    attend,
     causal_mask,
     read_cache,
     write_cache,
 )
-from .diff import uneven_attention
 from .layers import Linear, RMSNorm, RopeConfig, rope, rope_frequencies
 
 # %% ../../nbs/model/13_mla.ipynb #c008
@@ -81,8 +80,9 @@ def explicit(
     v_up: UpValue,
     mask: Mask | None,
     scale: float,
+    **rows,
 ) -> Float[Array, "b t h m"]:
-    "Expand, then attend (2405.04434, Eq. 9 to 19); without mask: causal."
+    "Expand, then attend (2405.04434, Eq. 9 to 19); mask and `rows` as in `attend`."
     c, shared = jnp.split(latent, [k_up.shape[0]], axis=-1)
     content = jnp.einsum("bsc,chk->bshk", c, k_up.astype(c.dtype))
     v = jnp.einsum("bsc,chm->bshm", c, v_up.astype(c.dtype))
@@ -90,7 +90,7 @@ def explicit(
         shared[:, :, None], (*content.shape[:3], shared.shape[-1])
     )
     k = jnp.concatenate([content, shared], axis=-1)
-    return uneven_attention(q, k, v, mask, scale=scale)
+    return attend(q, k, v, mask, scale=scale, **rows)
 
 # %% ../../nbs/model/13_mla.ipynb #c014
 def absorbed(
@@ -100,13 +100,14 @@ def absorbed(
     v_up: UpValue,
     mask: Mask | None,
     scale: float,
+    **rows,
 ) -> Float[Array, "b t h m"]:
     "`explicit` without expanding: attention on the latents themselves (2405.04434, 2.1.2)."
     c, _, k = k_up.shape
     content = jnp.einsum("bthk,chk->bthc", q[..., :k], k_up.astype(q.dtype))
     query = jnp.concatenate([content, q[..., k:]], axis=-1)
     latent = latent[:, :, None]
-    y = uneven_attention(query, latent, latent, mask, scale=scale)
+    y = attend(query, latent, latent, mask, scale=scale, **rows)
     return jnp.einsum("bthc,chm->bthm", y[..., :c], v_up.astype(q.dtype))
 
 # %% ../../nbs/model/13_mla.ipynb #c023
@@ -160,6 +161,7 @@ class MLA(nnx.Module):
         self.k_up = linear((cfg.kv_rank,), (heads, head_dim))
         self.v_up = linear((cfg.kv_rank,), (heads, value_dim))
         self.o = Linear((heads, value_dim), (width,), std=out_std, rngs=rngs)
+        self.place = None  # divides attention over devices, as in `attend`
 
     def __call__(
         self,
@@ -179,8 +181,9 @@ class MLA(nnx.Module):
         k_up = self.k_up.weight[...]
         v_up = self.v_up.weight[...]
         if cache is None:
-            mask = None if segments is None else attention_mask(positions, segments)
-            return self.o(explicit(q, latent, k_up, v_up, mask, self.scale)), None
+            rows = dict(segments=segments, place=self.place)
+            y = explicit(q, latent, k_up, v_up, None, self.scale, **rows)
+            return self.o(y), None
 
         if segments is not None:
             raise ValueError("segments and cache exclude each other")

@@ -19,7 +19,7 @@ from ..core.keys import named_key
 from .attention import KVCache
 from .block import REMATS, Block, ModelConfig, add_aux
 from .layers import Linear, RMSNorm
-from .mhc import StreamEnds
+from .residuals import RESIDUALS
 
 # %% ../../nbs/model/19_mtp.ipynb #c006
 def ahead(row: Int[Array, "b t"] | Float[Array, "b t"], k: int) -> Array:
@@ -46,6 +46,7 @@ class MTPHead(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         norm = cfg.width, cfg.norm_eps, cfg.norm
+        variant = RESIDUALS[cfg.residual]
         if cfg.mtp == "sequential":
             self.hidden_norm = RMSNorm(*norm, rngs=rngs)
             self.token_norm = RMSNorm(*norm, rngs=rngs)
@@ -57,10 +58,9 @@ class MTPHead(nnx.Module):
             self.token_norm = None
             self.project = None
         self.block = Block(cfg, rngs=rngs)
-        self.norm = RMSNorm(*norm, rngs=rngs)
-        self.ends = (
-            StreamEnds(cfg.width, cfg.mhc, rngs=rngs) if cfg.residual == "mhc" else None
-        )
+        self.norm = RMSNorm(*norm, rngs=rngs) if variant.final_norm else None
+        settings = getattr(cfg, variant.settings)
+        self.ends = variant.ends(cfg.width, settings, 2, rngs=rngs)
 
     def __call__(
         self,
@@ -76,10 +76,10 @@ class MTPHead(nnx.Module):
             both = [self.hidden_norm(hidden), self.token_norm(after)]
             x = self.project(jnp.concatenate(both, -1))
 
-        streams = (x,) if self.ends is None else self.ends.split(x)
-        streams, cache, _, aux = self.block(streams, cache=cache, **where)
-        x = streams[0] if self.ends is None else self.ends.join(streams)
-        return self.norm(x), cache, aux
+        state = self.ends.begin(x)
+        state, cache, _, aux = self.block(state, cache=cache, **where)
+        x = self.ends.end(state)
+        return x if self.norm is None else self.norm(x), cache, aux
 
 # %% ../../nbs/model/19_mtp.ipynb #c013
 def head_at(heads: MTPHead, k: int) -> MTPHead:

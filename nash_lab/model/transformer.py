@@ -28,8 +28,9 @@ from nash_lab.model.block import (
     stacked,
 )
 from .layers import RMSNorm, dropout, normal_init
-from .mhc import Routing, StreamEnds, to_public
+from .mhc import Routing, to_public
 from .mtp import MTPHead, ahead_targets, head_at, look_ahead
+from .residuals import RESIDUALS
 
 # %% ../../nbs/model/20_transformer.ipynb #c006
 class LM(nnx.Module):
@@ -39,7 +40,7 @@ class LM(nnx.Module):
         self, cfg: ModelConfig, rngs: nnx.Rngs | None = None
     ):  # nnx.Rngs(0) when None
         rngs = rngs or nnx.Rngs(0)
-        mhc = cfg.residual == "mhc"
+        variant = RESIDUALS[cfg.residual]
         draw = normal_init(cfg.init_std)
         table = (cfg.vocab_size, cfg.width)
 
@@ -49,11 +50,19 @@ class LM(nnx.Module):
             self.head = None
         else:
             self.head = nnx.Param(draw(rngs.params(), table, jnp.float32))
-        self.blocks = stacked(lambda rngs: Block(cfg, rngs=rngs), cfg.layers, rngs)
-        self.norm = RMSNorm(cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
-        self.ends = StreamEnds(cfg.width, cfg.mhc, rngs=rngs) if mhc else None
+        self.blocks = stacked(
+            lambda rngs, index: Block(cfg, index, rngs=rngs), cfg.layers, rngs
+        )
+        if variant.final_norm:
+            self.norm = RMSNorm(cfg.width, cfg.norm_eps, cfg.norm, rngs=rngs)
+        else:
+            self.norm = None
+        settings = getattr(cfg, variant.settings)
+        self.ends = variant.ends(cfg.width, settings, 2 * cfg.layers, rngs=rngs)
         if cfg.depths:
-            self.mtp = stacked(lambda rngs: MTPHead(cfg, rngs=rngs), cfg.depths, rngs)
+            self.mtp = stacked(
+                lambda rngs, _: MTPHead(cfg, rngs=rngs), cfg.depths, rngs
+            )
         else:
             self.mtp = None
 
@@ -87,13 +96,13 @@ class LM(nnx.Module):
 
         key = None if dropout_key is None else named_key(dropout_key, "embedding")
         x = dropout(self.embed(tokens), cfg.dropout, key)
-        streams = (x,) if self.ends is None else self.ends.split(x)
+        state = self.ends.begin(x)
         where = dict(
             positions=positions, segments=segments, cache=cache, key=dropout_key
         )
-        streams, cache, maps, aux = run_stack(cfg, self.blocks, streams, **where)
-        x = streams[0] if self.ends is None else self.ends.join(streams)
-        return self.norm(x), cache, maps, aux
+        state, cache, maps, aux = run_stack(cfg, self.blocks, state, **where)
+        x = self.ends.end(state)
+        return x if self.norm is None else self.norm(x), cache, maps, aux
 
     def hidden(self, tokens: Int[Array, "b t"], **where) -> Float[Array, "b t d"]:
         "Final hidden states after the last norm; `where` as in `forward`."
@@ -189,9 +198,9 @@ class LM(nnx.Module):
 
     def routing(self, tokens: Int[Array, "b t"], **where) -> Routing:
         "Maps [l 2 b t n (n)] of a pass; axis 1 is (attention, FFN). ValueError when plain."
-        if self.ends is None:
-            raise ValueError("routing: residual='plain', only residual='mhc' has maps")
         _, _, pairs, _ = self.forward(tokens, **where)
+        if pairs[0] is None:
+            raise ValueError(f"routing: residual={self.cfg.residual!r} has no maps")
         maps = jax.tree.map(lambda *both: jnp.stack(both, 1), *pairs)
         return to_public(maps, lead=2)
 
@@ -214,7 +223,7 @@ def target_weights(
 # %% ../../nbs/model/20_transformer.ipynb #c013
 def gates(lm: LM) -> Float[Array, "l 2"]:
     "Gates in [0, 1], axis 1 is (attention, FFN). ValueError for a model without gates."
-    if not lm.cfg.mhc.gates or lm.ends is None:
+    if lm.cfg.residual != "mhc" or not lm.cfg.mhc.gates:
         raise ValueError("gates: mhc.gates is off, this model has none")
     hypers = lm.blocks.attention_hyper, lm.blocks.ffn_hyper
     logits = jnp.stack([hyper.gate[...] for hyper in hypers], 1)
@@ -295,7 +304,10 @@ def flops_per_token(
 
     blocks = cfg.layers + cfg.depths
     scores = 6 * blocks * met * t
-    streams = cfg.mhc.streams if cfg.residual == "mhc" else 0
+    if cfg.residual in ("plain", "wider"):
+        streams = 0
+    else:
+        streams = getattr(cfg, RESIDUALS[cfg.residual].settings).streams
     mixed = 2 * streams**2 + 4 * streams
     mixing = 3 * 2 * blocks * cfg.width * mixed
     return 6.0 * weights + scores + mixing

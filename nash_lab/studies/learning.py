@@ -113,7 +113,6 @@ class Symbols:
 
     pad_id, bos_id, eos_id = 0, 1, 2
     end_ids = (eos_id,)
-    front = ()
     alphabet = "".join((*OPERATORS, *MEANINGS, "=|", NATIVE, EXPERT))
     pieces = ["<pad>", "<s>", "</s>", *alphabet]
     vocab_size = len(pieces)

@@ -152,7 +152,14 @@ class OptimConfig:
             check_range(self, "beta2", at_least=0, at_most=0.99)
 
 # %% ../../nbs/train/41_optim.ipynb #c020
-DECAYED = ("weight", "phi", "head")  # last name on the path of a parameter that decays
+DECAYED = (
+    "weight",
+    "phi",
+    "head",
+    "down",
+    "up",
+    "inject",
+)  # last name on the path of a parameter that decays
 
 
 def decay_mask(params: Any) -> Any:

@@ -126,6 +126,12 @@ LOGICAL = (  # pattern of a path, meaning of its last axes; the first that fits 
     ("*ends/phi", ("flat", None)),
     ("*_hyper/phi", ("flat", None)),
     ("*_hyper/gain", ("flat",)),
+    ("*_hyper/down", ("flat", None)),
+    ("*_hyper/up", (None, "flat")),
+    ("*_hyper/inject", ("flat", None)),
+    ("*mixer/down", ("flat", None)),
+    ("*mixer/up", (None, "flat")),
+    ("*ends/mixer/gain", ("flat",)),
     ("embedding", ("vocab", "width")),
     ("head", ("vocab", "width")),
     ("*/q/weight", ("width", "heads", None)),
@@ -412,6 +418,30 @@ class Rows:
         spec = spec_of(axes, x.shape, self.rules, self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
+    def split_heads(self, attend: Callable) -> Callable:
+        "`attend(q, k, v, segments)`, heads before time, by each device for its rows and heads."
+
+        def own_part(q, k, v, segments):
+            queries = ("batch", "heads", None, None), q.shape
+            keys = ("batch", "kv_heads", None, None), k.shape
+            rows = ("batch", None), q.shape[::2]
+            specs = [
+                spec_of(*of, self.rules, self.mesh) for of in (queries, keys, rows)
+            ]
+            if specs[0][1:2] != specs[1][1:2]:  # heads would part from their keys
+                specs[:2] = [specs[2]] * 2
+            queries, keys, rows = specs
+            part = jax.shard_map(
+                attend,
+                mesh=self.mesh,
+                in_specs=(queries, keys, keys, rows),
+                out_specs=queries,
+                check_vma=False,  # kernels do not say what varies
+            )
+            return part(q, k, v, segments)
+
+        return own_part
+
 
 def place_rows(lm: Any, mesh: Mesh, rules: AxisRules = RULES) -> Any:
     "The model, changed in place, with the constraint in every block; a mesh of one needs none."
@@ -419,6 +449,7 @@ def place_rows(lm: Any, mesh: Mesh, rules: AxisRules = RULES) -> Any:
     for block in (lm.blocks, getattr(lm.mtp, "block", None)):
         if block is not None:
             block.place = constraint
+            block.attention.place = constraint
     return lm
 
 # %% ../../nbs/train/40_parallel.ipynb #c046

@@ -32,7 +32,7 @@ from ..core.files import write_json
 from ..core.keys import named_key
 from ..core.processes import any_process, barrier, gather_json, is_main_process
 from ..data.corpus import PackedTokens
-from ..data.loader import eval_batches
+from ..model.residuals import RESIDUALS
 from ..model.transformer import LM, flops_per_token, model_shapes
 from ..run.checkpoint import Checkpoints
 from nash_lab.run.guard import (
@@ -79,6 +79,7 @@ from nash_lab.train.step import (
     make_eval_step,
     make_train_step,
     peak_flops,
+    routing_probe,
     routing_stats,
 )
 
@@ -406,7 +407,7 @@ def kept_weights(params: dict, opt_state: Any) -> dict:
 def _jitted_probe(graphdef, mesh):
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        lambda params, tokens: routing_stats(nnx.merge(graphdef, params), tokens),
+        lambda params, batch: routing_stats(nnx.merge(graphdef, params), **batch),
         out_shardings=whole,
     )
 
@@ -416,8 +417,8 @@ def validate(run: Run, state: TrainState) -> dict:
     cfg = run.cfg
     record = {}
     if run.validation is not None:
-        seq_len = cfg.loader.seq_len
-        rows = cfg.loader.batch_size // cfg.accumulate  # what fits into memory
+        data = cfg.loader
+        rows = data.batch_size // cfg.accumulate  # what fits into memory
         limit = cfg.eval_batches * cfg.accumulate or None
         eval_step = make_eval_step(run.graphdef)
         with run.ledger.during("validation"):
@@ -428,14 +429,13 @@ def validate(run: Run, state: TrainState) -> dict:
                 ),
                 params,
                 run.validation,
-                seq_len,
+                data.seq_len,
                 rows,
                 limit,
+                data.documents,
             )
-            if cfg.model.residual != "plain":
-                probe = next(eval_batches(run.validation, seq_len, 4, 1))["tokens"][
-                    :, :128
-                ]
+            if RESIDUALS[cfg.model.residual].mixes:
+                probe = routing_probe(run.validation, data.seq_len, data.documents)
                 routing = _jitted_probe(run.graphdef, run.mesh)(params, probe)
                 record["routing"] = jax.device_get(routing)
     counters = run.batches.counters()  # of streams: rows, left out, epochs

@@ -6,7 +6,7 @@ whose loss or gradient is infinite or NaN leaves parameters and moments as they 
 # %% auto #0
 __all__ = ['FIELDS', 'PLAIN', 'PEAK_FLOPS', 'accumulate_gradients', 'batch_fields', 'batch_shapes',
            'batch_gradient', 'TrainState', 'fresh_state', 'apply_gradient', 'make_train_step',
-           'make_eval_step', 'evaluate_loss', 'routing_stats', 'peak_flops']
+           'make_eval_step', 'evaluate_loss', 'routing_probe', 'routing_stats', 'peak_flops']
 
 # %% ../../nbs/train/42_step.ipynb #c003
 import math
@@ -77,7 +77,7 @@ PLAIN = tuple(FIELDS)[
 
 
 def batch_fields(documents: str) -> tuple[str, ...]:
-    "What of a loader's batch goes into the step; `documents` as in LoaderConfig."
+    "What of a loader's batch the model reads; `documents` as in LoaderConfig."
     return tuple(FIELDS) if documents == "mask" else PLAIN
 
 
@@ -104,9 +104,7 @@ def batch_gradient(
 
     def summed_loss(params, micro, key):
         lm = nnx.merge(graphdef, params)
-        boundaries = {name: micro[name] for name in micro if name not in PLAIN}
-        fields = [micro[name] for name in PLAIN]
-        total, sums = lm.objective(*fields, dropout_key=key, **boundaries)
+        total, sums = lm.objective(**micro, dropout_key=key)
         return total, sums | {"aux": sums["aux"] * sums["count"]}
 
     cut = (accumulate, accumulate_dtype)
@@ -172,7 +170,7 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable:
     "(params, batch) -> (sum of nats, number of counted targets), jitted, without dropout."
 
     def eval_step(params, batch):
-        return nnx.merge(graphdef, params).loss(*[batch[name] for name in PLAIN])
+        return nnx.merge(graphdef, params).loss(**batch)
 
     return jax.jit(eval_step)
 
@@ -184,20 +182,30 @@ def evaluate_loss(
     seq_len: int,  # tokens a row
     batch_size: int,  # rows a batch
     limit: int | None = None,  # batches; None for the whole file
+    documents: str = "cross",  # of the rows: what the model is trained with
 ) -> dict:
     "val_loss in nats per token and val_bpb; the host waits once, at the end."
     sums = []
-    for batch in eval_batches(packed, seq_len, batch_size, limit):
-        sums.append(eval_step(params, {name: batch[name] for name in PLAIN}))
+    fields = batch_fields(documents)
+    for batch in eval_batches(packed, seq_len, batch_size, limit, documents):
+        sums.append(eval_step(params, {name: batch[name] for name in fields}))
     nats, count = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
     bits = nats / count / math.log(2)
     return {"val_loss": nats / count, "val_bpb": bits / packed.bytes_per_token}
 
 # %% ../../nbs/train/42_step.ipynb #c026
-def routing_stats(lm: LM, tokens: Int[Array, "b t"]) -> dict:
+def routing_probe(packed: PackedTokens, seq_len: int, documents: str) -> dict:
+    "What `LM.routing` reads of the first four rows of a file, up to 128 tokens of each."
+    batch = next(eval_batches(packed, seq_len, 4, 1, documents))
+    real = batch["mask"].any(1)
+    fields = set(batch_fields(documents)) - {"targets", "mask"}
+    return {name: batch[name][real][:, :128] for name in fields}
+
+
+def routing_stats(lm: LM, tokens: Int[Array, "b t"], **where) -> dict:
     "Name -> one number per sublayer in order of application; `usage` has n of them."
     # [l 2 ...] -> [2l ...]
-    pre, _, res = (x.reshape(-1, *x.shape[2:]) for x in lm.routing(tokens))
+    pre, _, res = (x.reshape(-1, *x.shape[2:]) for x in lm.routing(tokens, **where))
     share = pre / pre.sum(-1, keepdims=True)
     stats = gains(composite(res))._asdict()
     stats["identity"], stats["uniform"] = mixing_distances(res)
