@@ -364,11 +364,13 @@ def test_an_interrupt_ends_the_training_of_a_tokenizer(tmp_path):
     child.send_signal(signal.SIGINT)  # to the one process, as a supervisor does
     assert child.wait(30) == 130 and time.monotonic() - start < 5
     assert not path.parent.exists() or not list(path.parent.iterdir())
-    alive = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-            alive += [stat] * (int(group) == child.pid and state != "Z")
+    alive = [path]
+    while alive and time.monotonic() - start < 5:  # a killed process takes a moment to go
+        alive = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+                alive += [stat] * (int(group) == child.pid and state != "Z")
     assert not alive
 
 
