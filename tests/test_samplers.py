@@ -141,11 +141,11 @@ def test_speculation_never_drafts_an_id_without_a_piece():
 
 
 def test_every_end_token_ends_an_answer(tmp_path, monkeypatch):
-    "The second of two end tokens, drawn first: one token an answer, and no text of it"
+    "The second of two end tokens, drawn first: an answer is this one token, or its text"
     lm, words = model([5]), two_ends()
     texts = text_of_everything(lm, words, tmp_path, monkeypatch)
     del texts["search"]
-    assert set(itertools.chain(*texts.values())) == {""}
+    assert set(itertools.chain(*texts.values())) <= {"", "b"}
     answers, record = rollouts_of_sdft(lm, words, monkeypatch)
     assert answers == [[5]] * 4 and record["ended"] == 1.0 and record["answer_tokens"] == 1.0
     forced = ttt.sample_rollouts(
