@@ -562,6 +562,7 @@ class ContinualConfig:
 
 def continual(cfg: ContinualConfig) -> GateDecision:
     "Learn one block and keep or reject it. ValueError or OSError before training for bad input."
+    cfg = replace(cfg, sdft=cfg.sdft.fitted)
     out = Path(cfg.out)
     settings = out / "continual.json"
     if (out / "config.json").exists():
