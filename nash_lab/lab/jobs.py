@@ -31,7 +31,7 @@ from nash_lab.adapt.lora import (
     save_merged,
     write_peft,
 )
-from ..core.configs import check_range, check_that, from_json, to_json
+from ..core.configs import check_range, check_that, from_row, to_json
 from ..core.files import cache_folder, read_json, read_rows, sha256, write_json
 from ..core.processes import initialize, is_main_process
 from ..adapt.streams import GIVEN, with_streams
@@ -186,7 +186,7 @@ class EvalJob:
             data = self.data or cfg.val_bin
             probes = ()
             if self.probes:
-                probes = read_rows(self.probes, partial(from_json, Probe), "probes")
+                probes = read_rows(self.probes, partial(from_row, Probe), "probes")
             answer = partial(
                 model.generate, max_new_tokens=self.probe_tokens, temperature=0.0
             )
