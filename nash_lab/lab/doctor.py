@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.files import allocator_library, cache_folder, first_line, hide_home
+from nash_lab.core.files import (
+    allocator_library,
+    cache_folder,
+    first_line,
+    hide_home,
+)
 
 # %% ../../nbs/lab/89_doctor.ipynb #c006
 class Row(NamedTuple):
@@ -173,11 +178,17 @@ def check_machine() -> list[Row]:
     rows = [Row("processors", "ok", f"{cores}"), Row("memory", "ok", gib(total)), disk]
 
     library = allocator_library()
-    text = "the system's: a step on a CPU is slower; pip install cmeel-mimalloc"
-    if library is None and sys.platform == "linux":
-        rows.append(Row("allocator", "note", text))
-    elif library is not None:
-        rows.append(Row("allocator", "ok", hide_home(library)))
+    if os.environ.get("NASH_LAB_ALLOCATOR") == "system":
+        library = None
+        text = "the system's, as NASH_LAB_ALLOCATOR asks"
+    elif library is None:
+        text = (
+            "the system's: a quarter to half of a step on a CPU goes into page faults "
+        )
+        text += "(pip install cmeel-mimalloc)"
+    else:
+        text = hide_home(library)
+    rows.append(Row("allocator", "ok" if library else "note", text))
 
     compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_folder("jax")
     if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("0", "false"):
