@@ -499,15 +499,16 @@ def is_of_the_line(error: BaseException, args: Sequence[str]) -> bool:
     "Whether an error is about a value that was typed: a file that is missing, a name unknown."
     if isinstance(error, Usage):
         return True
-    named = []
+    # of those that the message names the longest: a folder may be given beside its file
+    named = ""
     for arg in args:
         for value in {arg, arg.partition("=")[2]} - {""}:
             whole = re.search(rf"(?<![\w./-]){re.escape(value)}", str(error))
             missing = isinstance(error, FileNotFoundError) and whole
             quoted = isinstance(error, ValueError) and repr(value) in str(error)
             if missing or quoted:
-                named.append(Path(value).exists())
-    return bool(named) and not any(named)
+                named = max(named, value, key=len)
+    return named != "" and not Path(named).exists()
 
 
 def perform_line(args: list[str], switches: Sequence[str]) -> None:
@@ -558,10 +559,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # of an ascii terminal
     prefix = "nash_lab"
     with suppress(Usage):
-        verb = verb_name(args)
-        prefix = f"nash_lab {verb}"
-        if argv is None and VERBS[verb].device and "--help" not in args:
-            preload_allocator()  # may start this command once more
+        name = verb_name(args)
+        prefix = f"nash_lab {name}"
+        if argv is None and VERBS[name].device and not {"-h", "--help"} & set(args):
+            preload_allocator()
     try:
         with interruptible(prefix) if argv is None else nullcontext():
             spare_home()
@@ -575,9 +576,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(stop) or "interrupted"
     except SystemExit:
         raise
-    except (
-        BaseException
-    ) as error:  # a panic of a library written in Rust is no Exception
+    # a panic of a library written in Rust is no Exception
+    except BaseException as error:
         if isinstance(error, BrokenPipeError):
             poll = select.poll()
             poll.register(1)
