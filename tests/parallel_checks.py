@@ -14,6 +14,7 @@ from flax import nnx
 
 from nash_lab.data.corpus import PackedMeta, PackedTokens
 from nash_lab.data.loader import LoaderConfig, loader
+from nash_lab.model import attention
 from nash_lab.model.block import MAHAConfig, ModelConfig
 from nash_lab.model.generate import generate
 from nash_lab.core.configs import to_json
@@ -168,6 +169,12 @@ def kinds(*names):
         }
         for kind in names
     }
+
+
+def long_rows(*names):
+    "the same, with rows that count as long: attention in blocks, divided over devices by hand"
+    attention.LONG = 16
+    return kinds(*names)
 
 
 def checkpoints(folder):

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 from nash_lab.adapt.lora import LoRAConfig, init_adapter, write_peft
-from nash_lab.lab.bench import load_study
-from nash_lab.lab.cli import VERBS, main, overlay
+from nash_lab.lab.cli import VERBS, find, main, overlay
 from nash_lab.core.configs import to_json
 from nash_lab.train.pretrain import load_run
 from nash_lab.train.settings import TrainConfig
@@ -180,8 +179,8 @@ def test_lora(home, capsys):
 
     def text(*args):
         capsys.readouterr()
-        assert main([*args, *sampling]) == 0
-        return capsys.readouterr().out.split("\n", 1)[1]
+        assert main([*args, *sampling, "--quiet"]) == 0
+        return capsys.readouterr().out
 
     beside, base = (
         text("lora", "apply", "--run", run, "--adapters", *folders),
@@ -278,9 +277,7 @@ def test_help_documents_every_field(verb, capsys):
         main([*verb.split(), "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    job = VERBS[verb].job
-    config = load_study(job).Config if isinstance(job, str) else job
-    for path in leaves(to_json(config())):
+    for path in leaves(to_json(find(VERBS[verb].job)())):
         assert f"--{path.replace('_', '-')}" in out or path.endswith(
             ("optim.groups", "stream.sources")
         ), path  # lists of objects come from a file
@@ -478,7 +475,7 @@ def test_refused_by_the_page_that_does_the_work(home, capsys):
 def test_bad_data(home, tmp_path, capsys):
     "Each bad input is named before step 1, and leaves no run directory"
 
-    def refused(*says, flags=(), **files):
+    def refused(*says, flags=(), code=1, **files):
         for name in (
             "train.bin",
             "train.bin.json",
@@ -492,7 +489,7 @@ def test_bad_data(home, tmp_path, capsys):
         fails(
             capsys,
             ["pretrain", "--run", f"{tmp_path}/run", *SMALL, *data_flags(tmp_path), *flags],
-            1,
+            code,
             *says,
         )
         assert not (tmp_path / "run").exists()
@@ -502,7 +499,7 @@ def test_bad_data(home, tmp_path, capsys):
     def edit(**changes):
         meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
 
-    refused("train.bin", "no packed tokens", change=bin.unlink)
+    refused("train.bin", "no packed tokens", change=bin.unlink, code=2)
     refused("train.bin.json", "missing", change=meta.unlink)
     refused("train.bin", "bytes, expected", change=lambda: bin.write_bytes(bin.read_bytes()[:-7]))
     refused("train.bin", "uint32", change=lambda: edit(dtype="uint32"))
@@ -531,7 +528,7 @@ def test_bad_corpus(tmp_path, capsys):
             "--out",
             f"{tmp_path}/t.model",
         ],
-        1,
+        2,
         "none.txt",
     )
     (tmp_path / "empty.txt").write_text("")
@@ -553,13 +550,13 @@ def test_bad_corpus(tmp_path, capsys):
     fails(
         capsys,
         ["pack", "--tokenizer", f"{tmp_path}/none.model", "--out", tmp_path],
-        1,
+        2,
         "none.model",
     )
 
 
 def test_bad_run(home, tmp_path, capsys):
-    fails(capsys, ["generate", "--run", f"{tmp_path}/none"], 1, "none/config.json")
+    fails(capsys, ["generate", "--run", f"{tmp_path}/none"], 2, "none/config.json")
     shutil.copytree(home / "run", tmp_path / "run")
     array = max(
         (p for p in (tmp_path / "run/checkpoints/4").rglob("*") if p.is_file()),
@@ -571,7 +568,7 @@ def test_bad_run(home, tmp_path, capsys):
     fails(
         capsys,
         ["eval", "--run", f"{home}/run", "--probes", f"{tmp_path}/none.jsonl"],
-        1,
+        2,
         "none.jsonl",
     )
     fails(
@@ -590,6 +587,6 @@ def test_shell():
     )
     assert (r := run("--help")).returncode == 0 and all(verb in r.stdout for verb in VERBS)
     r = run("pack", "--tokenizer", "none.model")
-    assert r.returncode == 1 and r.stderr == "nash_lab pack: none.model: no tokenizer file here\n"
+    assert r.returncode == 2 and r.stderr == "nash_lab pack: none.model: no tokenizer file here\n"
     assert run("fly").returncode == 2
     assert "Traceback" in run("pack", "--tokenizer", "none.model", "--debug").stderr

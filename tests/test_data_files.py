@@ -1,8 +1,9 @@
 "Text as it comes from other systems and other tools: marks, line ends, hidden files, packed files, Parquet of many shapes, one long text."
 
-import codecs, gzip, json
+import codecs, contextlib, gzip, json, os, signal, subprocess, sys, time
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from nash_lab.data.corpus import (
 )
 from nash_lab.data.sources import Source, SourceConfig, local_files, text_rows
 from nash_lab.data.stream import Documents, StreamConfig, stream_documents
+from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.discover.problems import code_problems
 
 
@@ -331,3 +333,51 @@ def test_where_a_long_text_is_cut(end):
     at = validation_start(text, 0.05)
     assert len(text) >= LONG_DOCUMENT and abs((len(text) - at) / len(text) - 0.05) < 0.001
     assert text[:at].endswith(end) or end == " "
+
+
+# ---- a tokenizer, and patience
+
+TRAINING = """if 1:
+    import random, sys
+    from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+    rng = random.Random(0)
+    def letters(): return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))
+    def texts():
+        for i in range(15_000): yield " ".join(letters() for _ in range(40))
+        print("read", flush=True)
+    try: train_tokenizer(texts(), sys.argv[1], TokenizerConfig(vocab_size=16_000))
+    except KeyboardInterrupt: sys.exit(130)"""
+
+
+@pytest.mark.faults
+def test_an_interrupt_ends_the_training_of_a_tokenizer(tmp_path):
+    "Within seconds, though the library's call takes many; no file and no process stays"
+    path = tmp_path / "out/tok.model"
+    child = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(path)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert child.stdout.readline() == b"read\n"
+    time.sleep(1)
+    assert child.poll() is None
+    start = time.monotonic()
+    child.send_signal(signal.SIGINT)  # to the one process, as a supervisor does
+    assert child.wait(30) == 130 and time.monotonic() - start < 5
+    assert not path.parent.exists() or not list(path.parent.iterdir())
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+            alive += [stat] * (int(group) == child.pid and state != "Z")
+    assert not alive
+
+
+def test_vocabularies_that_do_not_fit_name_our_flags(tmp_path):
+    def train(texts, **how):
+        return message(lambda: train_tokenizer(texts, tmp_path / "t.model", TokenizerConfig(**how)))
+
+    few = train(["hello world"], vocab_size=5000)
+    assert "vocab_size=5000: this text gives 286 pieces at most" in few
+    assert "--tokenizer.vocab-size 286" in few
+    many = train(["".join(chr(0x4E00 + i) for i in range(900))], vocab_size=300)
+    assert "vocab_size=300: its characters take 116" in many and "--tokenizer.vocab-size 116" in many
+    assert not list(tmp_path.iterdir())

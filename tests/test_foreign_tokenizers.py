@@ -211,6 +211,13 @@ def test_all_that_was_read_comes_back(lm, folder, tmp_path):
     assert not (again / "hf_config.json").exists()
     assert load(run).tokenizer.end_ids == load_tokenizer(again).end_ids == (302, 301)
     assert chat_text(run, QUESTION, template="bare") == "the quick "
+    # a run made of the run, as lora merge and sdft make it, has them too
+    cfg = load(run).config
+    after = write_run(lm, cfg, tmp_path / "after", tokenizer=run / "tokenizer.json")
+    assert load(after).tokenizer.end_ids == (302, 301)
+    twice = save_hf(lm, tmp_path / "twice", tokenizer_from=after)
+    for path in again.rglob("*.j*"):
+        assert (twice / path.relative_to(again)).read_bytes() == path.read_bytes(), path
 
 
 def test_an_export_names_its_own_end(lm, folder, tmp_path):
@@ -251,7 +258,7 @@ def test_transformers_stops_where_we_do(lm, folder, tmp_path):
     tokens, lengths = generate(lm, [ids], max_new_tokens=8, temperature=0, **rules)
     assert tokens[0, : lengths[0]].tolist() == new["out"]
     shown = opened.generate("the quick", max_new_tokens=8, temperature=0)
-    assert shown == words.decode(free[: free.index(free[2])])
+    assert shown == words.decode(free[: free.index(free[2]) + 1])  # a piece of text stays
 
 
 def test_a_sentencepiece_run_leaves_with_its_tokenizer(lm, tmp_path):
@@ -304,6 +311,24 @@ def test_a_sentencepiece_run_leaves_with_its_tokenizer(lm, tmp_path):
     assert auto(plain)["input_ids"] == [[EOS, *ids] for ids in ours.encode_batch(plain)]
     assert [auto.decode(ids[1:]) for ids in auto(plain)["input_ids"]] == plain
     assert (auto.eos_token_id, auto.bos_token_id, auto.pad_token_id) == (2, 1, 0)
+
+
+def test_a_sentencepiece_model_of_others(lm, folder, tmp_path):
+    "named and left out, so that the weights can be had; a model of ours is taken"
+    import sentencepiece
+
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "t.txt").write_text("\n".join(TEXT))
+    flags = dict(vocab_size=60, model_type="bpe", minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "t.txt"), model_prefix=str(folder / "tokenizer"), **flags
+    )
+    with pytest.warns(UserWarning, match="tokenizer.model: expected the first pieces"):
+        run = import_run(folder, tmp_path / "run")
+    with pytest.raises(ValueError, match="the run has no tokenizer"):
+        load(run)
+    train_tokenizer(TEXT, folder / "tokenizer.model", TokenizerConfig(vocab_size=300))
+    assert load(import_run(folder, tmp_path / "ours")).tokenizer.vocab_size == 300
 
 
 # ---- chats

@@ -173,8 +173,12 @@ def test_files_that_do_not_fit():
         table_rows(packed(TEXT, tokenizer="u"), held)
     with pytest.raises(ValueError, match="seq_len=128 is longer"):
         model_rows(LM(ModelConfig.tiny()), held)
-    with pytest.raises(ValueError, match="vocabulary of 300, the model has 256"):
-        model_rows(LM(ModelConfig.tiny()), packed(TEXT, 300), seq_len=8)
+    found = model_rows(LM(ModelConfig.tiny()), packed(TEXT, 300), seq_len=8, batches=1)
+    assert len(found.nats)  # pieces that no text holds
+    beyond = packed(TEXT, 300)
+    beyond.tokens[7] = 260
+    with pytest.raises(ValueError, match="vocabulary of 300, id 260, the model has 256 rows"):
+        model_rows(LM(ModelConfig.tiny()), beyond, seq_len=8)
 
 
 def test_packed_probe_files_that_are_cut(tmp_path):

@@ -34,7 +34,7 @@ from nash_lab.adapt.sdft import (
     reverse_kl,
     teacher_prompt,
 )
-from nash_lab.core.configs import from_json
+from nash_lab.core.configs import from_json, from_row
 from nash_lab.core.files import read_rows
 from nash_lab.studies.learning import Symbols, demonstrations
 from nash_lab.evals.scores import Probe, weights_hash
@@ -303,6 +303,60 @@ def test_suites(tmp_path):
     with pytest.raises(ValueError, match="73 probes or more"):
         SkillGate("s", probes=(Probe("a", "b"),) * 72)
     SkillGate("s", probes=(Probe("a", "b"),) * 73)
+
+
+def test_rows_with_further_keys_are_kept(tmp_path):
+    "Demonstrations through a buffer and its file; probes of both kinds in a suite, whose hash they do not change"
+    file = tmp_path / "d.jsonl"
+    notes = {"source": "x", "tags": ["a"], "reward": 0.5, "metadata": {"id": None}, "type": "t"}
+    file.write_text(json.dumps({"prompt": "p", "demonstration": "d"} | notes))
+    examples = read_rows(file, partial(from_row, Example), "examples")
+    assert examples[0].more == notes and hash(examples[0]) == hash(Example("p", "d"))
+    buffer = ReplayBuffer()
+    buffer.remember(examples)
+    buffer.write_to(tmp_path / "replay.json")
+    assert read_as(ReplayBuffer, tmp_path / "replay.json").kept[0].example == examples[0]
+
+    hashes = []
+    for i, further in enumerate(({}, notes)):
+        rows = [{"prompt": "a", "target": "b"}, {"prompt": "def f():\n", "tests": "assert f()"}]
+        text = "\n".join(json.dumps(row | further) for row in rows)
+        (tmp_path / f"{i}.jsonl").write_text(text)
+        gate = {"name": "s", "path": f"{i}.jsonl", "least_change": -0.9}
+        (tmp_path / "suite.json").write_text(json.dumps({"skills": [gate]}))
+        suite = load_suite(tmp_path / "suite.json")
+        assert [probe.more for probe in suite.skills[0].probes] == [further, further]
+        hashes.append(suite.hash)
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    "cls, row, meant",
+    [
+        (Example, {"promt": "p", "demonstration": "d"}, "prompt"),
+        (Example, {"Prompt": "p", "demonstration": "d"}, "prompt"),
+        (Example, {"prompt": "p", "demonstration": "d", "shwon": "s"}, "shown"),
+        (Probe, {"prompt": "p", "taget": "t"}, "target"),
+        (Probe, {"prompt": "p", "target": "t", "knd": "exact"}, "kind"),
+        (CodeProbe, {"prompt": "p", "tests": "t", "stops": ["a"]}, "stop"),
+    ],
+    ids=lambda x: None,
+)
+def test_a_misspelt_key_of_a_row(cls, row, meant):
+    with pytest.raises(ValueError, match=f"did you mean {meant!r}"):
+        from_row(cls, row)
+    with pytest.raises(ValueError, match="missing key"):
+        from_row(cls, {"text": "t"})
+    assert from_row(Example, {"prompt": "p", "demonstration": "d", "prompts": 1}).more
+
+
+def test_probes_with_unit_tests_in_a_suite(lm):
+    "They are asked and judged like the others; every symbol ends the answer, so the tests alone decide"
+    stop = tuple(Symbols().decode(range(Symbols.vocab_size)))
+    probes = tuple(CodeProbe("", tests, stop) for tests in ("assert True", "assert False"))
+    gate = SkillGate("s", probes=(*probes, Probe("1", ".*", "regex")), least_change=-0.99)
+    report = evaluate_suite(lm, Symbols(), Suite(skills=(gate,), max_new_tokens=4))
+    assert report.skills[0].passed == (True, False, True)
 
 
 def probes(lm, n=40):

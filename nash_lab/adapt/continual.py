@@ -7,7 +7,7 @@ every time (three seeds, [studies/learning](../studies/91_learning.ipynb))."""
 
 # %% auto #0
 __all__ = ['Policy', 'REJECTED', 'Kept', 'read_as', 'ReplayBuffer', 'paired_change', 'CodeProbe',
-           'TextGate', 'SkillGate', 'Suite', 'load_suite', 'TextScore', 'SkillScore',
+           'is_right', 'TextGate', 'SkillGate', 'Suite', 'load_suite', 'TextScore', 'SkillScore',
            'SuiteReport', 'evaluate_suite', 'Rejected', 'Check', 'GateDecision', 'decide',
            'gated_update', 'ContinualConfig', 'continual']
 
@@ -38,6 +38,7 @@ from nash_lab.core.configs import (
     check_that,
     claim,
     from_json,
+    from_row,
     to_json,
 )
 from ..core.files import read_json, read_rows, sha256, write_json
@@ -177,14 +178,19 @@ class CodeProbe:
     tests: str  # assertions that hold for a right answer
     # ends the answer
     stop: tuple[str, ...] = ("\ndef ", "\nclass ", "\nprint(", "\nif ", "\n#")
+    # further keys of its row
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         check_that(self, "tests", bool(self.tests.strip()), "assertions")
 
-    def matches(self, answer: str) -> bool:
-        "Whether the tests hold, in the sandbox."
-        program = self.prompt + cut_at(answer, self.stop)
-        return run_python(program, self.tests).passed
+
+def is_right(probe: Probe | CodeProbe, answer: str) -> bool:
+    "Whether the answer is the probe's; tests are run in the sandbox."
+    if isinstance(probe, Probe):
+        return probe.matches(answer)
+    program = probe.prompt + cut_at(answer, probe.stop)
+    return run_python(program, probe.tests).passed
 
 # %% ../../nbs/adapt/63_continual.ipynb #c025
 @dataclass(frozen=True)
@@ -249,9 +255,12 @@ class Suite:
 
     @property
     def hash(self) -> str:
-        "SHA-256 of everything in it."
-        text = json.dumps(to_json(self), sort_keys=True)
-        return sha256(text.encode())
+        "SHA-256 of everything that decides."
+        data = to_json(self)
+        for gate in data["skills"]:
+            for probe in gate["probes"]:
+                del probe["more"]  # a note, and hashes of suites without are older
+        return sha256(json.dumps(data, sort_keys=True).encode())
 
 # %% ../../nbs/adapt/63_continual.ipynb #c027
 def load_suite(path: str | Path) -> Suite:
@@ -261,7 +270,7 @@ def load_suite(path: str | Path) -> Suite:
 
     def read_probe(row):
         kind = CodeProbe if isinstance(row, dict) and "tests" in row else Probe
-        return from_json(kind, row)
+        return from_row(kind, row)
 
     texts = []
     for gate in suite.texts:
@@ -365,7 +374,7 @@ def evaluate_suite(
 
     skills = []
     for gate in suite.skills:
-        found = run_probes(greedy_answers, gate.probes, suite.batch_size)
+        found = run_probes(greedy_answers, gate.probes, suite.batch_size, is_right)
         passed = tuple(item.passed for item in found.items)
         answers = tuple(item.answer for item in found.items)
         skills.append(
@@ -558,7 +567,7 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         claim(settings, cfg, advice="give another name")
         return read_as(GateDecision, out / "gate_decision.json")
 
-    examples = read_rows(cfg.data, partial(from_json, Example), "examples")
+    examples = read_rows(cfg.data, partial(from_row, Example), "examples")
     suite = load_suite(cfg.suite)
     buffer_file = Path(cfg.buffer or Path(cfg.run) / "replay.json")
     if cfg.buffer or buffer_file.is_file():

@@ -15,6 +15,7 @@ import math
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -652,11 +653,18 @@ def save_hf(
     return folder
 
 # %% ../../nbs/adapt/60_hf.ipynb #c022
-def import_run(folder: str | Path, run: str | Path, dtype: str = "float32") -> Path:
+def import_run(
+    folder: str | Path,
+    run: str | Path,
+    dtype: str = "float32",
+    change: Callable[[LM], LM] | None = None,  # of the model that was read
+) -> Path:
     "A run with weights and tokenizer of a folder. ValueError when there is a run already."
     run = fresh_run(run)
     left_out = []
     lm = load_hf(folder, dtype, left_out)
+    if change is not None:
+        lm = change(lm)
     own = ""
     for name in reversed(TOKENIZERS):  # tokenizer.json first
         if not own and (Path(folder) / name).is_file():

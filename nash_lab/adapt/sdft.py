@@ -346,10 +346,8 @@ class Example:
     prompt: str  # x
     demonstration: str  # c
     shown: str = ""  # the teacher's whole prompt, where the template does not fit
-    # of the row, kept with it: not part of what is learned
-    source: str = ""
-    tags: tuple[str, ...] = ()
-    reward: float | None = None
+    # further keys of its row, such as source, tags and reward
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         for name in ("prompt", "demonstration"):

@@ -69,7 +69,7 @@ def continuation(
 def known_ids(tokenizer: Tokenizer, ids: list[int], rows: int) -> list[int]:
     "The same ids. ValueError names a piece for which a model with `rows` has no row."
     for i in ids:
-        if i >= rows:
+        if i >= rows:  # guard: text: a piece without a row
             piece = tokenizer.pieces[i]
             raise ValueError(
                 f"{tokenizer.path}: the text holds {piece!r}, id {i},"

@@ -14,9 +14,9 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,15 +60,15 @@ def model_rows(
     documents: str = "cross",  # or "mask": what the model was trained with
 ) -> Rows:
     "Loss of a model on a packed file, in order. ValueError when model and file do not fit."
-    v = packed.meta.vocab_size
+    rows = lm.cfg.vocab_size
     if seq_len > lm.cfg.max_len:
         raise ValueError(
             f"{seq_len=} is longer than the model's max_len={lm.cfg.max_len}"
         )
-    if v > lm.cfg.vocab_size:
-        raise ValueError(
-            f"{packed.path}: vocabulary of {v}, the model has {lm.cfg.vocab_size}"
-        )
+    # pieces without a row are harmless until a text holds one
+    if packed.meta.vocab_size > rows and packed.tokens.max() >= rows:
+        found = f"vocabulary of {packed.meta.vocab_size}, id {packed.tokens.max()}"
+        raise ValueError(f"{packed.path}: {found}, the model has {rows} rows")
 
     graphdef, weights = nnx.split(lm)
     nats = []
@@ -207,6 +207,8 @@ class Probe:
     prompt: str  # text to continue
     target: str  # text or pattern
     kind: Literal["exact", "contains", "regex"] = "contains"  # how the target is found
+    # further keys of its row, such as source and tags
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         check_choices(self)
@@ -221,6 +223,14 @@ class Probe:
                 re.compile(self.target)
             except re.error as error:
                 check_that(self, "target", False, f"a regular expression ({error})")
+
+    def matches(self, answer: str) -> bool:
+        "Whether the answer is right."
+        if self.kind == "exact":
+            return answer.strip() == self.target.strip()
+        if self.kind == "contains":
+            return self.target in answer
+        return re.search(self.target, answer) is not None
 
 # %% ../../nbs/evals/52_scores.ipynb #c034
 def wilson(
@@ -289,6 +299,7 @@ def run_probes(
     generate_text: Callable[[list[str]], list[str]],  # prompts -> continuations
     probes: Sequence[Probe],
     batch_size: int = 16,  # prompts a call
+    judge: Callable[[Any, str], bool] = Probe.matches,  # of a probe and its answer
 ) -> ProbeReport:
     "Ask every probe and count. ValueError without probes or when an answer is missing."
     items = []
@@ -298,13 +309,7 @@ def run_probes(
         if len(answers) != len(asked):
             raise ValueError(f"{len(answers)} answers to {len(asked)} prompts")
         for probe, answer in zip(asked, answers):
-            if probe.kind == "exact":
-                right = answer.strip() == probe.target.strip()
-            elif probe.kind == "contains":
-                right = probe.target in answer
-            else:
-                right = re.search(probe.target, answer) is not None
-            items.append(ProbeResult(probe, answer, right))
+            items.append(ProbeResult(probe, answer, judge(probe, answer)))
     passed = sum(item.passed for item in items)
     low, high = wilson(passed, len(items))
     return ProbeReport(passed, len(items), passed / len(items), low, high, tuple(items))

@@ -31,7 +31,13 @@ import jax
 import numpy as np
 
 import nash_lab
-from ..core.files import first_line, hide_home, parse_json, write_atomic
+from nash_lab.core.files import (
+    allocator,
+    first_line,
+    hide_home,
+    parse_json,
+    write_atomic,
+)
 
 # %% ../../nbs/run/30_rundir.ipynb #c006
 def read_metrics(path: str | Path) -> list[dict]:
@@ -133,14 +139,14 @@ def wandb_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
     settings = wandb.Settings(
         init_timeout=5, login_timeout=5, finish_timeout=3, silent=True
     )
-    job = wandb.init(
-        project="nash_lab",
-        name=run.name,
-        dir=run,
-        config=config,
-        settings=settings,
-        mode=mode,
-    )
+    ours = {}  # of what neither a variable nor wandb's own settings file says
+    if found.project is None:
+        ours["project"] = "nash_lab"
+    if found.run_name is None:
+        ours["name"] = run.name
+    if not os.environ.get("WANDB_DIR"):
+        ours["dir"] = run
+    job = wandb.init(**ours, config=config, settings=settings, mode=mode)
     return lambda record: job.log(record, step=record["step"]), job.finish
 
 
@@ -255,6 +261,7 @@ def environment() -> dict:
             revision = found.stdout.strip() or None
 
     device = jax.devices()[0]
+    cache = jax.config.jax_compilation_cache_dir
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
         "python": platform.python_version(),
@@ -262,7 +269,9 @@ def environment() -> dict:
         "versions": versions,
         "backend": device.platform,
         "device": device.device_kind,
+        "allocator": allocator(),
         "devices": jax.device_count(),
+        "compiled": hide_home(str(cache)) if cache else None,  # kept here
         "git": revision,
         "command": hide_home(command),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
