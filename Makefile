@@ -22,7 +22,7 @@ help:            ## this list
 	@echo '  variables: PYTHON=python3.12 (for a new .venv), ARGS="..." (handed on to the command)'
 
 # the package alone is enough to run it; .ready adds what testing and the site need to the same environment
-$(LEAN): pyproject.toml settings.ini constraints.txt tools/venv.sh
+$(LEAN): pyproject.toml settings.ini constraints.txt constraints-3.12.txt tools/venv.sh
 	@echo "installing into $(VENV) ..."
 	@PYTHON="$(PYTHON)" tools/venv.sh $(VENV)
 	@touch $@
@@ -61,7 +61,7 @@ refresh: $(READY) ## run notebooks, store their outputs (ARGS="nbs/model/16_mhc.
 readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/python tools/readme.py $(ARGS)
 
-constraints: $(READY) ## versions of this environment -> constraints.txt
+constraints: $(READY) ## versions of this environment -> constraints.txt or, from Python 3.12 on, constraints-3.12.txt
 	$(BIN)/python tools/constraints.py $(ARGS)
 
 clean:           ## what can be made again, but for .venv and runs/

@@ -13,15 +13,14 @@ os.environ.update(
     MPLBACKEND="agg",
     HF_HUB_OFFLINE="1",
 )
-# most of the time goes into compiling: LLVM does not optimize, and loops are emitted the old way, which together takes half off.
-# What is timed sets XLA_FLAGS itself
+sys.path.insert(0, str(ROOT / "tools"))
+from pages import quick_compile
+
+# most of the time goes into compiling; what is timed sets XLA_FLAGS itself
 if "xla_" not in (flags := os.environ.get("XLA_FLAGS", "")):
-    os.environ["XLA_FLAGS"] = (
-        f"{flags} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false".strip()
-    )
+    os.environ["XLA_FLAGS"] = f"{flags} {quick_compile()}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-sys.path.insert(0, str(ROOT / "tools"))
 
 NAMED = set(re.findall(r"`(tests/\w+\.py::\w+)", (ROOT / "docs/FAULTS.md").read_text()))
 

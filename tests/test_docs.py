@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 import pytest
-from pages import ROOT, named, notebooks
+from pages import ROOT, named, notebooks, number
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +91,6 @@ def test_reading_order(site):
     listed = re.findall(r'href="((?:\w+/)\w+)\.html', sidebar)
     pages = [named(p) for p in notebooks() if p.name != "index.ipynb"]
     assert [o for o in listed if not o.startswith("guides/")] == pages
+    shown = re.findall(r'href="((?:\w+/)\w+)\.html[^"]*">(\d\d) [^<]+</a>', sidebar)
+    numbers = {named(p): f"{number(p):02}" for p in notebooks()}
+    assert {place: numbers[place] for place in pages} == dict(shown), "numbers in the sidebar"

@@ -25,12 +25,20 @@ def test_code_blocks(tmp_path):
     assert r.returncode == 0, r.stderr
 
 
+def own(link):
+    "The file of the project that an address of README.md stands for, None for an address elsewhere"
+    address = r"https://github\.com/nash-lab/nash_lab/(?:blob|raw)/main/([^#]+)"
+    found = re.match(address, link)
+    return ROOT / found[1] if found else None
+
+
 def test_links():
-    "Relative links and pictures lead to files of the project"
+    "No link is relative, as the package index has no files beside it; those into the project lead to files"
     links = re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', (ROOT / "README.md").read_text())
     for link in (a or b for a, b in links):
-        if not re.match(r"[a-z]+:|#", link):
-            assert (ROOT / link.partition("#")[0]).exists(), f"README.md: dead link {link}"
+        assert re.match(r"[a-z]+:|#", link), f"README.md: relative link {link}"
+        assert own(link) is None or own(link).exists(), f"README.md: dead link {link}"
+    assert sum(own(a or b) is not None for a, b in links) > 50
 
 
 def test_addresses():
@@ -57,13 +65,13 @@ def section(title):
 
 def test_the_map_names_every_page_once():
     "Each row is a floor and its pages, in reading order; none is left out, none is there twice"
-    links = re.findall(r"\((nbs/(\w+)/[^)]+\.ipynb)\)", section("The map"))
+    links = re.findall(r"/(nbs/(\w+)/[^)]+\.ipynb)\)", section("The map"))
     pages = [p.relative_to(ROOT).as_posix() for p in notebooks() if p.parent != NBS]
     assert [link for link, _ in links] == pages
     for row in re.findall(r"^\| `(\w+)`: .*$", section("The map"), re.M):
         assert row in FLOORS
     for floor, cells in re.findall(r"^\| `(\w+)`: [^|]*\|([^|]*)\|$", section("The map"), re.M):
-        assert {folder for _, folder in re.findall(r"\((nbs/(\w+)/[^)]+\.ipynb)\)", cells)} == {
+        assert {folder for _, folder in re.findall(r"/(nbs/(\w+)/[^)]+\.ipynb)\)", cells)} == {
             floor
         }
 

@@ -18,7 +18,19 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.processors import FilterDefaults
 from api import entry
-from pages import FLOORS, GUIDES, ROOT, addresses, linked_reads, named, notebooks, relink
+from pages import (
+    FLOORS,
+    GUIDES,
+    ROOT,
+    addresses,
+    linked_reads,
+    named,
+    notebooks,
+    number,
+    read,
+    relink,
+    source,
+)
 
 CFG = get_config(path=ROOT)
 BASE = f"{CFG.doc_host}{CFG.doc_baseurl}".rstrip("/") + "/"
@@ -207,13 +219,18 @@ def slugs(nb) -> set:
 
 
 def toctrees(site: Site) -> str:
-    "One hidden toctree for each folder, in reading order, then the guides"
+    "One hidden toctree for each folder, in reading order and with the pages' numbers, then the guides"
     groups = {}
-    for page in site.pages.values():
+    for path, page in site.pages.items():
         if page.name == "index.ipynb":
             continue
-        folder = "guides" if page.suffix == ".md" else page.parts[0]
-        groups.setdefault(folder, []).append(page.with_suffix("").as_posix())
+        place = page.with_suffix("").as_posix()
+        if page.suffix == ".md":
+            groups.setdefault("guides", []).append(place)
+        else:
+            title = source(read(path)["cells"][0]).splitlines()[0].lstrip("# ")
+            entry = f"{number(path):02} {title.replace('`', '')} <{place}>"
+            groups.setdefault(page.parts[0], []).append(entry)
     caption = lambda k: CAPTIONS.get(k, k.capitalize())
     return "\n\n".join(
         f"```{{toctree}}\n:hidden:\n:caption: {caption(k)}\n\n" + "\n".join(v) + "\n```"

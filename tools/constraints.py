@@ -1,4 +1,4 @@
-"Write constraints.txt: the installed version of everything the project and its `dev`, `docs`, `parity` and `preflight` extras pull in."
+"Write the constraints of this Python: the installed version of all that the project and its `dev`, `docs`, `parity` and `preflight` extras pull in."
 
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
@@ -7,8 +7,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT, EXTRAS = Path(__file__).resolve().parents[1], ("dev", "docs", "parity", "preflight")
-HEAD = """# Versions the tests last passed with; pip and uv read it as `-c constraints.txt`. Written by `make constraints`.
-# One list for Python 3.11 to 3.13, made on the oldest of them.
+# jax and flax end at 0.10.2 and 0.12.8 on Python 3.11, so there are two lists, each made on the oldest Python that it is for
+FILES = {"constraints.txt": "3.11", "constraints-3.12.txt": "3.12 to 3.14"}
+HEAD = """# Versions the tests last passed with, for Python {pythons}; pip and uv read it as `-c {name}`.
+# Written by `make constraints` in an environment of the oldest of these Pythons.
 """
 
 
@@ -34,14 +36,16 @@ def closure(name, extras=()):
 
 def main():
     pins = closure("nash_lab", EXTRAS)
-    if "torch" not in pins:
+    name = "constraints.txt" if sys.version_info < (3, 12) else "constraints-3.12.txt"
+    if "peft" not in pins:
         sys.exit(
-            "the parity extra is not installed here: uv pip install -e '.[parity]' -c constraints.txt"
+            f"the parity extra is not installed here: uv pip install -e '.[parity]' -c {name}"
         )
-    del pins["torch"]  # its builds differ by machine: 2.13.0+cpu; .ci/run names the version
-    text = HEAD + "".join(f"{k}=={v}\n" for k, v in sorted(pins.items()))
-    (ROOT / "constraints.txt").write_text(text)
-    print(f"constraints.txt: {len(pins)} versions")
+    pins.pop("torch", None)  # its builds differ by machine: 2.13.0+cpu; .ci/run names the version
+    text = HEAD.format(name=name, pythons=FILES[name])
+    text += "".join(f"{k}=={v}\n" for k, v in sorted(pins.items()))
+    (ROOT / name).write_text(text)
+    print(f"{name}: {len(pins)} versions")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Write README.md from nbs/index.ipynb, and the tables that a guide takes from a page. `--check` only compares.
 
-README.md has the words of the index, links into the repository, and pictures as files beside the site's. A guide says
+README.md has the words of the index, and pictures as files beside the site's. Its links and pictures are full addresses in
+the repository of settings.ini, because the package index shows it too. A guide says
 `<!-- table: nbs/FLOOR/PAGE.ipynb | HEADING -->`, and the first table below that heading is put between this and `<!-- end -->`."""
 
 import argparse
@@ -21,15 +22,22 @@ def flags(source: str) -> dict:
     return {k.strip(): v.strip() for k, _, v in (o.partition(":") for o in lines)}
 
 
+def public(path: str) -> str:
+    "The address of a file of the project: a picture as it is, anything else as a page"
+    cfg = get_config(path=ROOT)
+    kind = "raw" if path.endswith(".png") else "blob"
+    return f"{cfg.git_url}/{kind}/{cfg.branch}/{path}"
+
+
 def place(target: str) -> str:
-    "A link written in nbs/index.ipynb, as seen from the project's root"
+    "A link written in nbs/index.ipynb, as an address that holds everywhere"
     if re.match(r"[a-z]+:|#", target):
         return target
     path, _, anchor = target.partition("#")
     file = (NBS / path).resolve()
     if not file.exists():
         sys.exit(f"nbs/index.ipynb: link to {target}, which does not exist")
-    return file.relative_to(ROOT).as_posix() + (f"#{anchor}" if anchor else "")
+    return public(file.relative_to(ROOT).as_posix()) + (f"#{anchor}" if anchor else "")
 
 
 def title(source: str) -> str:
@@ -45,7 +53,7 @@ def outputs(cell, pictures: dict, alt: str) -> list[str]:
         if "image/png" in data:
             name = f"{PICTURES}/readme_{len(pictures) + 1}.png"
             pictures[name] = base64.b64decode(data["image/png"])
-            parts.append(f"![{alt}]({name})")
+            parts.append(f"![{alt}]({public(name)})")
         elif "text/markdown" in data:
             parts.append(relink(data["text/markdown"], place))
         elif data.get("text/plain", "").strip():

@@ -12,14 +12,14 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
-from pages import ROOT, directives, notebooks, same_text, text_outputs
+from pages import ROOT, directives, notebooks, quick_compile, same_text, text_outputs
 
 ENV = dict(  # as in tests/conftest.py, which compares what is stored with what it sees
     JAX_PLATFORMS="cpu",
     JAX_NUMPY_RANK_PROMOTION="raise",
     JAX_NUMPY_DTYPE_PROMOTION="strict",
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    XLA_FLAGS=quick_compile(),
 )
 
 

@@ -382,7 +382,8 @@ def ask_tyro(cls: type, name: str, args: list[str], job: Any) -> Any:
         presets = sorted(find("model.block:PRESETS"))
         about.append(f"--preset NAME starts from a model: {', '.join(presets)}.")
     if hasattr(job, "run"):
-        about.append("A first word without dashes is --run.")
+        first = "folder" if fields(cls)[0].name == "folder" else "run"
+        about.append(f"A first word without dashes is --{first}.")
     about += [
         f"See also nash_lab {verb}." for verb in VERBS if verb.startswith(f"{name} ")
     ]
@@ -421,7 +422,8 @@ def read_job(args: Sequence[str]) -> tuple[str, Any, list[str]]:
     if args and not args[0].startswith("-"):
         if not hasattr(job, "run"):
             raise Usage(f"unexpected {args[0]!r}, every value follows a flag")
-        args.insert(0, "--run")  # a bare word is the run
+        first = fields(cls)[0].name
+        args.insert(0, "--folder" if first == "folder" else "--run")
 
     path = take_value(args, "--config")
     preset = take_value(args, "--preset")
@@ -497,13 +499,15 @@ def is_of_the_line(error: BaseException, args: Sequence[str]) -> bool:
     "Whether an error is about a value that was typed: a file that is missing, a name unknown."
     if isinstance(error, Usage):
         return True
-    values = {value for arg in args for value in (arg, arg.partition("=")[2])}
-    for value in values - {""}:
-        missing = isinstance(error, FileNotFoundError) and value in str(error)
-        quoted = isinstance(error, ValueError) and repr(value) in str(error)
-        if (missing or quoted) and not value.startswith("-"):
-            return not Path(value).exists()
-    return False
+    named = []
+    for arg in args:
+        for value in {arg, arg.partition("=")[2]} - {""}:
+            whole = re.search(rf"(?<![\w./-]){re.escape(value)}", str(error))
+            missing = isinstance(error, FileNotFoundError) and whole
+            quoted = isinstance(error, ValueError) and repr(value) in str(error)
+            if missing or quoted:
+                named.append(Path(value).exists())
+    return bool(named) and not any(named)
 
 
 def perform_line(args: list[str], switches: Sequence[str]) -> None:
