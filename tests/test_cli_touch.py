@@ -251,6 +251,8 @@ def test_no_suggestion_where_nothing_is_near():
         ("report --run nowhere", 2, "nowhere/config.json"),
         ("pack --tokenizer none.model", 2, "none.model"),
         ("hf import --folder nowhere", 2, "nowhere"),
+        ("hf import nowhere", 2, "nowhere/config.json: no such file, so this is no model"),
+        ("report nowhere", 2, "nowhere/config.json"),
         ("tokenizer --corpus.source text --corpus.paths none.txt", 2, "none.txt"),
         ("eval --compare a.json b.json", 2, "a.json"),
         ("discover --options {bad", 2, "expected a JSON object"),

@@ -1,6 +1,6 @@
 "Text as it comes from other systems and other tools: marks, line ends, hidden files, packed files, Parquet of many shapes, one long text."
 
-import codecs, contextlib, gzip, json, os, signal, subprocess, sys, time
+import codecs, contextlib, gzip, json, os, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from nash_lab.data.corpus import (
     LONG_DOCUMENT,
     CorpusConfig,
     CorpusReport,
+    PackedTokens,
     documents,
     split_of,
     validation_start,
@@ -363,11 +364,13 @@ def test_an_interrupt_ends_the_training_of_a_tokenizer(tmp_path):
     child.send_signal(signal.SIGINT)  # to the one process, as a supervisor does
     assert child.wait(30) == 130 and time.monotonic() - start < 5
     assert not path.parent.exists() or not list(path.parent.iterdir())
-    alive = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-            alive += [stat] * (int(group) == child.pid and state != "Z")
+    alive = [path]
+    while alive and time.monotonic() - start < 5:  # a killed process takes a moment to go
+        alive = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+                alive += [stat] * (int(group) == child.pid and state != "Z")
     assert not alive
 
 
@@ -381,3 +384,96 @@ def test_vocabularies_that_do_not_fit_name_our_flags(tmp_path):
     many = train(["".join(chr(0x4E00 + i) for i in range(900))], vocab_size=300)
     assert "vocab_size=300: its characters take 116" in many and "--tokenizer.vocab-size 116" in many
     assert not list(tmp_path.iterdir())
+
+
+# ---- the first corpus of a newcomer, and machines without a home
+
+
+def cli(*args, cwd):
+    code = "import sys; from nash_lab.lab.cli import main; sys.exit(main())"
+    run = [sys.executable, "-c", code, *args]
+    return subprocess.run(run, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_one_long_file_as_the_first_corpus(tmp_path):
+    "As a nanoGPT user starts: one file, default holdout; and what cannot be split is refused before work"
+    (tmp_path / "input.txt").write_text(paragraphs(1200))
+    (tmp_path / "short.txt").write_text("To be, or not to be\n" * 20)
+    for name in ("input", "short"):
+        cfg = {"corpus": {"source": "text", "paths": [f"{name}.txt"]}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(cfg))
+    config = CorpusConfig("text", (str(tmp_path / "input.txt"),))
+    train_tokenizer(
+        (d.text for d in documents(config)), tmp_path / "t.model", TokenizerConfig(vocab_size=300)
+    )
+    done = cli("pack", "--config", "input.json", "--tokenizer", "t.model", "--out", "d", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "d").iterdir()} >= {"train.bin", "validation.bin"}
+    held = PackedTokens.open(tmp_path / "d/validation.bin").meta
+    whole = held.text_bytes + PackedTokens.open(tmp_path / "d/train.bin").meta.text_bytes
+    assert whole == len(paragraphs(1200)) and 0.03 < held.text_bytes / whole < 0.08
+
+    done = cli("pack", "--config", "short.json", "--tokenizer", "t.model", "--out", "s", cwd=tmp_path)
+    [error] = done.stderr.splitlines()
+    assert done.returncode == 1 and not (tmp_path / "s").exists()
+    assert "--corpus.separator" in error and "--corpus.holdout" in error and "validation" in error
+
+
+HOMELESS = """if 1:
+    import os, sys
+    from nash_lab.core.files import cache_folder, hide_home, spare_home
+    from nash_lab.data.corpus import CorpusConfig, documents
+    from nash_lab.data.sources import Source, SourceConfig
+    from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+    for streaming in (True, False):
+        for name in ("rows.jsonl", "rows.parquet", "*.txt"):
+            source = SourceConfig(name, streaming=streaming, sample_by="line")
+            assert list(Source(source, epochs=1)) == ["one", "two"], name
+    train_tokenizer(["some words"] * 9, "t.model", TokenizerConfig(vocab_size=268))
+    print(cache_folder("x"), hide_home("/a/b"))
+    spare_home()
+    import datasets, matplotlib.pyplot
+    assert os.path.isdir(os.environ["HF_HOME"]) or cache_folder("x")
+    from nash_lab.run.rundir import environment
+    environment()"""
+
+
+@pytest.fixture
+def open_folder():
+    "A folder that other users may enter, which pytest's are not"
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("home", ["none", "", "/", "/proc/none", "read-only"])
+def test_nothing_is_written_without_a_home(open_folder, home):
+    "An unknown uid, HOME unset or empty, the root, missing, or not writable: it works, and no folder is made"
+    if os.geteuid():
+        pytest.skip("only root can become a user without a name")
+    if not shutil.which("setpriv"):
+        pytest.skip("setpriv is not installed")
+    work = open_folder / "work"
+    work.mkdir()
+    (work / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (work / "rows.txt").write_text("one\ntwo\n")
+    pq.write_table(pa.table({"text": ["one", "two"]}), work / "rows.parquet")
+    os.chown(work, 12345, 12345)
+    env = {} if home == "none" else {"HOME": home}
+    if home == "read-only":
+        (open_folder / "home").mkdir(mode=0o555)
+        env = {"HOME": str(open_folder / "home")}
+    env["TMPDIR"] = str(work / "tmp")
+    (work / "tmp").mkdir()
+    os.chown(work / "tmp", 12345, 12345)
+    keep = ("PATH", "PYTHONPATH", "JAX_PLATFORMS", "HF_HUB_OFFLINE")
+    env |= {name: os.environ[name] for name in keep if name in os.environ}
+    become = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
+    done = subprocess.run(
+        [*become, sys.executable, "-c", HOMELESS], cwd=work, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "None /a/b\n" and "Matplotlib" not in done.stderr
+    left = {path.name for path in work.iterdir()}
+    assert left == {"rows.jsonl", "rows.txt", "rows.parquet", "t.model", "tmp"}
+    assert not list((work / "tmp").iterdir())

@@ -389,13 +389,20 @@ def test_json_inside_is_linear():
 
 
 def test_by_name():
+    needed = {
+        "json": {"prompt": "?", "fields": {"a": 1}},
+        "distance": {"prompt": "?", "target": [1.0]},
+    }
     for name in PROBLEMS:
-        assert problem_by_name(name).initial_state() == problem_by_name(name).initial_state()
+        one, other = (problem_by_name(name, **needed.get(name, {})) for _ in range(2))
+        assert one.initial_state() == other.initial_state() and one.context(State())
     for bad in ("", "x", ":", "os:", ":x", "nope:X", "os:path", "json:JSONDecoder", "a b:c"):
         with pytest.raises(ValueError, match="^problem "):
             problem_by_name(bad)
     with pytest.raises(ValueError, match="unexpected keyword"):
         problem_by_name("packing", size=3)
+    with pytest.raises(ValueError, match="problem 'distance': .*missing.*'target'"):
+        problem_by_name("distance", prompt="?")
 
 
 class Sidon(Problem):

@@ -235,7 +235,6 @@ class Picky:
 def test_bad_problems_end_no_evaluation(tmp_path):
     "Named and counted, left out of every mean and of both reports; a score that is no number, and a task without any score, too"
     import jax.numpy as jnp
-    from flax import nnx
     from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
     from nash_lab.model.transformer import LM, ModelConfig
 
@@ -524,7 +523,10 @@ def test_problems_that_cannot_be_asked(tmp_path):
             "task 'no_such_task', expected gsm8k, hellaswag",
         ),
         (lambda: read_data("gsm8k", tmp_path / "none"), "none: no such folder of benchmark files"),
-        (lambda: read_data("arc_challenge", tmp_path), "a row is not of arc_challenge: IndexError"),
+        (
+            lambda: read_data("arc_challenge", tmp_path),
+            "arc_challenge_test.jsonl:1: gold=4 of 1 choices",
+        ),
         (lambda: read_data("arc_easy", tmp_path), "arc_easy_test.jsonl:1: NaN"),
         (lambda: Attempts(samples=2, k=(3,)), r"Attempts.k=\(3,\)"),
         (lambda: Attempts(samples=0), "Attempts.samples=0"),
@@ -533,6 +535,32 @@ def test_problems_that_cannot_be_asked(tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=said):
             call()
+
+
+def test_rows_with_further_keys_and_misspelt_ones(tmp_path):
+    "Metadata of any type stays in the row; a key that a task needs is named with its line and the one that was meant"
+    (tmp_path / "gsm8k").mkdir()
+    rows = [
+        {"question": f"{i}?", "answer": f"#### {i}", "tags": tags, "source": None}
+        for i, tags in enumerate(([1], "one", {"a": 1}, None, [["x"]], 2.5))
+    ]
+    for split in ("train", "test"):
+        path = tmp_path / f"gsm8k/{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_task("gsm8k", tmp_path, shots=1)
+    assert loaded.data.splits["test"] == rows
+    assert [json.loads(doc["tags"]) for doc in loaded.task.eval_docs] == [r["tags"] for r in rows]
+    with quiet():
+        loaded.task.build_all_requests()
+    assert len(loaded.task.instances) == 6
+
+    rows[4]["anwser"] = rows[4].pop("answer")
+    path.write_text("\n".join(json.dumps(row) + "\n" for row in rows))  # with blank lines
+    with pytest.raises(ValueError, match="test.jsonl:9: no key 'answer' .* mean 'anwser'"):
+        read_data("gsm8k", tmp_path)
+    path.write_text('["question"]')
+    with pytest.raises(ValueError, match="test.jsonl:1: "):
+        read_data("gsm8k", tmp_path)
 
 
 # ---- end to end

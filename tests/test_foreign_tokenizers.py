@@ -10,6 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from nash_lab.adapt.hf import import_run, save_hf
 from nash_lab.core.text import continuation, known_ids
+from nash_lab.data.corpus import Document, pack
 from nash_lab.data.loader import LoaderConfig
 from nash_lab.data.tokenizer import (
     EOS,
@@ -442,7 +443,7 @@ def test_a_chat_from_the_command_line(folder, tmp_path, capsys):
     assert main([*flags, "--system", "over"]) != 0
     assert "--chat" in capsys.readouterr().err
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>"}')
-    assert main([*flags[:2], str(import_run(folder, tmp_path / "bare")), *flags[3:], "--chat"]) == 1
+    assert main([*flags[:2], str(import_run(folder, tmp_path / "bare")), *flags[3:], "--chat"]) != 0
     assert "chat_template.jinja: no such file" in capsys.readouterr().err
 
 
@@ -516,10 +517,24 @@ def test_a_larger_tokenizer_works_until_it_is_used(lm, folder, tmp_path, capsys)
     assert opened.logprob("the quick").total < 0
     with pytest.raises(ValueError, match="'<pad>', id 320, and the model has only 320 rows"):
         opened.chat("the <pad> quick", max_new_tokens=4)
-    assert main(["generate", "--run", str(run), "--prompt", "<pad>", "--chat"]) == 1
+    assert main(["generate", "--run", str(run), "--prompt", "<pad>", "--chat"]) != 0
     assert "'<pad>', id 320" in capsys.readouterr().err
     with pytest.raises(ValueError, match="<pad>"):
         known_ids(opened.tokenizer, [5, 320], 320)
+
+
+def test_packed_text_of_a_larger_tokenizer_is_scored(lm, folder, tmp_path, capsys):
+    "its file names more pieces than the model has rows, and no text holds the last"
+    model = byte_level()
+    filled = [f"<|extra_{i}|>" for i in range(321 - model.get_vocab_size())]
+    model.add_special_tokens(filled)
+    model.save(str(folder / "tokenizer.json"))
+    words = load_tokenizer(folder)
+    assert words.vocab_size == 321 > lm.cfg.vocab_size
+    run = import_run(folder, tmp_path / "run")
+    pack([Document(line, "a") for line in TEXT], words, tmp_path / "text.bin")
+    assert main(["eval", "--run", str(run), "--data", str(tmp_path / "text.bin")]) == 0
+    assert "bits per byte" in capsys.readouterr().out
 
 
 def test_rows_without_a_piece_are_never_shown(lm, folder, tmp_path):

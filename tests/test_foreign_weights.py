@@ -3,14 +3,12 @@
 The sound model is a random LLaMA of two layers; each test changes one thing in its config.json or its tensors."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from nash_lab.adapt.hf import import_run, load_hf, read_config, read_rope, save_hf, write_config
-from nash_lab.model.block import ModelConfig
 from nash_lab.model.layers import RopeConfig
 from nash_lab.model.transformer import LM
 

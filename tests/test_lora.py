@@ -257,6 +257,13 @@ def test_refused_files(tmp_path):
         read_peft(tmp_path, lm)
 
 
+def test_an_adapter_that_changes_nothing_is_written_whole(tmp_path):
+    lm = plain()
+    zero = jax.tree.map(jnp.zeros_like, init_adapter(lm, CFG, jax.random.key(0)))
+    again, told = read_peft(write_peft(tmp_path, zero, CFG, lm), lm)
+    assert told.targets == tuple(zero) and not any(x.any() for x in jax.tree.leaves(again))
+
+
 @pytest.fixture(scope="module")
 def pair():
     "A random LLaMA of transformers, and ours with its weights"

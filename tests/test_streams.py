@@ -55,3 +55,20 @@ def test_only_a_plain_model(dense):
     ours = with_streams(dense[0], "wide", ResidualConfig(streams=2))
     with pytest.raises(ValueError, match="only a plain model"):
         with_streams(ours, "mhc")
+
+
+def test_import_with_streams(tmp_path):
+    "The flag of `hf import` gives a run with the logits of the folder; a variant without such a start is named before work"
+    from nash_lab.adapt.hf import save_hf
+    from nash_lab.lab.jobs import ImportJob
+    from nash_lab.train.pretrain import load_run
+
+    lm = LM(ModelConfig.tiny(residual="plain", init_std=0.2, vocab_size=64))
+    save_hf(lm, tmp_path / "folder")
+    ImportJob(str(tmp_path / "folder"), str(tmp_path / "run"), residual="wide")()
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 64)
+    ours, _ = load_run(tmp_path / "run")
+    assert ours.cfg.residual == "wide"
+    np.testing.assert_allclose(ours(tokens), lm(tokens), atol=2e-5)
+    with pytest.raises(ValueError, match="ImportJob.residual='attnres': expected one of plain, hc"):
+        ImportJob(residual="attnres")

@@ -573,6 +573,7 @@ def test_foreign_directory_and_unknown_key_are_refused(cfg, straight, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="exists without config.json"):
         pretrain(replace(cfg, run=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir() if path.name != "lock"] == ["metrics.jsonl"]
     config = json.loads((straight / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"momentum": 1}))
     with pytest.raises(ValueError, match="config.json: TrainConfig: unknown key 'momentum'"):

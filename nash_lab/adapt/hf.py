@@ -442,10 +442,11 @@ def open_tensors(
         try:
             file = stack.enter_context(safe_open(path, framework="np"))
         except SafetensorError as error:
+            said = str(error)
             with path.open("rb") as start:
                 if start.read(32).startswith(b"version https://git-lfs"):
-                    error = "a Git LFS pointer, the weights were not fetched"
-            raise ValueError(f"{path}: {error}") from None
+                    said = "a Git LFS pointer, the weights were not fetched"
+            raise ValueError(f"{path}: {said}") from None
         for tensor in file.keys():
             seen.add(tensor)
             bare = tensor[WRAPPERS.match(tensor).end() :]

@@ -10,13 +10,11 @@ __all__ = ['Adapter', 'NAMES', 'STACKS', 'BLOCK', 'IN_A_BLOCK', 'ADAPTER_TENSORS
            'ADAPTER_CONFIG', 'PEFT_ROOT', 'BEYOND_LORA', 'NO_VARIANT', 'PLAIN_STARTS', 'KINDS',
            'Factors', 'delta', 'LoRAConfig', 'Shape', 'linear_layers', 'shape_of', 'target_shapes',
            'init_adapter', 'Adapted', 'fitting', 'attach', 'merge_adapter', 'adapter_update',
-           'combine', 'extract_adapter', 'peft_name', 'peft_adapts', 'peft_value',
-           'shortest_names', 'write_peft', 'read_peft_config', 'read_peft', 'read_adapters',
-           'save_merged']
+           'combine', 'extract_adapter', 'peft_name', 'peft_adapts', 'peft_value', 'module_names',
+           'write_peft', 'read_peft_config', 'read_peft', 'read_adapters', 'save_merged']
 
 # %% ../../nbs/adapt/61_lora.ipynb #c003
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -411,15 +409,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 PEFT_ROOT = "base_model.model."  # in front of every path in a file
 
 
-def shortest_names(chosen: set[str], everything: Sequence[str]) -> list[str]:
-    "Ends of paths, such as q_proj, that mean just the chosen ones; whole paths where they cannot."
-    ends = Counter(name.rsplit(".", 1)[1] for name in everything)
-    mine = Counter(name.rsplit(".", 1)[1] for name in chosen)
-    short = set()
-    for name in chosen:
-        end = name.rsplit(".", 1)[1]
-        short.add(end if ends[end] == mine[end] else name)
-    return sorted(short)
+def module_names(chosen: set[str], everything: Sequence[str]) -> list[str]:
+    "Ends of paths, such as q_proj, if they mean just the chosen layers; whole paths otherwise."
+    ends = sorted({name.rsplit(".", 1)[1] for name in chosen})
+    config = {"target_modules": ends}
+    meant = {name for name in everything if peft_adapts(config, name)}
+    return ends if meant == chosen else sorted(chosen)
 
 
 def write_peft(
@@ -432,11 +427,12 @@ def write_peft(
     "An adapter as `peft` stores it. ValueError when shapes do not fit."
     tensors = {}
     ranks = {}  # path of a layer there -> rank
+    changes = any(np.any(leaf) for leaf in jax.tree.leaves(adapter))
     for path, layer in fitting(lm, adapter).items():
         a, b = map(np.asarray, adapter[path])
         rank = a.shape[-1]
         for index in np.ndindex(shape_of(layer).lead):
-            if not (a[index].any() or b[index].any()):
+            if changes and not (a[index].any() or b[index].any()):
                 continue  # a block that has no adapter
             name = peft_name(path, index)
             turned = a[index].reshape(-1, rank).T
@@ -457,7 +453,7 @@ def write_peft(
     alpha_pattern = {}
     for rank in sorted(set(ranks.values()) - {cfg.rank}):
         alpha = cfg.scale * (rank**0.5 if cfg.rslora else rank)
-        for name in shortest_names({n for n in ranks if ranks[n] == rank}, list(ranks)):
+        for name in module_names({n for n in ranks if ranks[n] == rank}, list(ranks)):
             rank_pattern[name] = rank
             alpha_pattern[name] = alpha
     alpha = cfg.alpha
@@ -473,7 +469,7 @@ def write_peft(
         "alpha_pattern": alpha_pattern,
         "lora_dropout": cfg.dropout,
         "use_rslora": cfg.rslora,
-        "target_modules": shortest_names(set(ranks), everything),
+        "target_modules": module_names(set(ranks), everything),
         "bias": "none",
         "inference_mode": True,
     }
@@ -514,7 +510,7 @@ KINDS = {
 
 
 def read_peft_config(path: Path) -> tuple[dict, LoRAConfig]:
-    "An adapter_config.json without nulls, and what it says of all layers. ValueError names the key."
+    "An adapter_config.json without nulls, and as our own. ValueError names the key."
     data = read_json(path)
     kind = data.get("peft_type") if isinstance(data, dict) else data
     if kind != "LORA":

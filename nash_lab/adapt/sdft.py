@@ -35,7 +35,7 @@ from ..model.block import map_chunks
 from ..model.generate import SampleConfig, rollout, sampling_rules, unpad
 from ..model.transformer import LM
 from ..run.rundir import as_record
-from ..train.optim import OptimConfig, optimizer, schedule
+from ..train.optim import OptimConfig, optimizer, schedule, with_warmup
 from nash_lab.train.step import (
     TrainState,
     accumulate_gradients,
@@ -203,11 +203,10 @@ class SDFTConfig:
     replay_ratio: float = 0.2
     tune: Literal["full", "lora"] = "full"  # all weights, or an adapter beside them
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # used when tune is lora
-    # of the paper, for 7B
+    # of the paper, for 7B; warm-up of 10 steps, or of a tenth of steps too few for 10
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             learning_rate=1e-5,
-            warmup_steps=10,
             weight_decay=0.0,
             beta2=0.999,
             final_scale=0.0,
@@ -242,6 +241,11 @@ class SDFTConfig:
         expected = "{prompt} and {demonstration} and no other braces"
         check_that(self, "template", good, expected)
         schedule(self.optim, self.steps)
+
+    @property
+    def fitted(self) -> "SDFTConfig":
+        "The same with a number of warm-up steps, where `optim` gives none."
+        return replace(self, optim=with_warmup(self.optim, self.steps, usual=10))
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c045
 class Learner(NamedTuple):
@@ -324,7 +328,7 @@ def sdft_update(
     count_or_one = jnp.maximum(count, 1)
     loss = total / count_or_one
     grads = jax.tree.map(lambda g: g / count_or_one, grads)
-    tx = optimizer(cfg.optim, cfg.steps)
+    tx = optimizer(cfg.fitted.optim, cfg.steps)
     train, norm = apply_gradient(tx, train, loss, grads)
 
     # after the optimizer: phi <- alpha theta + (1 - alpha) phi
@@ -469,13 +473,16 @@ def distil(
     if encode is None:
         encode = encoder(tokenizer, cfg.before)
 
-    def encode_known(text):
-        return known_ids(tokenizer, encode(text), lm.cfg.vocab_size)
-
     order = jax.random.key_data(named_key(key, "order"))
     rng = np.random.default_rng(np.asarray(order))
-    planned = plan_batches(lm, examples, buffer, cfg, encode_known, rng)
-    batches, replayed, widths = planned
+    batches, replayed, widths = plan_batches(
+        lm,
+        examples,
+        buffer,
+        cfg,
+        lambda text: known_ids(tokenizer, encode(text), lm.cfg.vocab_size),
+        rng,
+    )
 
     # theta and phi start as copies of the same parameters
     graphdef = nnx.graphdef(lm)
@@ -486,7 +493,7 @@ def distil(
         params = init_adapter(lm, cfg.lora, named_key(key, "adapter"))
     theta = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     phi = jax.tree.map(jnp.copy, theta)
-    tx = optimizer(cfg.optim, cfg.steps)
+    tx = optimizer(cfg.fitted.optim, cfg.steps)
     learner = Learner(fresh_state(theta, tx), phi)
 
     def current_model() -> LM:

@@ -14,6 +14,7 @@ import atexit
 import codecs
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -69,12 +70,13 @@ OTHER_ENCODINGS = {  # the longer marks first: one begins with another
 
 
 def open_bytes(path: str | Path) -> BinaryIO:
-    "The content of a file, unpacked where its first bytes are those of gzip or Zstandard."
+    "The content of a file, unpacked where its name or its first bytes are of gzip or Zstandard."
+    suffix = Path(path).suffix
     with open(path, "rb") as file:
         head = file.read(4)
-    if head[:2] == b"\x1f\x8b":
+    if suffix == ".gz" or head[:2] == b"\x1f\x8b":
         return gzip.open(path)
-    if head == b"\x28\xb5\x2f\xfd":
+    if suffix == ".zst" or head == b"\x28\xb5\x2f\xfd":
         import pyarrow  # only here: it takes a while
 
         return pyarrow.input_stream(str(path), compression="zstd")
@@ -94,14 +96,19 @@ def read_bytes(path: str | Path, what: str = "file") -> bytes:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {what}")
+    data = io.BytesIO()
     try:
         with open_bytes(path) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            while data.tell() <= MAX_FILE_BYTES:
+                block = file.read(
+                    1 << 20
+                )  # asked for all, some readers make room for it
+                if not block:
+                    return data.getvalue()
+                data.write(block)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: {first_line(error)}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: more than {MAX_FILE_BYTES} bytes, unpacked")
-    return data
+    raise ValueError(f"{path}: more than {MAX_FILE_BYTES} bytes, unpacked")
 
 
 def read_text(path: str | Path, what: str = "file") -> str:

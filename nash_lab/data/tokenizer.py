@@ -11,6 +11,7 @@ __all__ = ['PAD', 'BOS', 'EOS', 'UNK', 'BYTES', 'TRAINER', 'SPECIAL_NAMES', 'MOD
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c003
 import copy
+import io
 import pickle
 import re
 import subprocess
@@ -191,14 +192,28 @@ def train_tokenizer(
         num_threads=4,
         minloglevel=2,
     )
-    trained = subprocess.run(  # ends the process when this one is interrupted
-        [sys.executable, "-P", "-c", TRAINER],
-        input=pickle.dumps((chunks, settings)),
-        capture_output=True,
-    )
-    if trained.returncode:
+    model = io.BytesIO()
+    said = ""
+    try:
+        trained = subprocess.run(  # ends the process when this one is interrupted
+            [sys.executable, "-P", "-c", TRAINER],
+            input=pickle.dumps((chunks, settings)),
+            capture_output=True,
+        )
+        model.write(trained.stdout)
+        said = trained.stderr.decode(errors="replace")
+        if trained.returncode < 0:
+            said = f"the training was ended by signal {-trained.returncode}"
+    except OSError:  # no second interpreter can be started: train in this one
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(chunks), model_writer=model, **settings
+            )
+        except RuntimeError as error:
+            said = str(error)
+    if not model.tell():
         # behind the library's own file and line
-        reason = trained.stderr.decode(errors="replace").rsplit("] ", 1)[-1].strip()
+        reason = said.rsplit("] ", 1)[-1].strip()
         most = re.search(r"too high .* value <= (\d+)", reason)
         least = re.search(r"required_chars\. \d+ vs (\d+)", reason)
         if most:
@@ -210,11 +225,9 @@ def train_tokenizer(
                 f" --tokenizer.vocab-size {least[1]}, or a share of characters below"
             )
             reason += f" --tokenizer.character-coverage {cfg.character_coverage:g}"
-        elif trained.returncode < 0:
-            reason = f"the training was ended by signal {-trained.returncode}"
         raise ValueError(f"{path}: vocab_size={cfg.vocab_size}: {reason}")
-    write_atomic(path, trained.stdout)
-    return SentencePieceTokenizer(trained.stdout, path)
+    write_atomic(path, model.getvalue())
+    return SentencePieceTokenizer(model.getvalue(), path)
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c035
 SPECIAL_NAMES = {  # how published vocabularies call them; the first that is there counts

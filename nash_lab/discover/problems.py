@@ -617,7 +617,12 @@ def code_problems(path: str | Path, run: Runner) -> list[Problem]:
     return problems
 
 # %% ../../nbs/discover/70_problems.ipynb #c069
-PROBLEMS = {"packing": circle_packing, "string": string_match}
+PROBLEMS = {
+    "packing": circle_packing,
+    "string": string_match,
+    "json": json_fields,
+    "distance": near_target,
+}
 PROBLEMS |= {objective: partial(step_function, objective) for objective in OBJECTIVES}
 
 # names of version 0.1, which the settings of a saved search may hold

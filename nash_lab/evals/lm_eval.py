@@ -315,61 +315,47 @@ class Responder:
         "Remember that a request has no answer; the evaluation goes on."
         self.faults[json.dumps(request, sort_keys=True)] = str(why)
 
-    def sum_pairs(
+    def log_likelihoods(
         self,
-        requests: Sequence[Any],  # JSON values
-        cut: Callable,  # a request -> its pairs for `score_pairs`; ValueError
-        what: str,  # for the progress bar
+        requests: Sequence[
+            tuple[str, ...]
+        ],  # context and continuation; or a text alone
     ) -> list[tuple[float, bool]]:
-        "Log-likelihood of all pairs of each request, and are they greedy; -inf where at fault."
+        "Log-likelihood in nats, and is it the greedy one; -inf where `faults` says why."
         self.counts["requests"] += len(requests)
-        parts = []
+        window = self.lm.cfg.max_len
+        parts = []  # of each request: pairs for `score_pairs`, None for a fault
         for request in requests:
             try:
-                parts.append(cut(request))
+                if len(request) == 1:  # lm-eval scores the front of a whole text too
+                    pairs = windows(self.encode_text(*request), self.empty, window)
+                else:
+                    before, after = split_pair(self.encode_text, *request, self.empty)
+                    cut = len(before) + len(after) > window + 1
+                    self.counts["contexts cut"] += cut
+                    pairs = [(before, after)]
+                    if len(after) > window:
+                        pairs = windows(after, before[-1], window)
             except ValueError as error:
                 self.note_fault(request, error)
-                parts.append(None)
+                pairs = None
+            parts.append(pairs)
 
-        pairs = list(itertools.chain(*(some or () for some in parts)))
+        questions = list(itertools.chain(*(pairs or () for pairs in parts)))
         score = partial(score_pairs, self.lm, batch_size=self.batch_size)
-        found = iter(self.answers.answer_all(pairs, score, what))
+        found = iter(self.answers.answer_all(questions, score, "likelihoods"))
         sums = []
-        for request, some in zip(requests, parts):
-            each = [next(found) for _ in some or ()]
+        for request, pairs in zip(requests, parts):
+            each = [next(found) for _ in pairs or ()]
             nats = sum(nats for nats, _ in each)
             if not math.isfinite(nats):
                 self.note_fault(request, f"the model's log-likelihood is {nats}")
-            if some is None or not math.isfinite(nats):
+                pairs = None
+            if pairs is None:
                 sums.append((-math.inf, False))
             else:
                 sums.append((nats, all(greedy for _, greedy in each)))
         return sums
-
-    def log_likelihoods(
-        self, requests: Sequence[tuple[str, str]]
-    ) -> list[tuple[float, bool]]:
-        "For contexts and continuations: log-likelihood in nats, and whether it is the greedy one."
-        window = self.lm.cfg.max_len
-
-        def cut_request(request):
-            before, after = split_pair(self.encode_text, *request, self.empty)
-            self.counts["contexts cut"] += len(before) + len(after) > window + 1
-            if len(after) > window:
-                return windows(after, before[-1], window)
-            return [(before, after)]
-
-        return self.sum_pairs(requests, cut_request, "likelihoods")
-
-    def text_likelihoods(self, texts: Sequence[str]) -> list[float]:
-        "Log-likelihood of whole texts of any length, their front included, as lm-eval has it."
-        window = self.lm.cfg.max_len
-        found = self.sum_pairs(
-            [(text,) for text in texts],
-            lambda request: windows(self.encode_text(*request), self.empty, window),
-            "rolling",
-        )
-        return [nats for nats, _ in found]
 
     def generate(self, requests: Sequence[tuple[str, dict]]) -> list[str]:
         "For contexts and settings: an answer, cut before its first stop string."
@@ -456,23 +442,19 @@ def score_texts(
     texts: Sequence[str],  # documents, not empty
 ) -> Score:
     "Bits per byte and perplexity of whole documents, of any length. ValueError without a text."
-    rows = model.lm.cfg.vocab_size
-    words = model.tokenizer
-    ids = [known_ids(words, words.encode(text), rows) for text in texts]
-    if not ids or not all(ids):
-        raise ValueError(
-            f"{len(ids)} documents, {sum(not i for i in ids)} of them empty"
-        )
-    L = model.lm.cfg.max_len
-    sums = model.sum_pairs(ids, lambda row: windows(row, model.empty, L), "rolling")
+    tokens = [len(model.tokenizer.encode(text)) for text in texts]
+    if not tokens or not all(tokens):
+        raise ValueError(f"{len(tokens)} documents, {tokens.count(0)} of them empty")
+    sums = model.log_likelihoods([("", text) for text in texts])
     nats = -np.asarray([nats for nats, _ in sums], np.float64)
+    if not np.isfinite(nats).all():
+        raise ValueError(f"a text cannot be scored: {list(model.faults.values())[-1]}")
     text_bytes = np.asarray([len(text.encode("utf-8")) for text in texts], np.float64)
     bits = nats / math.log(2)
-    tokens = sum(map(len, ids))
-    nats_per_token = float(nats.sum()) / tokens
+    nats_per_token = float(nats.sum()) / sum(tokens)
     low, high = bootstrap(bits, text_bytes)
     return Score(
-        tokens=tokens,
+        tokens=sum(tokens),
         text_bytes=float(text_bytes.sum()),
         nats_per_token=nats_per_token,
         perplexity=math.exp(min(nats_per_token, 700.0)),  # exp(710) overflows
@@ -496,7 +478,8 @@ def lm_eval_model(model: Responder) -> Any:
             return model.log_likelihoods([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests, **_):
-            return model.text_likelihoods([request.args[0] for request in requests])
+            found = model.log_likelihoods([request.args for request in requests])
+            return [nats for nats, _ in found]
 
         def generate_until(self, requests, **_):
             return model.generate([request.args for request in requests])

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import nash_lab
 from ..core.configs import from_json, to_json
-from ..core.files import read_json, spare_home
+from ..core.files import preload_allocator, read_json, spare_home
 
 # %% ../../nbs/lab/88_cli.ipynb #c006
 class Verb(NamedTuple):
@@ -382,7 +382,8 @@ def ask_tyro(cls: type, name: str, args: list[str], job: Any) -> Any:
         presets = sorted(find("model.block:PRESETS"))
         about.append(f"--preset NAME starts from a model: {', '.join(presets)}.")
     if hasattr(job, "run"):
-        about.append("A first word without dashes is --run.")
+        first = "folder" if fields(cls)[0].name == "folder" else "run"
+        about.append(f"A first word without dashes is --{first}.")
     about += [
         f"See also nash_lab {verb}." for verb in VERBS if verb.startswith(f"{name} ")
     ]
@@ -421,7 +422,8 @@ def read_job(args: Sequence[str]) -> tuple[str, Any, list[str]]:
     if args and not args[0].startswith("-"):
         if not hasattr(job, "run"):
             raise Usage(f"unexpected {args[0]!r}, every value follows a flag")
-        args.insert(0, "--run")  # a bare word is the run
+        first = fields(cls)[0].name
+        args.insert(0, "--folder" if first == "folder" else "--run")
 
     path = take_value(args, "--config")
     preset = take_value(args, "--preset")
@@ -497,13 +499,16 @@ def is_of_the_line(error: BaseException, args: Sequence[str]) -> bool:
     "Whether an error is about a value that was typed: a file that is missing, a name unknown."
     if isinstance(error, Usage):
         return True
-    values = {value for arg in args for value in (arg, arg.partition("=")[2])}
-    for value in values - {""}:
-        missing = isinstance(error, FileNotFoundError) and value in str(error)
-        quoted = isinstance(error, ValueError) and repr(value) in str(error)
-        if (missing or quoted) and not value.startswith("-"):
-            return not Path(value).exists()
-    return False
+    # of those that the message names the longest: a folder may be given beside its file
+    named = ""
+    for arg in args:
+        for value in {arg, arg.partition("=")[2]} - {""}:
+            whole = re.search(rf"(?<![\w./-]){re.escape(value)}", str(error))
+            missing = isinstance(error, FileNotFoundError) and whole
+            quoted = isinstance(error, ValueError) and repr(value) in str(error)
+            if missing or quoted:
+                named = max(named, value, key=len)
+    return named != "" and not Path(named).exists()
 
 
 def perform_line(args: list[str], switches: Sequence[str]) -> None:
@@ -554,7 +559,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # of an ascii terminal
     prefix = "nash_lab"
     with suppress(Usage):
-        prefix = f"nash_lab {verb_name(args)}"
+        name = verb_name(args)
+        prefix = f"nash_lab {name}"
+        if argv is None and VERBS[name].device and not {"-h", "--help"} & set(args):
+            preload_allocator()
     try:
         with interruptible(prefix) if argv is None else nullcontext():
             spare_home()
@@ -568,9 +576,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(stop) or "interrupted"
     except SystemExit:
         raise
-    except (
-        BaseException
-    ) as error:  # a panic of a library written in Rust is no Exception
+    # a panic of a library written in Rust is no Exception
+    except BaseException as error:
         if isinstance(error, BrokenPipeError):
             poll = select.poll()
             poll.register(1)

@@ -46,7 +46,7 @@ from .run import load
 from .viz import archive_tree, discovery_plot
 from ..model.transformer import LM, ModelConfig
 from ..run.rundir import read_metrics
-from ..train.optim import OptimConfig
+from ..train.optim import OptimConfig, with_warmup
 from ..train.pretrain import TrainConfig, pretrain
 
 # %% ../../nbs/lab/84_demo.ipynb #c006
@@ -207,6 +207,7 @@ PROMPTS = ("def ", "class ", "import ", "    def __init__(self", "for i in range
 
 def demo(cfg: DemoConfig) -> Path:
     "Run every stage, say what each made and how long it took; returns the report's path."
+    cfg = replace(cfg, optim=with_warmup(cfg.optim, cfg.steps))
     # the folder may be moved or named in another way
     claim(cfg.folder / "demo.json", cfg, free=("run",), advice="choose another --run")
     begin = time.monotonic()

@@ -31,9 +31,10 @@ from nash_lab.adapt.lora import (
     save_merged,
     write_peft,
 )
-from ..core.configs import check_range, check_that, from_json, to_json
+from ..core.configs import check_range, check_that, from_row, to_json
 from ..core.files import cache_folder, read_json, read_rows, sha256, write_json
 from ..core.processes import initialize, is_main_process
+from ..adapt.streams import GIVEN, with_streams
 from ..data.corpus import CorpusConfig, PackedTokens, documents
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from ..discover.consolidate import ConsolidateConfig, consolidate
@@ -45,6 +46,7 @@ from .demo import pack_split
 from .report import write_report
 from .run import load
 from ..model.generate import SampleConfig
+from ..model.residuals import ResidualConfig
 from ..model.transformer import parameter_count
 from ..train.preflight import PreflightConfig, preflight_text
 from ..train.pretrain import load_run, pretrain
@@ -88,6 +90,13 @@ class PackJob:
                 " its documents would be trained on, delete it"
             )
         for split in splits:
+            if next(documents(self.corpus, split), None) is None:
+                raise ValueError(
+                    f"no document falls into {split} with --corpus.holdout "
+                    f"{self.corpus.holdout:g}: cut the files into documents with "
+                    "--corpus.separator, or give another share, 0 for no validation"
+                )
+        for split in splits:
             print(pack_split(self.corpus, split, tokenizer, Path(self.out)))
 
 # %% ../../nbs/lab/86_jobs.ipynb #c009
@@ -110,10 +119,9 @@ class GenerateJob:
     def __post_init__(self):
         sizes = (self.max_new_tokens, self.temperature, self.top_p, self.top_k)
         SampleConfig(*sizes, self.min_p)  # refuses what is out of range
+        check_that(self, "system", self.chat or not self.system, "--chat beside it")
 
     def __call__(self):
-        if self.system and not self.chat:
-            raise ValueError("generate --system: only with --chat")
         model = load(self.run)
         sampling = to_json(self)
         for name in ("run", "prompt", "chat", "system"):
@@ -178,7 +186,7 @@ class EvalJob:
             data = self.data or cfg.val_bin
             probes = ()
             if self.probes:
-                probes = read_rows(self.probes, partial(from_json, Probe), "probes")
+                probes = read_rows(self.probes, partial(from_row, Probe), "probes")
             answer = partial(
                 model.generate, max_new_tokens=self.probe_tokens, temperature=0.0
             )
@@ -235,9 +243,25 @@ class ImportJob:
     folder: str = "model"  # with config.json, safetensors and perhaps tokenizer.json
     run: str = "runs/imported"  # run directory to make
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+    # as it is, or given streams with the same logits: mhc, wide, v41 ...
+    residual: str = "plain"
+    residuals: ResidualConfig = field(default_factory=ResidualConfig)  # of the streams
+
+    def __post_init__(self):
+        known = ("plain", *GIVEN)
+        names = ", ".join(known)
+        check_that(self, "residual", self.residual in known, f"one of {names}")
 
     def __call__(self):
-        print(import_run(self.folder, self.run, self.compute_dtype))
+        change = None
+        if self.residual != "plain":
+            streams = dict(residual=self.residual, settings=self.residuals)
+            change = partial(with_streams, **streams)
+        run = import_run(self.folder, self.run, self.compute_dtype, change)
+        print(run)
+        left_out = read_json(run / "imported.json")["left_out"]
+        if left_out:
+            print(f"left out, {len(left_out)}: {', '.join(left_out[:5])}")
 
 
 @dataclass(frozen=True)

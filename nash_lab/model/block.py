@@ -5,7 +5,8 @@ size at 2 and at 24 layers, and its loss needs less than half the memory of one 
 
 # %% auto #0
 __all__ = ['ATTENTIONS', 'PRESETS', 'REMATS', 'ModelConfig', 'add_aux', 'Block', 'stacked',
-           'run_stack', 'cut_time', 'join_time', 'map_chunks', 'nats_of', 'chunked_nats']
+           'run_stack', 'cut_time', 'join_time', 'map_chunks', 'einsum32', 'nats_of',
+           'chunked_nats']
 
 # %% ../../nbs/model/18_block.ipynb #c003
 from collections.abc import Callable
@@ -459,12 +460,27 @@ def map_chunks(f: Callable, arrays, chunk: int):
     return join_time(results, t)
 
 # %% ../../nbs/model/18_block.ipynb #c025
+def einsum32(
+    spec: str, a: Float[Array, "*m"], b: Float[Array, "*n"]
+) -> Float[Array, "*o"]:
+    "The einsum of two arrays of one type, summed and returned in float32."
+    product = partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+    if a.dtype != jnp.bfloat16:
+        return product(a, b)
+    wide = jnp.float32
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        cpu=lambda a, b: product(a.astype(wide), b.astype(wide)),
+        default=product,
+    )
+
+
 def nats_of(
     hidden: Float[Array, "b t d"], head: Float[Array, "v d"], targets: Int[Array, "b t"]
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t v"], Float[Array, "b t 1"]]:
     "Nats of each target, logits, and their log-sum-exp, in float32."
-    head = head.astype(hidden.dtype)
-    z = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    z = einsum32("btd,vd->btv", hidden, head.astype(hidden.dtype))
     logsum = jax.nn.logsumexp(z, axis=-1, keepdims=True)
     nats = logsum - jnp.take_along_axis(z, targets[..., None], -1)
     return nats[..., 0], z, logsum
@@ -502,7 +518,7 @@ def _nats_forward(hidden, head, targets, weights, chunk, gradients=True):
         d_h = jnp.einsum("btv,vd->btd", d_z, head.astype(h.dtype))
 
         # "dv" and not "vd": XLA transposes the smaller factor, which is h
-        d_head += jnp.einsum("btd,btv->dv", h, d_z, preferred_element_type=jnp.float32)
+        d_head += einsum32("btd,btv->dv", h, d_z)
         return (total, d_head), (d_h, nats)
 
     chunks = cut_time((hidden, targets, weights), chunk)

@@ -22,6 +22,7 @@ from nash_lab.model.block import (
     Block,
     ModelConfig,
     chunked_nats,
+    einsum32,
     map_chunks,
     nats_of,
     run_stack,
@@ -111,9 +112,7 @@ class LM(nnx.Module):
     def logits(self, hidden: Float[Array, "*m d"]) -> Float[Array, "*m v"]:
         "Float32 logits of hidden states."
         head = self.unembedding().astype(hidden.dtype)
-        return jnp.einsum(
-            "...d,dv->...v", hidden, head, preferred_element_type=jnp.float32
-        )
+        return einsum32("...d,dv->...v", hidden, head)
 
     def __call__(self, tokens: Int[Array, "b t"], **where) -> Float[Array, "b t v"]:
         "Float32 logits at every position."

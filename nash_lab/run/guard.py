@@ -224,7 +224,7 @@ class Guard:
         self.grace_s = grace_s
         self.ledger = Ledger()
         self.signals = []  # those that came
-        self.rescue = lambda: None  # saves in place of the main thread
+        self.rescue = None  # or a function that saves in place of the main thread
         self.leaving = threading.Lock()  # held by whoever saves and leaves
 
     def __enter__(self) -> "Guard":
@@ -273,7 +273,9 @@ class Guard:
                 if not numbers:
                     return  # the other end is closed: the run is over
                 terminated = terminated or signal.SIGTERM in numbers
-                deadline = min(deadline, time.monotonic() + self.grace_s)
+                # somebody who presses Ctrl-C is waiting
+                patience = self.grace_s if terminated else min(self.grace_s, 3.0)
+                deadline = min(deadline, time.monotonic() + patience)
             phase = self.ledger.phase
             still = time.monotonic() - self.ledger.mark
             late = time.monotonic() > deadline
@@ -283,6 +285,9 @@ class Guard:
                     self._end_hang(
                         f"a step did not end in {self.grace_s:g} s after a signal"
                     )
+                if self.rescue is None:
+                    advice = "the same command starts or resumes it"
+                    _exit_now(STOPPED, f"{self.run}: stopped without a save; {advice}")
                 try:
                     self.rescue()  # in place of the main thread
                 except BaseException as error:

@@ -340,12 +340,9 @@ def share_right(lm: LM, asked: Sequence[tuple[str, list[int]]]) -> tuple[float, 
     return float(np.mean(right)), float(np.mean(native))
 
 
-@nnx.jit
-def _answer_kl(lm, base, tokens, last, mask):
-    "Mean KL(lm || base) over the tokens of answers."
-    logits = lm.logits(answer_states(lm, tokens, last, ROOM))
-    base_logits = base.logits(answer_states(base, tokens, last, ROOM))
-    return reverse_kl(logits, base_logits, mask)
+_answer_logits = nnx.jit(
+    lambda lm, tokens, last: lm.logits(answer_states(lm, tokens, last, ROOM))
+)
 
 
 def measure_skills(
@@ -362,7 +359,8 @@ def measure_skills(
     ids = [[words.eos_id, *words.encode(p)] for p in prompts]
     tokens, last = join_answers(ids, unpad(drawn.tokens, drawn.lengths), lm.cfg.max_len)
     mask = np.arange(ROOM)[None] < drawn.lengths[:, None]
-    kl = _answer_kl(lm, base, tokens, last, mask)
+    logits, base_logits = (_answer_logits(m, tokens, last) for m in (lm, base))
+    kl = reverse_kl(logits, base_logits, mask)
     return {
         "new": new,
         "old": old,

@@ -6,9 +6,9 @@
 
 # %% auto #0
 __all__ = ['DECAYED', 'MOMENTS', 'by_path', 'matrix_axes', 'matrix_stack', 'relaxed', 'muon',
-           'GroupRule', 'OptimConfig', 'decay_mask', 'schedule', 'factored_rms', 'kept_in',
-           'Average', 'average_weights', 'ema_params', 'rule_names', 'update_rule', 'optimizer',
-           'tree_bytes']
+           'GroupRule', 'OptimConfig', 'decay_mask', 'decay_steps', 'with_warmup', 'schedule',
+           'factored_rms', 'kept_in', 'Average', 'average_weights', 'ema_params', 'rule_names',
+           'update_rule', 'optimizer', 'tree_bytes']
 
 # %% ../../nbs/train/41_optim.ipynb #c003
 import math
@@ -116,7 +116,8 @@ class OptimConfig:
     name: Literal["adamw", "muon", "adafactor"] = "adamw"
     learning_rate: float = 2e-3  # peak; 2e-3 suits 1M to 5M parameters, 3e-4 about 1B
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # shape after warm-up
-    warmup_steps: int = 50  # steps of linear rise to the peak
+    # steps of linear rise to the peak; None: 50, or a tenth of steps too few for 50
+    warmup_steps: int | None = None
     decay_fraction: float = 0.2  # wsd only: share of all steps spent in the final decay
     final_scale: float = 0.1  # learning rate of the last step as a share of the peak
     # of matrices; embeddings, gains, biases and gates have none
@@ -137,14 +138,9 @@ class OptimConfig:
     def __post_init__(self):
         check_choices(self)
         check_range(self, "learning_rate", "eps", above=0)
-        check_range(
-            self,
-            "warmup_steps",
-            "weight_decay",
-            "clip_norm",
-            "balance_rate",
-            at_least=0,
-        )
+        check_range(self, "weight_decay", "clip_norm", "balance_rate", at_least=0)
+        if self.warmup_steps is not None:
+            check_range(self, "warmup_steps", at_least=0)
         check_range(self, "beta1", "beta2", "momentum", "ema", at_least=0, below=1)
         check_range(self, "decay_fraction", above=0, at_most=1)
         check_range(self, "final_scale", at_least=0, at_most=1)
@@ -167,15 +163,30 @@ def decay_mask(params: Any) -> Any:
     return by_path(lambda path, _: path.split("/")[-1] in DECAYED, params)
 
 # %% ../../nbs/train/41_optim.ipynb #c023
+def decay_steps(cfg: OptimConfig, steps: int) -> int:
+    "Steps that have to be left after the warm-up."
+    return max(1, round(cfg.decay_fraction * steps)) if cfg.schedule == "wsd" else 1
+
+
+def with_warmup(cfg: OptimConfig, steps: int, usual: int = 50) -> OptimConfig:
+    "The config with a number of warm-up steps, where it gives none."
+    if cfg.warmup_steps is not None:
+        return cfg
+    left = steps - decay_steps(cfg, steps)
+    warm = usual if usual <= left else min(steps // 10, left)
+    return replace(cfg, warmup_steps=warm)
+
+
 def schedule(cfg: OptimConfig, steps: int) -> Callable:
     "Updates already made -> learning rate. ValueError when `steps` leave no room for the pieces."
     peak = cfg.learning_rate
     final = cfg.final_scale * peak
-    warm = cfg.warmup_steps
-    decay = max(1, round(cfg.decay_fraction * steps)) if cfg.schedule == "wsd" else 1
+    warm = with_warmup(cfg, steps).warmup_steps
+    decay = decay_steps(cfg, steps)
     if warm + decay > steps:
         raise ValueError(
-            f"optim.warmup_steps={warm} and {decay} more do not fit into {steps=}"
+            f"optim.warmup_steps={warm} and {decay} more do not fit into {steps=}, "
+            f"give {max(steps - decay, 0)} warm-up steps or {warm + decay} steps"
         )
 
     pieces = [optax.linear_schedule(0.0, peak, max(warm, 1))]

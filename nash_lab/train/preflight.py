@@ -65,7 +65,12 @@ from nash_lab.train.parallel import (
     shard_step,
     state_shardings,
 )
-from .step import batch_shapes, fresh_state, make_train_step, peak_flops
+from nash_lab.train.step import (
+    batch_shapes,
+    fresh_state,
+    make_train_step,
+    peak_flops,
+)
 
 # %% ../../nbs/train/45_preflight.ipynb #c006
 def product_flops(jaxpr: Any) -> float:
@@ -655,7 +660,7 @@ def chip_of(target: str) -> Chip:
     for kind, name in (("TPU v6", "v6e"), ("TPU v5 lite", "v5e")):
         if kind in device.device_kind:
             return replace(CHIPS[name], hbm=memory / GIB)
-    return Chip(memory / GIB, peak_flops(device.device_kind) or math.inf)
+    return Chip(memory / GIB, peak_flops(device.device_kind, device=True) or math.inf)
 
 
 def chips_of(cfg: PreflightConfig) -> int:
