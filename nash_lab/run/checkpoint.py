@@ -346,8 +346,9 @@ def restore_step(
         raise ValueError(f"{source}: cannot be read: {reason}") from error
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c025
-# without Orbax's tracebacks of failures that are raised anyway
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+def _not_orbax(record: logging.LogRecord) -> bool:
+    "A filter of absl's logger that drops Orbax's tracebacks of failures that are raised anyway."
+    return "orbax" not in record.pathname
 
 
 def _remove_parts(target: Path) -> None:
@@ -398,6 +399,7 @@ class Checkpoints:
     ):
         if keep < 1:
             raise ValueError(f"{keep=}: expected at least 1")
+        logging.getLogger("absl").addFilter(_not_orbax)
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.metric = best
