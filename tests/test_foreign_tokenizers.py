@@ -191,6 +191,19 @@ def test_files_that_say_nonsense(tmp_path, files, said):
         load_tokenizer(tmp_path)
 
 
+def test_a_byte_order_mark_before_each_file(tmp_path):
+    "As editors leave it: read as if it were not there"
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, tokenizer_config=CONFIG, generation_config={"eos_token_id": [302, 301]})
+    plain = load_tokenizer(tmp_path)
+    asked = chat_ids(plain, tmp_path, QUESTION)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    found = load_tokenizer(tmp_path)
+    assert (found.pieces, found.end_ids) == (plain.pieces, (302, 301))
+    assert chat_ids(found, tmp_path, QUESTION) == asked
+
+
 # ---- import and export
 
 

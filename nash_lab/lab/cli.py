@@ -549,6 +549,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     switches = [arg for arg in args if arg in SWITCHES]
     args = [arg for arg in args if arg not in SWITCHES]
+    if sys.stdout is None or sys.stderr is None:  # closed, as by `>&-`
+        # else a file of the run would be opened as number 1 or 2
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        sys.stdout = sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # of an ascii terminal
