@@ -1,6 +1,6 @@
 "Settings every test runs under, set before jax is imported; subprocesses inherit them."
 
-import gc, os, re, sys
+import gc, os, re, signal, sys
 from pathlib import Path
 import pytest
 
@@ -13,6 +13,10 @@ os.environ.update(
     MPLBACKEND="agg",
     HF_HUB_OFFLINE="1",
 )
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell's background job; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(ROOT / "tools"))
 from pages import quick_compile
 

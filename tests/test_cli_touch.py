@@ -148,7 +148,12 @@ def test_help_in_other_forms(capsys):
     for line in ("--help", "-h", "help"):
         assert main([line]) == 0
         assert "study learning" in capsys.readouterr().out
-    for line in ("help pretrain", "pretrain --steps 3 --help", "pretrain -h", "--debug pretrain -h"):
+    for line in (
+        "help pretrain",
+        "pretrain --steps 3 --help",
+        "pretrain -h",
+        "--debug pretrain -h",
+    ):
         with pytest.raises(SystemExit) as stop:
             main(line.split())
         assert stop.value.code == 0 and "--optim.learning-rate" in capsys.readouterr().out
@@ -218,7 +223,9 @@ def test_a_wrong_name_that_the_work_finds(base, capsys):
 
 
 def test_switches_take_true_and_false(capsys):
-    line = "pretrain --dry-run --model.tie-embeddings false --loader.shuffle=False --stream.clean True"
+    line = (
+        "pretrain --dry-run --model.tie-embeddings false --loader.shuffle=False --stream.clean True"
+    )
     assert main(line.split()) == 0
     job = json.loads(capsys.readouterr().out)
     found = job["model"]["tie_embeddings"], job["loader"]["shuffle"], job["stream"]["clean"]
@@ -333,7 +340,10 @@ sys.exit(cli.main())
 def test_ctrl_c_ends_what_does_not_listen(kind):
     "In a call that runs no Python, and where somebody catches the interrupt: 130 within 5 s, one line"
     child = subprocess.Popen(
-        [sys.executable, "-c", SLOW, kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW, kind],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert child.stdout.readline() == "working\n"
     time.sleep(0.3)
@@ -357,7 +367,9 @@ def test_ctrl_c_while_importing_and_working(base):
 
 def test_a_second_ctrl_c_changes_nothing(base):
     line = ["generate", f"{base}/run", "--prompt", *["ab"] * 20000, "--max-new-tokens", "40"]
-    child = subprocess.Popen([*PROGRAM, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [*PROGRAM, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while "  with " not in child.stdout.readline():
         pass
     time.sleep(0.5)
@@ -369,7 +381,9 @@ def test_a_second_ctrl_c_changes_nothing(base):
     assert child.returncode == 130
 
 
-@pytest.mark.parametrize("args", [["--help"], ["pretrain", "--help"], ["pretrain", "--dry-run"], ["doctor"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["pretrain", "--help"], ["pretrain", "--dry-run"], ["doctor"]]
+)
 def test_a_closed_pipe_is_silent(args):
     "`nash_lab ... | head -c 1`, and a reader that is gone before the first byte"
     reading, writing = os.pipe()
@@ -399,15 +413,27 @@ def test_a_stream_that_is_closed(closed):
             timeout=60,
         )
         assert done.returncode == code
-        assert "Error" not in done.stderr and len(done.stderr.splitlines()) == (code == 2 and closed == ">&-")
+        assert "Error" not in done.stderr and len(done.stderr.splitlines()) == (
+            code == 2 and closed == ">&-"
+        )
 
 
-ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "40"}
+ASCII = {
+    "PYTHONIOENCODING": "ascii",
+    "LC_ALL": "C",
+    "TERM": "dumb",
+    "NO_COLOR": "1",
+    "COLUMNS": "40",
+}
 
 
 def test_an_ascii_terminal(base):
     "Help, errors, results and text that has no ASCII form: nothing fails for the sake of a letter"
-    for args, code in ((["generate", "--help"], 0), (["generate", "--rün", "é"], 2), (["lora", "-h"], 0)):
+    for args, code in (
+        (["generate", "--help"], 0),
+        (["generate", "--rün", "é"], 2),
+        (["lora", "-h"], 0),
+    ):
         done = run(*args, env=ASCII)
         assert done.returncode == code and "Traceback" not in done.stderr
         assert (done.stdout + done.stderr).isascii()
@@ -463,7 +489,7 @@ def cached(base, tmp_path, *args, **env):
 
 def test_compiled_programs_are_kept(base, tmp_path):
     "In the user's cache, by kind of processor; the second command writes the same and compiles nothing"
-    own = {"JAX_COMPILATION_CACHE_DIR": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": ""}
+    own = {"JAX_COMPILATION_CACHE_DIR": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     first = cached(base, tmp_path, **own)
     files = {p for p in (tmp_path / "cache/nash_lab/jax").rglob("*-cache")}
     assert files and all(re.fullmatch(r"\w+-[0-9a-f]{8}", p.parent.name) for p in files)
@@ -543,7 +569,16 @@ def test_doctor_in_a_broken_environment(tmp_path):
     [
         ({}, "nash_lab", "first"),
         ({"WANDB_PROJECT": "mine"}, "mine", "first"),
-        ({"WANDB_PROJECT": "mine", "WANDB_NAME": "late", "WANDB_TAGS": "a,b", "WANDB_ENTITY": "us"}, "mine", "late"),
+        (
+            {
+                "WANDB_PROJECT": "mine",
+                "WANDB_NAME": "late",
+                "WANDB_TAGS": "a,b",
+                "WANDB_ENTITY": "us",
+            },
+            "mine",
+            "late",
+        ),
     ],
 )
 def test_wandb_as_its_variables_say(variables, project, name, tmp_path):
@@ -561,7 +596,9 @@ def test_wandb_as_its_variables_say(variables, project, name, tmp_path):
     env = {**quiet, "WANDB_MODE": "offline", **variables}
     if variables:
         env["WANDB_DIR"] = str(tmp_path / "elsewhere")
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     found = json.loads(done.stdout.splitlines()[0])
     assert found[:2] == [project, name]
     if "WANDB_TAGS" in variables:

@@ -126,7 +126,9 @@ def test_a_packed_file_that_is_cut_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("unit", ["paragraph", "document"])
-@pytest.mark.parametrize("text", ["", "\n", "a", "a\n", "\n\na", "a\n\n\nb\n\n", "a\n\n\n\nb", "\n\n\n"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "a", "a\n", "\n\na", "a\n\n\nb\n\n", "a\n\n\n\nb", "\n\n\n"]
+)
 def test_paragraphs_are_those_of_datasets(tmp_path, unit, text):
     path = tmp_path / "a.txt"
     path.write_bytes(text.replace("\n", "\r\n").encode())
@@ -204,7 +206,10 @@ def test_columns_of_many_types_file_by_file(tmp_path, streaming):
 
 def test_every_place_in_parquet_is_resumed(tmp_path):
     folder = shards(
-        tmp_path / "p", pa.table({"text": texts(0, 25)}), pa.table({"text": texts(25, 7)}), row_group_size=4
+        tmp_path / "p",
+        pa.table({"text": texts(0, 25)}),
+        pa.table({"text": texts(25, 7)}),
+        row_group_size=4,
     )
     for shuffle in (0, 3):
         cfg = SourceConfig(str(folder), shuffle_buffer=shuffle)
@@ -257,7 +262,9 @@ def test_nested_columns_and_rows_without_text(tmp_path):
         for wrong in ("meta.none", "text.a", "none"):
             assert "no column" in message(lambda: read(path, column=wrong))
     docs = Documents(StreamConfig((SourceConfig(str(tmp_path / "n.parquet")),), epochs=1))
-    assert f"{tmp_path}/n.parquet: row 2: 'text' is NoneType, not str" in message(lambda: list(docs))
+    assert f"{tmp_path}/n.parquet: row 2: 'text' is NoneType, not str" in message(
+        lambda: list(docs)
+    )
 
 
 def test_bytes_that_are_text_or_not(tmp_path):
@@ -382,7 +389,9 @@ def test_vocabularies_that_do_not_fit_name_our_flags(tmp_path):
     assert "vocab_size=5000: this text gives 286 pieces at most" in few
     assert "--tokenizer.vocab-size 286" in few
     many = train(["".join(chr(0x4E00 + i) for i in range(900))], vocab_size=300)
-    assert "vocab_size=300: its characters take 116" in many and "--tokenizer.vocab-size 116" in many
+    assert (
+        "vocab_size=300: its characters take 116" in many and "--tokenizer.vocab-size 116" in many
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -406,14 +415,18 @@ def test_one_long_file_as_the_first_corpus(tmp_path):
     train_tokenizer(
         (d.text for d in documents(config)), tmp_path / "t.model", TokenizerConfig(vocab_size=300)
     )
-    done = cli("pack", "--config", "input.json", "--tokenizer", "t.model", "--out", "d", cwd=tmp_path)
+    done = cli(
+        "pack", "--config", "input.json", "--tokenizer", "t.model", "--out", "d", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "d").iterdir()} >= {"train.bin", "validation.bin"}
     held = PackedTokens.open(tmp_path / "d/validation.bin").meta
     whole = held.text_bytes + PackedTokens.open(tmp_path / "d/train.bin").meta.text_bytes
     assert whole == len(paragraphs(1200)) and 0.03 < held.text_bytes / whole < 0.08
 
-    done = cli("pack", "--config", "short.json", "--tokenizer", "t.model", "--out", "s", cwd=tmp_path)
+    done = cli(
+        "pack", "--config", "short.json", "--tokenizer", "t.model", "--out", "s", cwd=tmp_path
+    )
     [error] = done.stderr.splitlines()
     assert done.returncode == 1 and not (tmp_path / "s").exists()
     assert "--corpus.separator" in error and "--corpus.holdout" in error and "validation" in error

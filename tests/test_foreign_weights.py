@@ -82,7 +82,9 @@ READ = {
     "no prefix": dict(tensors=renamed("model.", "")),
     "parallel trainer": dict(tensors=lambda held: {f"module.{k}": v for k, v in held.items()}),
     "compiler": dict(tensors=lambda held: {f"_orig_mod.{k}": v for k, v in held.items()}),
-    "language model": dict(tensors=lambda held: {f"language_model.{k}": v for k, v in held.items()}),
+    "language model": dict(
+        tensors=lambda held: {f"language_model.{k}": v for k, v in held.items()}
+    ),
     "nulls": dict(
         config=dict(
             rope_scaling=None,
@@ -102,7 +104,9 @@ READ = {
         drop=("head_dim", "rope_theta", "rope_parameters", "attention_bias", "hidden_act")
     ),
     "swish is silu": dict(config=dict(hidden_act="swish")),
-    "notes of tools": dict(config=dict(unsloth_version="2025.1", my_note={"a": 1}, is_decoder=False)),
+    "notes of tools": dict(
+        config=dict(unsloth_version="2025.1", my_note={"a": 1}, is_decoder=False)
+    ),
     "a window of Mistral's that is off": dict(config=dict(sliding_window=64)),
     "dynamic rope": dict(config=dict(rope_scaling=dict(type="dynamic", factor=2.0))),
     "mathematics that is off": dict(config=dict(use_qk_norm=False, final_logit_softcapping=None)),
@@ -135,9 +139,7 @@ def test_half_precision(sound, dtype, tmp_path):
     folder, want = sound
     kind = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
     half = changed(folder, tmp_path / "m", tensors=halved(kind))
-    rounded = changed(
-        folder, tmp_path / "r", tensors=lambda h: halved(np.float32)(halved(kind)(h))
-    )
+    rounded = changed(folder, tmp_path / "r", tensors=lambda h: halved(np.float32)(halved(kind)(h)))
     np.testing.assert_array_equal(load_hf(half)(IDS), load_hf(rounded)(IDS))
 
 

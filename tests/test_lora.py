@@ -214,7 +214,10 @@ def test_extraction_is_exact_at_full_rank():
         (dict(target_modules=["q_proj"]), "belongs to no linear layer that is adapted"),
         (dict(target_modules=["lm_head"]), "belongs to no linear layer that is adapted"),
         (dict(target_modules=3), "target_modules is 3, expected str or list"),
-        (dict(exclude_modules=["layers.1.mlp.up_proj"]), "layers.1.mlp.up_proj.lora_A.weight belongs"),
+        (
+            dict(exclude_modules=["layers.1.mlp.up_proj"]),
+            "layers.1.mlp.up_proj.lora_A.weight belongs",
+        ),
         (dict(layers_to_transform=[0]), "layers.1.mlp.down_proj.lora_A.weight belongs"),
         (
             dict(layers_to_transform=[0], target_modules="all-linear"),
@@ -441,9 +444,7 @@ def test_layers_ranks_and_scales_are_those_of_peft(pair, name, tmp_path):
     assert np.abs(want - scores(theirs)).max() > 0.01
 
     adapter, told = read_peft(tmp_path / "theirs", ours)
-    np.testing.assert_allclose(
-        logits(attach(ours, adapter, told.scale), TOKENS), want, atol=5e-5
-    )
+    np.testing.assert_allclose(logits(attach(ours, adapter, told.scale), TOKENS), want, atol=5e-5)
     write_peft(tmp_path / "ours", adapter, told, ours)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
     np.testing.assert_allclose(scores(again), want, atol=5e-5)

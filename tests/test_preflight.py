@@ -219,7 +219,12 @@ def asked_on_colab(choice):
         and "REPOSITORY" not in ast.unparse(n)
     ]
     scope = dict(
-        TINY=False, CHOICE=choice, home=Path("colab"), path="tokenizer", stream=StreamConfig()
+        TINY=False,
+        DRIVE=False,
+        CHOICE=choice,
+        home=Path("colab"),
+        path="tokenizer",
+        stream=StreamConfig(),
     )
     exec(compile(ast.Module(plain, []), "73_colab_tpu", "exec"), scope)
     return scope["wanted"]

@@ -47,7 +47,7 @@ REFUSED = [
         "SDFTConfig.template=",
         "no other braces",
     ),
-    (lambda: SDFTConfig(steps=5), "steps=5", ""),
+    (lambda: SDFTConfig(steps=0), "steps=0", ""),
     (lambda: SDFTConfig(mix=1.0), "SDFTConfig.mix=1.0", ""),
     (lambda: SDFTConfig(ema_rate=1.5), "SDFTConfig.ema_rate=1.5", ""),
     (lambda: SDFTConfig(replay_ratio=1.0), "SDFTConfig.replay_ratio=1.0", ""),

@@ -336,7 +336,7 @@ def test_unfinished_skipped_and_plain(tmp_path):
     assert (
         "stopped at step 5 of 20" in html
         and "2 steps were not finite" in html
-        and "the residual is plain" in html
+        and "does not mix streams" in html
     )
 
 

@@ -19,7 +19,14 @@ from nash_lab.discover.search import discover
 from nash_lab.evals.lm_eval import Responder
 from nash_lab.evals.scores import Probe
 from nash_lab.lab.run import Model
-from nash_lab.model.generate import SampleConfig, best_of_n, generate, rollout, sampling_rules, unpad
+from nash_lab.model.generate import (
+    SampleConfig,
+    best_of_n,
+    generate,
+    rollout,
+    sampling_rules,
+    unpad,
+)
 from nash_lab.model.speculative import speculate
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train.settings import TrainConfig
@@ -117,7 +124,9 @@ def text_of_everything(lm, words, tmp_path, monkeypatch):
         "search": lines,
         "best of n": [words.decode(ids) for _, ids in best_of_n(lm, [4], 3, key=KEY, cfg=cfg)],
         "sdft": [words.decode(ids) for ids in rollouts_of_sdft(lm, words, monkeypatch)[0]],
-        "generate": [words.decode(row) for row in generate(lm, [[4]], max_new_tokens=6, key=KEY, **rules)[0]],
+        "generate": [
+            words.decode(row) for row in generate(lm, [[4]], max_new_tokens=6, key=KEY, **rules)[0]
+        ],
     }
     measure_run("run", [(TASK, SEARCH)], 4)
     assert len(found.metrics) == 1

@@ -22,7 +22,10 @@ from nash_lab.train.pretrain import pretrain, read_metrics
 from nash_lab.train.settings import TrainConfig, saved_config
 from nash_lab.train.step import TrainState, batch_fields, make_train_step, peak_flops
 
-NAMES = [*PRESETS, *(f"{name}-plain" for name in PRESETS if PRESETS[name].get("residual") != "plain")]
+NAMES = [
+    *PRESETS,
+    *(f"{name}-plain" for name in PRESETS if PRESETS[name].get("residual") != "plain"),
+]
 
 
 def small(name):
@@ -130,7 +133,9 @@ def test_a_warm_up_that_nobody_gave_fits(shape, steps):
 
 
 def test_a_warm_up_that_does_not_fit_says_what_would(cfg):
-    with pytest.raises(ValueError, match="warmup_steps=20 and 1 more .* give 19 warm-up .* 21 steps"):
+    with pytest.raises(
+        ValueError, match="warmup_steps=20 and 1 more .* give 19 warm-up .* 21 steps"
+    ):
         replace(cfg, steps=20, optim=OptimConfig(warmup_steps=20))
     with pytest.raises(ValueError, match="=90 and 20 more do not fit into steps=100, give 80 warm"):
         replace(cfg, steps=100, optim=OptimConfig(schedule="wsd", warmup_steps=90))
@@ -203,7 +208,9 @@ def test_switches_of_jax_do_not_stop_a_run(cfg, tmp_path, capsys, switch):
     with turned():
         other = pretrain(replace(run, run=str(tmp_path / "b")))
     said = capsys.readouterr().err
-    assert (f"JAX_{switch.upper()}: left aside" in said) == (switch in ("disable_jit", "enable_x64"))
+    assert (f"JAX_{switch.upper()}: left aside" in said) == (
+        switch in ("disable_jit", "enable_x64")
+    )
     assert len(said.splitlines()) <= 1
     assert other.val_loss == pytest.approx(straight.val_loss, rel=1e-5)
 
