@@ -59,3 +59,18 @@ def test_the_switch_and_a_library_of_your_own(tmp_path):
 def test_a_path_that_cannot_be_preloaded(tmp_path):
     "a space parts the names of LD_PRELOAD"
     assert lines(tmp_path / "a folder")[1].startswith(allocator())
+
+
+def test_an_interpreter_that_may_not_be_started(tmp_path, monkeypatch):
+    "The command goes on as it is, and leaves nothing behind for its children"
+    import nash_lab.core.files as files
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "allocator_library", lambda: "/some/libmimalloc.so")
+    monkeypatch.setattr(os, "execv", refuse)
+    for name in ("LD_PRELOAD", "NASH_LAB_ALLOCATOR"):
+        monkeypatch.delenv(name, raising=False)
+    files.preload_allocator()
+    assert not {"LD_PRELOAD", "NASH_LAB_ALLOCATOR"} & os.environ.keys()

@@ -301,4 +301,7 @@ def preload_allocator() -> None:
     if ":" in library or " " in library:  # they part the names of LD_PRELOAD
         return
     os.environ.update(NASH_LAB_ALLOCATOR="preloaded", LD_PRELOAD=library)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    try:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    except OSError:  # an interpreter that this user may not start: as it is, then
+        del os.environ["NASH_LAB_ALLOCATOR"], os.environ["LD_PRELOAD"]
