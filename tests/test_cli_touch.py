@@ -388,6 +388,20 @@ def test_a_closed_pipe_is_silent(args):
     assert len(both.stdout) == 1 and both.stderr == ""
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_a_stream_that_is_closed(closed):
+    "As some supervisors start a program: the work is done, and says what it can where it can"
+    for args, code in ((["pretrain", "--dry-run"], 0), (["pretrian"], 2)):
+        done = subprocess.run(
+            ["bash", "-c", f'"$@" {closed}', "bash", *PROGRAM, *args],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == code
+        assert "Error" not in done.stderr and len(done.stderr.splitlines()) == (code == 2 and closed == ">&-")
+
+
 ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "40"}
 
 

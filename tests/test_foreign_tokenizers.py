@@ -20,7 +20,7 @@ from nash_lab.data.tokenizer import (
 )
 from nash_lab.lab.cli import main
 from nash_lab.lab.run import load
-from nash_lab.model.chat import chat_ids, chat_text
+from nash_lab.model.chat import chat_text
 from nash_lab.model.generate import SampleConfig, generate, rollout, sampling_rules
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train.pretrain import write_run
@@ -191,6 +191,19 @@ def test_files_that_say_nonsense(tmp_path, files, said):
         load_tokenizer(tmp_path)
 
 
+def test_a_byte_order_mark_before_each_file(tmp_path):
+    "As editors leave it: read as if it were not there"
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, tokenizer_config=CONFIG, generation_config={"eos_token_id": [302, 301]})
+    plain = load_tokenizer(tmp_path)
+    asked = chat_ids(plain, tmp_path, QUESTION)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    found = load_tokenizer(tmp_path)
+    assert (found.pieces, found.end_ids) == (plain.pieces, (302, 301))
+    assert chat_ids(found, tmp_path, QUESTION) == asked
+
+
 # ---- import and export
 
 
@@ -338,7 +351,7 @@ def test_a_sentencepiece_model_of_others(lm, folder, tmp_path):
 def test_a_chat_has_its_special_ids(folder):
     "one BOS, an end at the end; the same text read as text spells them out"
     words = load_tokenizer(folder)
-    ids = chat_ids(words, folder, QUESTION, answer=False)
+    ids = words.encode(chat_text(folder, QUESTION, answer=False), special=True)
     assert (ids[:2], ids[-1], ids.count(300)) == ([300, 303], 302, 1)
     assert len(ids) < len(words.encode(chat_text(folder, QUESTION, answer=False))) / 2
 
@@ -380,7 +393,7 @@ def test_chats_as_in_transformers(tmp_path, name):
             text = theirs.apply_chat_template(messages, tokenize=False, **how)
             ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **how)
             assert chat_text(tmp_path, messages, answer=answer) == text
-            assert chat_ids(load_tokenizer(tmp_path), tmp_path, messages, answer=answer) == ids
+            assert load_tokenizer(tmp_path).encode(text, special=True) == ids
 
 
 def test_named_templates(tmp_path):
@@ -436,7 +449,7 @@ def test_a_chat_from_the_command_line(folder, tmp_path, capsys):
     assert shown.endswith(answer + "\n")
     turns = [{"role": "system", "content": "over"}, {"role": "user", "content": "the quick"}]
     assert opened.chat(turns, **how) == answer
-    ids = chat_ids(opened.tokenizer, run, turns)
+    ids = opened.tokenizer.encode(chat_text(run, turns), special=True)
     never = (*sampling_rules(opened.tokenizer, opened.lm)["forbidden"], 300)
     new, lengths = generate(opened.lm, [ids], eos_id=302, forbidden=never, **how)
     assert answer == opened.tokenizer.decode(new[0, : lengths[0]])

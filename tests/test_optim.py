@@ -5,7 +5,7 @@ from flax import nnx
 from nash_lab.core.configs import from_json, to_json
 from nash_lab.model.moe import MoEConfig
 from nash_lab.model.transformer import LM, ModelConfig
-from nash_lab.train.optim import by_path, ema_params, factored_rms, matrix_stack, tree_bytes
+from nash_lab.train.optim import by_path, factored_rms, kept_weights, matrix_stack, tree_bytes
 from nash_lab.train.optim import GroupRule, OptimConfig, rule_names, optimizer, schedule
 from nash_lab.train.step import fresh_state, make_train_step
 
@@ -123,7 +123,7 @@ def test_every_rule_trains(changes):
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.3 and int(state.skipped) == 0
     if "ema" in changes:
-        mean = jax.tree.leaves(ema_params(state.opt_state))
+        mean = jax.tree.leaves(kept_weights(None, state.opt_state))
         assert all(x.dtype == jnp.float32 for x in mean) and len(mean) == len(
             jax.tree.leaves(state.params)
         )
@@ -136,13 +136,13 @@ def test_a_broken_step_leaves_the_average_alone():
     tx = optimizer(OptimConfig(ema=0.9, warmup_steps=2), 20)
     state, step = fresh_state(nnx.to_pure_dict(params), tx), make_train_step(graphdef, tx)
     state.params["norm"]["gain"] = state.params["norm"]["gain"].at[0].set(jnp.nan)
-    before = jax.tree.map(np.array, ema_params(state.opt_state))
+    before = jax.tree.map(np.array, kept_weights(None, state.opt_state))
     ids = np.zeros((2, 8), np.int32)
     state, metrics = step(
         state, {"tokens": ids, "targets": ids, "mask": np.ones((2, 8), bool)}, jax.random.key(0)
     )
     assert int(metrics["skipped"]) == 1
-    jax.tree.map(np.testing.assert_array_equal, ema_params(state.opt_state), before)
+    jax.tree.map(np.testing.assert_array_equal, kept_weights(None, state.opt_state), before)
 
 
 def test_bytes_of_a_large_model():

@@ -1,14 +1,12 @@
 """The first commands of a newcomer: every preset trains on the CPU at its own dtype, defaults fit each other, a run that cannot
 begin leaves nothing behind, and switches of JAX do not stop one."""
 
-import json
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from nash_lab.adapt.sdft import SDFTConfig
 from nash_lab.data.corpus import Document, pack
@@ -17,7 +15,7 @@ from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.lab.cli import main
 from nash_lab.lab.demo import DemoConfig
 from nash_lab.model.block import PRESETS, ModelConfig, einsum32
-from nash_lab.model.transformer import LM, model_shapes
+from nash_lab.model.transformer import model_shapes
 from nash_lab.train import pretrain as module
 from nash_lab.train.optim import OptimConfig, optimizer, schedule, with_warmup
 from nash_lab.train.pretrain import pretrain, read_metrics

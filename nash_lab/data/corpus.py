@@ -7,7 +7,7 @@ lines, are split by their own content, and go into a file of ids that is whole o
 __all__ = ['STDLIB_SKIP', 'LONG_DOCUMENT', 'MAX_SOURCES', 'PACKED_TOGETHER', 'Document',
            'CorpusConfig', 'matching_files', 'corpus_files', 'stamps', 'check_stamps', 'BadRecord',
            'json_value', 'record_text', 'split_of', 'validation_start', 'CorpusReport',
-           'documents', 'one_sided', 'PackedMeta', 'id_dtype', 'pack', 'PackedTokens']
+           'documents', 'PackedMeta', 'id_dtype', 'pack', 'PackedTokens']
 
 # %% ../../nbs/data/25_corpus.ipynb #c003
 import glob
@@ -313,7 +313,15 @@ def documents(
     if report is None:
         report = CorpusReport()
     separator = b"\n" if cfg.source == "jsonl" else utf8(cfg.separator)
-    cuts = cfg.holdout > 0 and one_sided(cfg)
+    cuts = cfg.holdout > 0
+    if cuts:  # long documents, if all of them fall into one half
+        halves = set()
+        for document in documents(replace(cfg, holdout=0, max_bytes=0)):
+            digest = hashlib.sha256(utf8(document.text)).digest()
+            halves.add(split_of(digest, cfg.holdout))
+            if len(halves) == 2:
+                cuts = False
+                break
     seen = set()
     for name, path in corpus_files(cfg, report):
         before = stamps([path])
@@ -353,17 +361,6 @@ def documents(
                 yield Document(text, name)
         check_stamps(before)
     report.check_share(cfg.max_bad_share)
-
-
-def one_sided(cfg: CorpusConfig) -> bool:
-    "Whether all documents of a corpus fall into one half; reads until both have one."
-    halves = set()
-    for document in documents(replace(cfg, holdout=0, max_bytes=0)):
-        digest = hashlib.sha256(utf8(document.text)).digest()
-        halves.add(split_of(digest, cfg.holdout))
-        if len(halves) == 2:
-            return False
-    return True
 
 # %% ../../nbs/data/25_corpus.ipynb #c035
 @dataclass(frozen=True)

@@ -309,6 +309,9 @@ def _load_hub(cfg: SourceConfig):
         constants.HF_HUB_OFFLINE = before
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # what Arrow cannot hold
+
+
 def _number_rows(cfg: SourceConfig, files: tuple[str, ...], found: tuple):
     "All rows of local files in one Arrow file of the cache, mapped into memory."
     import pyarrow
@@ -334,38 +337,28 @@ def _number_rows(cfg: SourceConfig, files: tuple[str, ...], found: tuple):
                 pyarrow.OSFile(str(part), "wb") as file,
                 pyarrow.ipc.new_file(file, schema) as writer,
             ):
-                _write_rows(cfg, files, writer, schema)
+                rows = (
+                    (number, row, value)
+                    for number, path in enumerate(files)
+                    for row, value in enumerate(file_rows(cfg, path))
+                )
+                while block := list(islice(rows, BLOCK)):
+                    cells = []
+                    for number, row, value in block:
+                        cell = dict(text=value, other=None, file=number, row=row)
+                        if isinstance(value, BadRecord):
+                            fault = ["bad", value.cause, value.detail, value.line]
+                            cell |= dict(text=None, other=json.dumps(fault))
+                        elif not isinstance(value, str) or SURROGATE.search(value):
+                            cell |= dict(text=None, other=json.dumps(["value", value]))
+                        cells.append(cell)
+                    batch = pyarrow.RecordBatch.from_pylist(cells, schema=schema)
+                    writer.write_batch(batch)
             check_stamps(dict(zip(files, found)))
             os.replace(part, whole)
     finally:
         part.unlink(missing_ok=True)
     return pyarrow.ipc.open_file(pyarrow.memory_map(str(whole))).read_all()
-
-
-SURROGATE = re.compile("[\ud800-\udfff]")  # what Arrow cannot hold
-
-
-def _write_rows(
-    cfg: SourceConfig, files: tuple[str, ...], writer: Any, schema: Any
-) -> None:
-    "Write the rows of local files in blocks: text, or other values and faults as JSON, and places."
-    import pyarrow
-
-    for number, path in enumerate(files):
-        rows = enumerate(file_rows(cfg, path))
-        block = list(islice(rows, BLOCK))
-        while block:
-            cells = []
-            for row, value in block:
-                cell = dict(text=value, other=None, file=number, row=row)
-                if isinstance(value, BadRecord):
-                    fault = ["bad", value.cause, value.detail, value.line]
-                    cell |= dict(text=None, other=json.dumps(fault))
-                elif not isinstance(value, str) or SURROGATE.search(value):
-                    cell |= dict(text=None, other=json.dumps(["value", value]))
-                cells.append(cell)
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(cells, schema=schema))
-            block = list(islice(rows, BLOCK))
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ import sentencepiece
 import tokenizers
 
 from ..core.configs import check_range
-from ..core.files import sha256, write_atomic
+from ..core.files import decode_utf8, sha256, write_atomic
 from ..core.text import Tokenizer, read_object, special_pieces, utf8
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c010
@@ -314,7 +314,7 @@ class HFTokenizer:
     ):
         "ValueError when `data` is no tokenizer.json."
         try:
-            model = tokenizers.Tokenizer.from_str(data.decode())
+            model = tokenizers.Tokenizer.from_str(decode_utf8(data))
         except Exception as error:
             raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
         model.no_truncation()

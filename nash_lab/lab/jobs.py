@@ -6,7 +6,7 @@ error messages."""
 # %% auto #0
 __all__ = ['TokenizerJob', 'PackJob', 'GenerateJob', 'ReportJob', 'EvalJob', 'ImportJob',
            'ExportHFJob', 'check_weights', 'ApplyJob', 'MergeJob', 'ExportJob', 'perform',
-           'opening', 'processor', 'keep_compiled']
+           'processor', 'opening']
 
 # %% ../../nbs/lab/86_jobs.ipynb #c003
 import platform
@@ -431,8 +431,29 @@ def perform(job: Any) -> None:
             done.decision.enforce()
 
 # %% ../../nbs/lab/86_jobs.ipynb #c022
-def opening(job: Any) -> str:
-    "On what a job will work, and how much; empty in all processes but the main one."
+def processor() -> str:
+    "A name for this kind of processor: what is compiled for one may not run on another."
+    known = platform.machine() + platform.processor()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        wanted = ("model name", "flags", "Features", "CPU part")
+        known += "".join(sorted({x for x in lines if x.startswith(wanted)}))
+    return f"{platform.machine()}-{sha256(known.encode())[:8]}"
+
+# %% ../../nbs/lab/86_jobs.ipynb #c025
+def opening(job: Any, keep: bool = True) -> str:
+    "On what a job will work, and how much; empty beside the main process. `keep` what is compiled."
+    folder = None
+    if keep and jax.config.jax_enable_compilation_cache:
+        if jax.config.jax_compilation_cache_dir is None:
+            folder = cache_folder(f"jax/{processor()}")
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # small programs are many: half of what `generate` waits for
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        # a disk that is full is no reason to warn once for each program
+        message = "Error (reading|writing) persistent compilation cache"
+        warnings.filterwarnings("ignore", message=message)
     if isinstance(job, TrainConfig):
         initialize(job.processes)
     if not is_main_process():
@@ -452,31 +473,3 @@ def opening(job: Any) -> str:
         tokens = batches.batch_size * batches.seq_len
         parts.append(f"{job.steps:,} steps of {tokens:,} tokens")
     return ", ".join(parts)
-
-# %% ../../nbs/lab/86_jobs.ipynb #c025
-def processor() -> str:
-    "A name for this kind of processor: what is compiled for one may not run on another."
-    known = platform.machine() + platform.processor()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        wanted = ("model name", "flags", "Features", "CPU part")
-        known += "".join(sorted({x for x in lines if x.startswith(wanted)}))
-    return f"{platform.machine()}-{sha256(known.encode())[:8]}"
-
-
-def keep_compiled() -> Path | None:
-    "Keep compiled programs in the user's cache, and say where; None when it is off."
-    if not jax.config.jax_enable_compilation_cache:
-        return None
-    named = jax.config.jax_compilation_cache_dir
-    if named is None:
-        named = cache_folder(f"jax/{processor()}")
-        if named is None:
-            return None
-        jax.config.update("jax_compilation_cache_dir", str(named))
-        # small programs are many: half of what `generate` waits for
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-        # a disk that is full is no reason to warn once for each program
-        message = "Error (reading|writing) persistent compilation cache"
-        warnings.filterwarnings("ignore", message=message)
-    return Path(named)

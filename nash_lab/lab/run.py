@@ -20,7 +20,7 @@ from ..core.keys import named_key
 from ..core.text import Tokenizer, continuation, known_ids
 from ..data.tokenizer import PAD, load_tokenizer
 from .viz import Picture, routing_heatmaps
-from ..model.chat import chat_ids
+from ..model.chat import chat_text
 from ..model.generate import generate, sampling_rules, unpad
 from ..model.mhc import Routing
 from ..model.transformer import LM, parameter_count
@@ -125,7 +125,8 @@ class Model:
         turns = [{"role": "system", "content": system}] if system else []
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        ids = chat_ids(self.tokenizer, self.run, [*turns, *messages])
+        text = chat_text(self.run, [*turns, *messages])
+        ids = self.tokenizer.encode(text, special=True)
         ids = known_ids(self.tokenizer, ids, self.lm.cfg.vocab_size)
         return self.continue_ids([ids], seed=seed, **sampling)[0]
 

@@ -114,13 +114,13 @@ def blockwise_backward(
     mean = jnp.sum(y.astype(full) * dy.astype(full), -1, keepdims=True)
     product = partial(jnp.einsum, preferred_element_type=full)
 
-    def one_block(gradients, i):
+    def block_gradients(gradients, i):
         q_i = rows_of(q, g, i)
         dy_i = rows_of(dy, g, i)
         logsum_i = rows_of(logsum[..., None], g, i)
         mean_i = rows_of(mean, g, i)
 
-        def meet(j, carry):
+        def pair_gradients(j, carry):
             dq, dk, dv = carry
             k_j = rows_of(k, g, j)
             v_j = rows_of(v, g, j)
@@ -139,11 +139,13 @@ def blockwise_backward(
             return dq + product("bgrs,bgsk->bgrk", ds, k_j), dk, dv
 
         start = jnp.zeros(q_i.shape, full), *gradients
-        dq, *gradients = jax.lax.fori_loop(*key_blocks(i, window), meet, start)
+        dq, *gradients = jax.lax.fori_loop(
+            *key_blocks(i, window), pair_gradients, start
+        )
         return tuple(gradients), dq.astype(q.dtype)
 
     start = jnp.zeros(k.shape, full), jnp.zeros(v.shape, full)
-    (dk, dv), dq = jax.lax.scan(one_block, start, jnp.arange(t // BLOCK))
+    (dk, dv), dq = jax.lax.scan(block_gradients, start, jnp.arange(t // BLOCK))
     return joined(dq, h), dk.astype(k.dtype), dv.astype(v.dtype)
 
 # %% ../../nbs/maths/07_flash.ipynb #c016
@@ -190,7 +192,7 @@ def splash_kernel(heads: int, t: int, window: int | None, interpret: bool):
         )
     tables = kernel.dq_mask_info, kernel.dkv_mask_info
 
-    def forward(q, k, v, segments):
+    def attend_row(q, k, v, segments):
         ids = None if segments is None else splash.SegmentIds(segments, segments)
         y, (logsum,) = kernel(q, k, v, ids)
         return y, logsum
@@ -200,7 +202,7 @@ def splash_kernel(heads: int, t: int, window: int | None, interpret: bool):
         kept = q, k, v, ids, None, y, logsum, *tables
         return inside._splash_attention_bwd(**kernel.kwargs, res=kept, do=dy)[3:6]
 
-    return jax.vmap(forward), jax.vmap(backward)
+    return jax.vmap(attend_row), jax.vmap(backward)
 
 
 def splash_forward(q, k, v, segments, window, interpret=False):
@@ -307,7 +309,7 @@ def flash_attention(
     scale: float | None = None,  # of scores, else 1/sqrt(k)
     window: int | None = None,  # tokens that a query sees, itself among them; None: all
     kernel: Kernel = "auto",
-    shard=None,  # splits a function of (q, k, v, segments) over devices
+    shard=None,  # calls (attend, q, k, v, segments) in parts, on all devices
 ) -> Float[Array, "b t h m"]:
     "Causal attention within documents that never holds a row of scores (2205.14135)."
     t = q.shape[1]
@@ -325,7 +327,7 @@ def flash_attention(
 
     attend = partial(heads_first, window=window, kernel=kernel)
     if shard is not None:
-        attend = shard(attend)
+        attend = partial(shard, attend)
     y = attend(q, k, v, ids).swapaxes(1, 2)[:, :t]
     if segments is None:
         return y

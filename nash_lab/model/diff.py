@@ -38,7 +38,6 @@ from nash_lab.model.layers import (
     RMSNorm,
     RopeConfig,
     normal_init,
-    rope,
     rope_frequencies,
     wide,
 )

@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['DECAYED', 'MOMENTS', 'by_path', 'matrix_axes', 'matrix_stack', 'relaxed', 'muon',
            'GroupRule', 'OptimConfig', 'decay_mask', 'decay_steps', 'with_warmup', 'schedule',
-           'factored_rms', 'kept_in', 'Average', 'average_weights', 'ema_params', 'rule_names',
+           'factored_rms', 'kept_in', 'Average', 'average_weights', 'kept_weights', 'rule_names',
            'update_rule', 'optimizer', 'tree_bytes']
 
 # %% ../../nbs/train/41_optim.ipynb #c003
@@ -288,10 +288,10 @@ def average_weights(beta: float) -> optax.GradientTransformation:
     )
 
 
-def ema_params(opt_state: Any) -> Any:
-    "The averaged weights inside an optimizer state, None when there are none."
+def kept_weights(params: Any, opt_state: Any) -> Any:
+    "The weights to use: their average where the optimizer keeps one, else `params`."
     found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Average))
-    return next((x.weights for x in found if isinstance(x, Average)), None)
+    return next((x.weights for x in found if isinstance(x, Average)), params)
 
 # %% ../../nbs/train/41_optim.ipynb #c044
 def rule_names(cfg: OptimConfig, params: Any) -> Any:

@@ -418,29 +418,23 @@ class Rows:
         spec = spec_of(axes, x.shape, self.rules, self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
-    def split_heads(self, attend: Callable) -> Callable:
+    def split_heads(self, attend: Callable, q, k, v, segments) -> jax.Array:
         "`attend(q, k, v, segments)`, heads before time, by each device for its rows and heads."
-
-        def own_part(q, k, v, segments):
-            queries = ("batch", "heads", None, None), q.shape
-            keys = ("batch", "kv_heads", None, None), k.shape
-            rows = ("batch", None), q.shape[::2]
-            specs = [
-                spec_of(*of, self.rules, self.mesh) for of in (queries, keys, rows)
-            ]
-            if specs[0][1:2] != specs[1][1:2]:  # heads would part from their keys
-                specs[:2] = [specs[2]] * 2
-            queries, keys, rows = specs
-            part = jax.shard_map(
-                attend,
-                mesh=self.mesh,
-                in_specs=(queries, keys, keys, rows),
-                out_specs=queries,
-                check_vma=False,  # kernels do not say what varies
-            )
-            return part(q, k, v, segments)
-
-        return own_part
+        queries = ("batch", "heads", None, None), q.shape
+        keys = ("batch", "kv_heads", None, None), k.shape
+        rows = ("batch", None), q.shape[::2]
+        specs = [spec_of(*of, self.rules, self.mesh) for of in (queries, keys, rows)]
+        if specs[0][1:2] != specs[1][1:2]:  # heads would part from their keys
+            specs[:2] = [specs[2]] * 2
+        queries, keys, rows = specs
+        part = jax.shard_map(
+            attend,
+            mesh=self.mesh,
+            in_specs=(queries, keys, keys, rows),
+            out_specs=queries,
+            check_vma=False,  # kernels do not say what varies
+        )
+        return part(q, k, v, segments)
 
 
 def place_rows(lm: Any, mesh: Mesh, rules: AxisRules = RULES) -> Any:

@@ -5,10 +5,9 @@ losses bit for bit, and the guards around the loop cost about 1 % of its speed."
 
 # %% auto #0
 __all__ = ['PAUSES', 'Progress', 'Run', 'training_loop', 'own_settings', 'pretrain', 'start',
-           'DataEnded', 'next_batch', 'compile_step', 'step_line', 'kept_weights', 'validate',
-           'scores_of', 'all_finite', 'save_checkpoint', 'write_goodput', 'save_and_wait',
-           'save_instead', 'stop_at_last_good', 'Result', 'run_result', 'load_run', 'fresh_run',
-           'write_run']
+           'DataEnded', 'next_batch', 'compile_step', 'step_line', 'validate', 'scores_of',
+           'all_finite', 'save_checkpoint', 'write_goodput', 'save_and_wait', 'save_instead',
+           'stop_at_last_good', 'Result', 'run_result', 'load_run', 'fresh_run', 'write_run']
 
 # %% ../../nbs/train/44_pretrain.ipynb #c003
 import json
@@ -47,7 +46,7 @@ from nash_lab.run.guard import (
     run_lock,
 )
 from ..run.rundir import MetricsLog, Trackers, as_record, read_metrics, retry
-from .optim import ema_params, optimizer, schedule, with_warmup
+from .optim import kept_weights, optimizer, schedule, with_warmup
 from nash_lab.train.parallel import (
     RULES,
     batch_sharding,
@@ -420,12 +419,6 @@ def step_line(run: Run, step: int, metrics: dict, logged: tuple[int, float]) -> 
     return line
 
 # %% ../../nbs/train/44_pretrain.ipynb #c016
-def kept_weights(params: dict, opt_state: Any) -> dict:
-    "The weights to use: their average where the optimizer keeps one."
-    average = ema_params(opt_state)
-    return params if average is None else average
-
-
 @lru_cache(maxsize=8)
 def _jitted_probe(graphdef, mesh):
     whole = NamedSharding(mesh, PartitionSpec())
