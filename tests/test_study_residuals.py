@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from nash_lab.data.corpus import CorpusConfig
 from nash_lab.data.tokenizer import TokenizerConfig
-from nash_lab.lab.bench import load_study, write_rows
+from nash_lab.lab.bench import write_rows
 from nash_lab.lab.cli import read_job
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.run.rundir import read_metrics
@@ -151,7 +151,6 @@ def test_refuses(line, expected):
 
 
 def test_is_a_verb():
-    assert load_study("residuals") is study
     _, job, _ = read_job("study residuals --rates 0.1 0.2 --limit-s 60".split())
     assert job == Config(rates=(0.1, 0.2), limit_s=60.0)
 

@@ -5,7 +5,7 @@ cores, the cache decodes 16 times as fast"""
 
 # %% auto #0
 __all__ = ['COMPARISONS', 'CODE', 'take_turns', 'timing_rows', 'AblationConfig', 'BenchConfig',
-           'train_turn', 'forward_turn', 'load_study', 'write_rows', 'bench']
+           'train_turn', 'forward_turn', 'write_rows', 'bench']
 
 # %% ../../nbs/lab/83_bench.ipynb #c003
 import importlib
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import jax
@@ -236,12 +235,7 @@ CODE = (
     "        self.assertEqual(",
 )
 
-# %% ../../nbs/lab/83_bench.ipynb #c022
-def load_study(name: str) -> ModuleType:
-    "The module `nash_lab.studies.NAME`, which has `Config` and `run_study`."
-    return importlib.import_module(f"nash_lab.studies.{name}")
-
-# %% ../../nbs/lab/83_bench.ipynb #c024
+# %% ../../nbs/lab/83_bench.ipynb #c023
 def write_rows(path: str, config: object, rows: list[dict]) -> None:
     "Write rows, configuration and device to a JSON file; nothing when `path` is empty."
     if not path:
@@ -296,7 +290,7 @@ def bench(cfg: BenchConfig) -> list[dict]:
                 tokens = cfg.new_tokens * cfg.prompts
 
             case "ablation":
-                study = load_study(what)
+                study = importlib.import_module(f"nash_lab.studies.{what}")
                 asked = study.Config(cfg.ablation, cfg.rounds, cfg.steps, cfg.out)
                 found = study.measure_variants(asked)
                 print(study.score_table(found))

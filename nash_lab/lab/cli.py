@@ -5,9 +5,9 @@ Ctrl-C within five seconds."""
 
 # %% auto #0
 __all__ = ['WORK', 'VERBS', 'LARGE', 'SWITCHES', 'COMMON', 'Verb', 'find', 'Usage', 'spaced',
-           'did_you_mean', 'verb_name', 'verb_list', 'StandIn', 'stand_ins', 'take_value',
-           'overlay', 'settings', 'known_flags', 'with_guess', 'ask_tyro', 'read_job',
-           'interruptible', 'is_of_the_line', 'perform_line', 'main']
+           'did_you_mean', 'verb_name', 'StandIn', 'stand_ins', 'take_value', 'overlay',
+           'settings', 'known_flags', 'with_guess', 'ask_tyro', 'read_job', 'interruptible',
+           'is_of_the_line', 'perform_line', 'main']
 
 # %% ../../nbs/lab/88_cli.ipynb #c003
 import builtins
@@ -220,19 +220,6 @@ def verb_name(args: Sequence[str]) -> str:
     near = near or did_you_mean(words[0], list(VERBS))
     more = near or f"; expected one of {', '.join(VERBS)}"
     raise Usage(f"no verb {words[0]!r}{more}")
-
-
-def verb_list(group: str = "") -> str:
-    "The help of `nash_lab`, or of a group of verbs such as `lora`."
-    names = [name for name in VERBS if name.split()[0] == group or not group]
-    indent = max(len(name) for name in names) + 4
-    columns = max(40, shutil.get_terminal_size().columns)
-    lines = [f"usage: nash_lab {group} VERB [flags]".replace("  ", " "), ""]
-    for name in names:
-        row = f"  {name}".ljust(indent) + VERBS[name].help
-        lines += textwrap.wrap(row, columns, subsequent_indent=" " * indent)
-    last = "nash_lab VERB --help lists the flags of one command."
-    return "\n".join([*lines, "", *textwrap.wrap(last, columns)])
 
 # %% ../../nbs/lab/88_cli.ipynb #c014
 LARGE = set(
@@ -528,7 +515,15 @@ def perform_line(args: list[str], switches: Sequence[str]) -> None:
         group = words[0] if words else ""
         groups = {name.split()[0] for name in VERBS} - set(VERBS)
         if not words or words == [group] and group in groups:
-            print(verb_list(group))
+            names = [name for name in VERBS if name.split()[0] == group or not group]
+            indent = max(len(name) for name in names) + 4
+            columns = max(40, shutil.get_terminal_size().columns)
+            lines = [f"usage: nash_lab {group} VERB [flags]".replace("  ", " "), ""]
+            for name in names:
+                row = f"  {name}".ljust(indent) + VERBS[name].help
+                lines += textwrap.wrap(row, columns, subsequent_indent=" " * indent)
+            last = "nash_lab VERB --help lists the flags of one command."
+            print("\n".join([*lines, "", *textwrap.wrap(last, columns)]))
             return
         with stand_ins() if "jax" not in sys.modules else nullcontext():
             read_job([*words, "--help"])
@@ -538,9 +533,9 @@ def perform_line(args: list[str], switches: Sequence[str]) -> None:
     if "--dry-run" in switches:
         print(json.dumps(to_json(job), indent=1))
         return
-    if verb.device and "--no-cache" not in switches:
-        find("lab.jobs:keep_compiled")()
-    parts = [find("lab.jobs:opening")(job)] if verb.device else []
+    parts = []
+    if verb.device:
+        parts = [find("lab.jobs:opening")(job, "--no-cache" not in switches)]
     is_main = "" not in parts
     if verb.to and getattr(job, verb.to):
         parts.append(f"to {getattr(job, verb.to)}")
@@ -560,6 +555,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     switches = [arg for arg in args if arg in SWITCHES]
     args = [arg for arg in args if arg not in SWITCHES]
+    if sys.stdout is None or sys.stderr is None:  # closed, as by `>&-`
+        # else a file of the run would be opened as number 1 or 2
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        sys.stdout = sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # of an ascii terminal
