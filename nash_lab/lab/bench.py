@@ -171,10 +171,12 @@ class BenchConfig:
         )
 
 # %% ../../nbs/lab/83_bench.ipynb #c014
-def train_turn(model: ModelConfig, cfg: BenchConfig) -> Callable[[], None]:
+def train_turn(
+    model: ModelConfig, cfg: BenchConfig, optim: OptimConfig = OptimConfig()
+) -> Callable[[], None]:
     "A function that runs cfg.steps train steps on random tokens and waits for them."
     graphdef, params = nnx.split(LM(model), nnx.Param)
-    tx = optimizer(OptimConfig(), 1000)
+    tx = optimizer(optim, 1000)
     step = make_train_step(graphdef, tx)
     state = fresh_state(nnx.to_pure_dict(params), tx)
 

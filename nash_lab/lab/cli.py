@@ -146,6 +146,12 @@ VERBS = {
         "studies.learning:run_study",
         "out",
     ),
+    "study residuals": Verb(
+        "studies.residuals:Config",
+        "every residual connection at equal tokens and at equal time, with seeds",
+        "studies.residuals:run_study",
+        "out",
+    ),
     "doctor": Verb(
         "lab.doctor:DoctorJob",
         "what works on this machine: versions, device, sandbox, caches",

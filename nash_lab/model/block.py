@@ -84,6 +84,8 @@ class ModelConfig:
     unroll: int = 1
     loss_chunk: int = 128  # time steps whose logits exist at once
     init_std: float = 0.02  # standard deviation at the start
+    # times that of the weights that write to the stream; 0: each block starts as nothing
+    out_init: float = 1.0
 
     RETIRED = {
         "casts": []
@@ -97,7 +99,7 @@ class ModelConfig:
         check_that(self, "residual", known, f"one of {', '.join(RESIDUALS)}")
         self.residuals.check_variant(self.residual, self.width)
         check_range(self, "dropout", at_least=0, below=1)
-        check_range(self, "mtp_weight", at_least=0)
+        check_range(self, "mtp_weight", "out_init", at_least=0)
         groups = self.heads % self.kv_heads == 0
         check_that(self, "heads", groups, f"a multiple of kv_heads={self.kv_heads}")
         check_that(
@@ -289,9 +291,8 @@ class Block(nnx.Module):
     def __init__(self, cfg: ModelConfig, index: int = 0, *, rngs: nnx.Rngs):
         variant = RESIDUALS[cfg.residual]
         norm = cfg.width, cfg.norm_eps, cfg.norm
-        std = dict(
-            std=cfg.init_std, out_std=cfg.init_std / sqrt(2 * cfg.layers), rngs=rngs
-        )
+        out_std = cfg.out_init * cfg.init_std / sqrt(2 * cfg.layers)
+        std = dict(std=cfg.init_std, out_std=out_std, rngs=rngs)
         self.cfg = cfg
         self.attention_norm = RMSNorm(*norm, rngs=rngs) if variant.pre_norm else None
         self.ffn_norm = RMSNorm(*norm, rngs=rngs) if variant.pre_norm else None
