@@ -23,7 +23,8 @@ from test_combinations import batch, decode, quickly, weights
 FOLDER = (
     Path(os.environ.get("NASH_LAB_FIXTURES") or Path(__file__).parent / "fixtures") / "residuals"
 )
-TOLERANCES = {"float64": 1e-9, "float32": 1e-5}
+# of values and of gradients; in float32 the gradient of one scale is a sum of thousands of terms that cancel
+TOLERANCES = {"float64": (1e-9, 1e-9), "float32": (1e-5, 5e-5)}
 
 
 class LayerNorm(nnx.Module):
@@ -353,7 +354,10 @@ def worst(name, prefix, dtype):
 def test_fixture(name, prefix, dtype):
     "Values and all gradients, in both precisions"
     found = worst(name, prefix, dtype)
-    far = {k: v for k, v in found.items() if not v <= TOLERANCES[dtype]}
+    values, gradients = TOLERANCES[dtype]
+    far = {
+        k: v for k, v in found.items() if not v <= (gradients if k.startswith("grad") else values)
+    }
     assert not far
 
 
