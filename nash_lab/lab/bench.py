@@ -172,11 +172,11 @@ class BenchConfig:
 
 # %% ../../nbs/lab/83_bench.ipynb #c014
 def train_turn(
-    model: ModelConfig, cfg: BenchConfig, optim: OptimConfig = OptimConfig()
+    model: ModelConfig, cfg: BenchConfig, optim: OptimConfig | None = None
 ) -> Callable[[], None]:
     "A function that runs cfg.steps train steps on random tokens and waits for them."
     graphdef, params = nnx.split(LM(model), nnx.Param)
-    tx = optimizer(optim, 1000)
+    tx = optimizer(optim or OptimConfig(), 1000)
     step = make_train_step(graphdef, tx)
     state = fresh_state(nnx.to_pure_dict(params), tx)
 

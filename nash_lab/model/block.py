@@ -27,7 +27,7 @@ from .attention import GQA, KVCache
 from .diff import DIFF1, DIFF2, DiffConfig
 from .layers import FFNS, RMSNorm, RopeConfig, dropout
 from .maha import MAHA, MAHAConfig
-from .mhc import MHCConfig
+from .mhc import MHCConfig, bare_maps
 from .mla import MLA, MLAConfig
 from .moe import MoE, MoEConfig
 from .residuals import RESIDUALS, ResidualConfig
@@ -363,7 +363,7 @@ class Block(nnx.Module):
         return (
             state,
             cache,
-            (attention_maps, ffn_maps),
+            (bare_maps(attention_maps), bare_maps(ffn_maps)),
             add_aux(attention_aux, ffn_aux),
         )
 

@@ -348,7 +348,7 @@ def study_rows(cfg: Config, scores: Scores, ms: dict[str, float]) -> list[dict]:
 
 
 def study_table(cfg: Config, rows: list[dict]) -> str:
-    "The rows, aligned. A star: the best rate is the first or last, so a better one may lie outside."
+    "The rows, aligned; a star where the best rate is the first or last, so a better one may exist."
     heads = "".join(f"{rate:>9g}" for rate in cfg.rates)
     lines = [
         f"differences to {cfg.baseline} in bits per byte, 95 % intervals; "
