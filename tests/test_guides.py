@@ -26,8 +26,14 @@ MODEL = (
 RUN = {
     "nash_lab tokenizer": TOKENIZER,
     "nash_lab tokenizer --config": "--tokenizer.vocab-size 400",
+    "nash_lab tokenizer --corpus.source text": "--tokenizer.vocab-size 400",
     "nash_lab pack": "--corpus.max-bytes 60000 --corpus.holdout 0.1",
     "nash_lab pack --config": "--corpus.holdout 0.2",
+    "nash_lab pack --corpus.source text": "",
+    "nash_lab pretrain --preset demo-plain": MODEL,
+    "nash_lab pretrain --preset demo --model.vocab-size 32000": MODEL,
+    "nash_lab generate --run runs/play": "--max-new-tokens 4",
+    "nash_lab eval --run runs/play": "",
     "nash_lab pretrain --preset mhc-120m --run": MODEL,
     "nash_lab pretrain --preset mhc-120m-plain --run": MODEL,
     "nash_lab generate --run runs/first": "--max-new-tokens 4",
@@ -40,7 +46,9 @@ READ = {
     "nash_lab pretrain --mesh": "needs eight devices",
     "nash_lab pretrain --processes": "needs a second machine",
     "nash_lab pretrain --data": "needs the hub, or the reader's own files",
-    "nash_lab eval runs/imported": "needs a folder of transformers and benchmarks",
+    "nash_lab eval --run runs/imported": "needs a folder of transformers and benchmarks",
+    "nash_lab hf": "needs a folder of transformers; tests/test_hf.py runs it",
+    "nash_lab generate --run runs/imported": "needs a folder of transformers",
     "nash_lab eval --compare": "needs two reports",
     "nash_lab sdft": "takes minutes; tests/test_cli.py runs it",
     "nash_lab discover": "takes minutes; tests/test_cli.py runs it",
@@ -121,6 +129,7 @@ def place(tmp_path_factory):
     library = sorted(Path(json.__file__).parent.glob("*.py")) * 8
     rows = [{"text": f"# {i}\n" + p.read_text()[:3000]} for i, p in enumerate(library)]
     (folder / "texts/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "input.txt").write_text("\n\n".join(row["text"] for row in rows))
     return folder
 
 
@@ -129,7 +138,7 @@ def test_the_commands_of_the_guides(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     settings = [body for guide in GUIDES for language, body in fenced(guide) if language == "json"]
-    (corpus,) = [body for body in settings if "corpus" in json.loads(body)]
+    corpus = next(body for body in settings if "corpus" in json.loads(body))
     (place / "corpus.json").write_text(corpus)
     how = {}
     for guide in GUIDES:
