@@ -93,7 +93,7 @@ def read_forward(
     tokens, d = streams[0].shape
     n, rows, _ = phi.shape
 
-    def kernel(ins, outs, first, there):
+    def _kernel(ins, outs, first, there):
         *xs, phi, gate = ins
         read, columns = outs
         xs = [x[...].astype(jnp.float32) for x in xs]
@@ -111,7 +111,7 @@ def read_forward(
         jax.ShapeDtypeStruct((tokens, d), streams[0].dtype),
         jax.ShapeDtypeStruct((rows, tokens), jnp.float32),
     )
-    return launch(kernel, (*streams, phi, gate), outs, interpret)
+    return launch(_kernel, (*streams, phi, gate), outs, interpret)
 
 # %% ../../nbs/maths/08_mhc_kernels.ipynb #c010
 def read_backward(
@@ -121,7 +121,7 @@ def read_backward(
     tokens, d = streams[0].shape
     n, rows, _ = phi.shape
 
-    def kernel(ins, outs, first, there):
+    def _kernel(ins, outs, first, there):
         *xs, d_read, columns, d_columns, phi, gate = ins
         xs, d_after = xs[:n], xs[n:]
         *d_xs, d_phi, d_gate = outs
@@ -175,7 +175,7 @@ def write_forward(
     "The next streams."
     n = len(streams)
 
-    def kernel(ins, outs, first, there):
+    def _kernel(ins, outs, first, there):
         *xs, y, maps = (a[...].astype(jnp.float32) for a in ins)
         maps = maps.T
         for i, out in enumerate(outs):
@@ -186,7 +186,7 @@ def write_forward(
             out[...] = (kept + maps[:, i : i + 1] * y).astype(out.dtype)
 
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in streams]
-    return tuple(launch(kernel, (*streams, y, maps), outs, interpret))
+    return tuple(launch(_kernel, (*streams, y, maps), outs, interpret))
 
 
 def write_backward(
@@ -195,7 +195,7 @@ def write_backward(
     "Gradients of the streams, the output and the maps."
     n = len(streams)
 
-    def kernel(ins, outs, first, there):
+    def _kernel(ins, outs, first, there):
         *xs, y, maps = (a[...].astype(jnp.float32) for a in ins)
         xs, gs = xs[:n], xs[n:]
         *d_xs, d_y, d_maps = outs
@@ -217,7 +217,7 @@ def write_backward(
         d_maps[...] = per_token(inner, maps.shape[1]).T
 
     outs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*streams, y, maps)]
-    *d_xs, d_y, d_maps = launch(kernel, (*streams, *d_after, y, maps), outs, interpret)
+    *d_xs, d_y, d_maps = launch(_kernel, (*streams, *d_after, y, maps), outs, interpret)
     return tuple(d_xs), d_y, d_maps
 
 # %% ../../nbs/maths/08_mhc_kernels.ipynb #c014
