@@ -105,7 +105,7 @@ class Config:
         check_that(self, "variants", once, "each of them once")
         inside = self.baseline in self.variants
         check_that(self, "baseline", inside, f"one of {', '.join(self.variants)}")
-        positive = len(self.rates) > 0 and all(0 < r < np.inf for r in self.rates)
+        positive = len(self.rates) > 0 and all(0 < r < float("inf") for r in self.rates)
         check_that(self, "rates", positive, "at least one, all above 0")
         pieces = self.model.vocab_size
         good = self.tokenizer.vocab_size == pieces
