@@ -196,12 +196,12 @@ def test_a_byte_order_mark_before_each_file(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, tokenizer_config=CONFIG, generation_config={"eos_token_id": [302, 301]})
     plain = load_tokenizer(tmp_path)
-    asked = chat_ids(plain, tmp_path, QUESTION)
+    asked = plain.encode(chat_text(tmp_path, QUESTION), special=True)
     for file in tmp_path.iterdir():
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     found = load_tokenizer(tmp_path)
     assert (found.pieces, found.end_ids) == (plain.pieces, (302, 301))
-    assert chat_ids(found, tmp_path, QUESTION) == asked
+    assert found.encode(chat_text(tmp_path, QUESTION), special=True) == asked
 
 
 # ---- import and export

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from packaging.requirements import Requirement
+
 from nash_lab.core.files import (
     allocator_library,
     cache_folder,
@@ -92,11 +94,14 @@ def check_versions() -> list[Row]:
         return [Row("nash_lab", "note", "not installed, runs from a folder")]
     for line in needed:
         package = re.match(r"[\w.-]+", line)[0]
+        extra = re.search(r"extra == ['\"](\w+)", line)
+        marker = Requirement(line).marker
+        if marker and not marker.evaluate({"extra": extra[1] if extra else ""}):
+            continue  # for another Python or another system
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             version = ""
-        extra = re.search(r"extra == ['\"](\w+)", line)
         if extra:
             if extra[1] not in ("dev", "docs") and not version:
                 extras.setdefault(extra[1], []).append(package)

@@ -347,7 +347,9 @@ class LiteSite(nnx.Module):
         b = self.bias[...].astype(u.dtype)[:, None, None]
         pre = jax.nn.sigmoid(a[0] * u[:n] + b[:n])
         post = 2 * jax.nn.sigmoid(a[1] * u[n : 2 * n] + b[n : 2 * n])
-        res = self.mixing(a[2] * u[2 * n :] + b[2 * n :], n)
+        # softmax is a corner long before; a quick exp of -1e9 may be no number
+        logits = jnp.clip(a[2] * u[2 * n :] + b[2 * n :], -1e4, 1e4)
+        res = self.mixing(logits, n)
         return merge_streams(streams, pre), Routing(pre, post, res)
 
     def write(self, streams: Streams, y: Float[Array, "b t d"], maps: Routing):
