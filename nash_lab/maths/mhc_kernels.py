@@ -161,7 +161,7 @@ def read_backward(
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in streams]
     outs += [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (phi, gate)]
     ins = (*streams, *d_after, d_read, columns, d_columns, phi, gate)
-    *d_xs, d_phi, d_gate = launch(kernel, ins, outs, interpret)
+    *d_xs, d_phi, d_gate = launch(_kernel, ins, outs, interpret)
     return tuple(d_xs), d_phi, d_gate
 
 # %% ../../nbs/maths/08_mhc_kernels.ipynb #c012
