@@ -5,10 +5,11 @@ each equal to public reference code to $10^{-9}$ in float64."""
 
 # %% auto #0
 __all__ = ['Streams', 'RESIDUALS', 'ResidualConfig', 'PlainSite', 'PlainEnds', 'CopyEnds',
-           'WiderSite', 'WiderEnds', 'HCSite', 'FracSite', 'FracEnds', 'deepseek_maps', 'V4Site',
-           'V4Ends', 'V41Site', 'V41Ends', 'mix_permutations', 'mix_factors', 'LiteSite',
-           'KromSite', 'IdentitySite', 'IdentityEnds', 'GatedSite', 'GatedEnds', 'WideSite',
-           'WideEnds', 'Sources', 'AttentionSite', 'AttentionEnds', 'Residual']
+           'WiderSite', 'WiderEnds', 'dynamic_maps', 'HCSite', 'FracSite', 'FracEnds',
+           'deepseek_maps', 'V4Site', 'V4Ends', 'V41Site', 'V41Ends', 'mix_permutations',
+           'mix_factors', 'LiteSite', 'KromSite', 'IdentitySite', 'IdentityEnds', 'GatedSite',
+           'GatedEnds', 'WideSite', 'WideEnds', 'Sources', 'AttentionSite', 'AttentionEnds',
+           'Residual']
 
 # %% ../../nbs/model/17_residuals.ipynb #c003
 from dataclasses import dataclass
@@ -156,9 +157,22 @@ class WiderEnds(nnx.Module):
     def end(self, x: Float[Array, "b t md"]) -> Float[Array, "b t d"]:
         "The mean of the m parts."
         parts = jnp.split(x, self.times, -1)
-        return CopyEnds.end(self, parts) / jnp.asarray(self.times, x.dtype)
+        mean = sum(wide(part) for part in parts) / self.times
+        return mean.astype(x.dtype)
 
 # %% ../../nbs/model/17_residuals.ipynb #c013
+def dynamic_maps(
+    site: nnx.Module, parts: Streams
+) -> tuple[Float[Array, "n m b t"], Float[Array, "n b t"]]:
+    "alpha and beta of every stream or fraction, from its own norm: a row for each that is left."
+    raw = [jnp.tanh(linear(wide(site.norm(x)), site.phi[...])) for x in parts]
+    raw = jnp.moveaxis(jnp.stack(raw), -1, 1)  # [n, columns of alpha and beta, b, t]
+    s = site.scale[...].astype(raw.dtype)
+    alpha = s[0] * raw[:, :-1] + site.alpha[...][..., None, None].astype(raw.dtype)
+    beta = s[1] * raw[:, -1] + site.beta[...][:, None, None].astype(raw.dtype)
+    return alpha, beta
+
+
 class HCSite(nnx.Module):
     "Dynamic hyper-connections (2409.19606, Algorithms 2 and 3)."
 
@@ -175,11 +189,7 @@ class HCSite(nnx.Module):
 
     def read(self, streams: Streams) -> tuple[Float[Array, "b t d"], Routing]:
         "The sum of the streams weighted by column 0 of alpha."
-        raw = [jnp.tanh(linear(wide(self.norm(x)), self.phi[...])) for x in streams]
-        raw = jnp.moveaxis(jnp.stack(raw), -1, 1)  # [i, n + 2, b, t]
-        s = self.scale[...].astype(raw.dtype)
-        alpha = s[0] * raw[:, :-1] + self.alpha[...][..., None, None].astype(raw.dtype)
-        beta = s[1] * raw[:, -1] + self.beta[...][:, None, None].astype(raw.dtype)
+        alpha, beta = dynamic_maps(self, streams)
         carry = jnp.swapaxes(alpha[:, 1:], 0, 1)  # to the new stream from the old
         return merge_streams(streams, alpha[:, 0]), Routing(alpha[:, 0], beta, carry)
 
@@ -202,11 +212,7 @@ class FracSite(nnx.Module):
 
     def read(self, parts: Streams) -> tuple[Float[Array, "b t d"], Routing]:
         "m mixtures of the fractions, side by side."
-        raw = [jnp.tanh(linear(wide(self.norm(h)), self.phi[...])) for h in parts]
-        raw = jnp.moveaxis(jnp.stack(raw), -1, 1)  # [i, 2m + 1, b, t]
-        s = self.scale[...].astype(raw.dtype)
-        alpha = s[0] * raw[:, :-1] + self.alpha[...][..., None, None].astype(raw.dtype)
-        beta = s[1] * raw[:, -1] + self.beta[...][:, None, None].astype(raw.dtype)
+        alpha, beta = dynamic_maps(self, parts)
         columns = jnp.swapaxes(alpha, 0, 1)
         pre, carry = jnp.split(columns, 2)
         read = [merge_streams(parts, weights) for weights in pre]
