@@ -16,9 +16,7 @@ from flax import nnx
 from nash_lab.model.block import MAHAConfig, ModelConfig
 from nash_lab.model.residuals import RESIDUALS, ResidualConfig, Sources
 from nash_lab.model.transformer import LM
-from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.step import fresh_state, make_train_step
-from test_combinations import batch, decode, quickly, weights
+from test_combinations import train_and_decode
 
 FOLDER = (
     Path(os.environ.get("NASH_LAB_FIXTURES") or Path(__file__).parent / "fixtures") / "residuals"
@@ -411,30 +409,12 @@ def model_of(residual, **changes):
 def test_composes_with(row):
     "One step moves every weight that can move and lowers the loss; decoding with a cache equals the full pass"
     cfg = model_of(**row)
-    (graphdef, params), tx = weights(cfg), optimizer(OptimConfig(warmup_steps=1), 10)
-    state = fresh_state(params, tx)
-    before = jax.tree.map(np.array, state.params)
-    step = quickly(make_train_step(graphdef, tx).lower(state, batch(), jax.random.key(0)))
-    losses = []
-    for _ in range(2):
-        state, metrics = step(state, batch(), jax.random.key(0))
-        losses.append(float(metrics["loss"]))
-    assert np.isfinite(losses).all() and losses[1] < losses[0] and int(state.skipped) == 0
-    still = [
-        jax.tree_util.keystr(path)
-        for (path, new), old in zip(
-            jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(before)
-        )
-        if np.array_equal(new, old)
-    ]
+    _, still, cached, full = train_and_decode(cfg)
     if row["residual"] == "attnres":  # a first site has one source and nothing to choose
         still = [
             path for path in still if not path.startswith("['mtp']['block']['attention_hyper']")
         ]
     assert not still, still
-    cached, full = quickly(decode.lower(graphdef, state.params, batch()["tokens"]))(
-        state.params, batch()["tokens"]
-    )
     if cfg.compute_dtype == "float32":
         np.testing.assert_allclose(cached, full, atol=2e-4, rtol=2e-4)
     else:  # one rounding turns a token to another expert, and then all its logits are others
