@@ -10,6 +10,7 @@ __all__ = ['WORK', 'VERBS', 'LARGE', 'SWITCHES', 'COMMON', 'Verb', 'find', 'Usag
            'is_of_the_line', 'perform_line', 'main']
 
 # %% ../../nbs/lab/88_cli.ipynb #c003
+import atexit
 import builtins
 import difflib
 import importlib
@@ -582,6 +583,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         code = getattr(stop, "exit_code", 130)
         message = str(stop) or "interrupted"
+        if argv is None:
+            # the interpreter's own end crashes under threads that still compute
+            atexit.register(os._exit, code)
     except SystemExit:
         raise
     # a panic of a library written in Rust is no Exception
