@@ -6,10 +6,10 @@ tokens."""
 
 # %% auto #0
 __all__ = ['COLLECTIVES', 'AXES', 'LOGICAL', 'RULES', 'CACHED', 'MeshConfig', 'make_mesh',
-           'MeshSlice', 'this_host_has_first', 'logical_axes', 'in_stack', 'path_name',
-           'AxisRules', 'spec_of', 'param_specs', 'unsharded', 'state_shardings', 'placed',
-           'bytes_per_device', 'batch_shares', 'batch_sharding', 'check_rows', 'data_shard',
-           'put_batch', 'Rows', 'place_rows', 'shard_step', 'replicate', 'cache_specs']
+           'MeshSlice', 'logical_axes', 'in_stack', 'path_name', 'AxisRules', 'spec_of',
+           'param_specs', 'unsharded', 'state_shardings', 'placed', 'bytes_per_device',
+           'batch_shares', 'batch_sharding', 'check_rows', 'data_shard', 'put_batch', 'Rows',
+           'place_rows', 'shard_step', 'replicate', 'cache_specs']
 
 # %% ../../nbs/train/40_parallel.ipynb #c003
 import math
@@ -116,12 +116,6 @@ class MeshSlice:
             )
         left = tuple(name for name, keep in zip(names, kept) if keep)
         return Mesh(part, left, axis_types=(AxisType.Auto,) * len(left))
-
-
-def this_host_has_first(mesh: Mesh, axis: str) -> bool:
-    "Whether a device at index 0 of an axis belongs to this process; ValueError for no such axis."
-    part = MeshSlice(mesh)[{axis: 0}]
-    return any(d.process_index == jax.process_index() for d in part.devices.flat)
 
 # %% ../../nbs/train/40_parallel.ipynb #c021
 LOGICAL = (  # pattern of a path, meaning of its last axes; the first that fits both counts
