@@ -27,6 +27,7 @@ from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
 from ..maths.birkhoff import composite, gains, mixing_distances
 from ..model.transformer import LM
+from .optim import by_path
 
 # %% ../../nbs/train/42_step.ipynb #c006
 def accumulate_gradients(
@@ -101,11 +102,15 @@ def batch_gradient(
     key: PRNGKeyArray,  # of this step's dropout
     accumulate: int = 1,  # micro-batches
     accumulate_dtype: str = "float32",  # bfloat16 halves the buffer and rounds every addition
+    only: frozenset[str] | None = None,  # paths that are trained; None for all
 ) -> tuple[dict[str, Float[Array, ""]], dict]:
     "Mean nats per counted target with the auxiliary losses, and the gradient of their sum."
 
+    def frozen(path, x):
+        return x if only is None or path in only else jax.lax.stop_gradient(x)
+
     def summed_loss(params, micro, key):
-        lm = nnx.merge(graphdef, params)
+        lm = nnx.merge(graphdef, by_path(frozen, params))
         total, sums = lm.objective(**micro, dropout_key=key)
         return total, sums | {"aux": sums["aux"] * sums["count"]}
 
@@ -153,13 +158,14 @@ def make_train_step(
     tx: optax.GradientTransformation,
     accumulate: int = 1,  # micro-batches per update
     accumulate_dtype: str = "float32",  # of the sum of their gradients
+    only: frozenset[str] | None = None,  # paths that are trained; None for all
 ) -> Callable:
     "The train step (state, batch, key) -> (state, metrics), jitted, with the state donated."
 
     def train_step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
         terms, grads = batch_gradient(
-            graphdef, state.params, batch, key, accumulate, accumulate_dtype
+            graphdef, state.params, batch, key, accumulate, accumulate_dtype, only
         )
         state, norm = apply_gradient(tx, state, sum(terms.values()), grads)
         return state, terms | {"grad_norm": norm, "skipped": state.skipped}
