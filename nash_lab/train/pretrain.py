@@ -5,8 +5,8 @@ losses bit for bit, and the guards around the loop cost about 1 % of its speed."
 
 # %% auto #0
 __all__ = ['LOOSE', 'PAUSES', 'Progress', 'Run', 'training_loop', 'own_settings', 'pretrain',
-           'training_model', 'first_weights', 'start', 'DataEnded', 'next_batch', 'compile_step',
-           'step_line', 'validate', 'scores_of', 'all_finite', 'save_checkpoint', 'write_goodput',
+           'training_model', 'start', 'DataEnded', 'next_batch', 'compile_step', 'step_line',
+           'validate', 'scores_of', 'all_finite', 'save_checkpoint', 'write_goodput',
            'save_and_wait', 'save_instead', 'stop_at_last_good', 'Result', 'run_result',
            'load_run', 'fresh_run', 'write_run']
 
@@ -304,21 +304,6 @@ def training_model(cfg: TrainConfig, lm: LM | None = None) -> LM:
     return tuned(lm, cfg.tune, cfg.lora, named_key(jax.random.key(cfg.seed), "adapter"))
 
 
-def first_weights(cfg: TrainConfig) -> LM:
-    "The model of `start_from`. ValueError when it is another, or has another tokenizer."
-    lm, theirs = load_run(cfg.start_from, tokenizer=cfg.tokenizer or None)
-    changes = []
-    for change in config_changes(to_json(theirs.model), to_json(cfg.model)):
-        if change.split(":")[0].split(".")[-1] not in LOOSE:
-            changes.append(change)
-    if changes:  # guard: run: another model to start from
-        raise ValueError(
-            f"{cfg.start_from}: start_from has another model: {'; '.join(changes[:8])}"
-        )
-    graph = nnx.graphdef(nnx.eval_shape(lambda: LM(cfg.model)))
-    return nnx.merge(graph, nnx.state(lm, nnx.Param))
-
-
 def start(
     cfg: TrainConfig,
     mesh: Mesh,
@@ -343,7 +328,19 @@ def start(
     if not checkpoints.take_over():
         due = {"step": 0, "tokens": 0, "time_s": 0.0}  # step 0 is validated
         if cfg.start_from:
-            state = jax.device_put(make_state(first_weights(cfg)), shardings)
+            first, theirs = load_run(cfg.start_from, tokenizer=cfg.tokenizer or None)
+            changes = []
+            for change in config_changes(to_json(theirs.model), to_json(cfg.model)):
+                if change.split(":")[0].split(".")[-1] not in LOOSE:
+                    changes.append(change)
+            if changes:  # guard: run: another model to start from
+                raise ValueError(
+                    f"{cfg.start_from}: start_from has another model: "
+                    f"{'; '.join(changes[:8])}"
+                )
+            graph = nnx.graphdef(nnx.eval_shape(lambda: LM(cfg.model)))
+            first = nnx.merge(graph, nnx.state(first, nnx.Param))
+            state = jax.device_put(make_state(first), shardings)
         else:
             state = jax.jit(
                 make_state, out_shardings=shardings

@@ -106,11 +106,12 @@ def batch_gradient(
 ) -> tuple[dict[str, Float[Array, ""]], dict]:
     "Mean nats per counted target with the auxiliary losses, and the gradient of their sum."
 
-    def frozen(path, x):
-        return x if only is None or path in only else jax.lax.stop_gradient(x)
-
     def summed_loss(params, micro, key):
-        lm = nnx.merge(graphdef, by_path(frozen, params))
+        if only is not None:  # the others get a gradient of zero, at no cost
+            still = jax.lax.stop_gradient
+            kept = lambda path, x: x if path in only else still(x)
+            params = by_path(kept, params)
+        lm = nnx.merge(graphdef, params)
         total, sums = lm.objective(**micro, dropout_key=key)
         return total, sums | {"aux": sums["aux"] * sums["count"]}
 
