@@ -261,3 +261,14 @@ def test_few_new_tokens_are_absorbed_and_many_expanded(monkeypatch, t, absorbs):
 )
 def test_config_round_trip(cfg):
     assert from_json(type(cfg), to_json(cfg)) == cfg
+
+
+def test_start_of_the_gain():
+    "A quarter by default, also of a file that does not name it; the paper's on request"
+    quarter = build("diff1")
+    assert (quarter.norm.gain[...] == 0.25).all()
+    kind = LAYERS["diff1"][0]
+    sizes = dict(width=16, heads=4, kv_heads=2, head_dim=4, rope=RopeConfig(), std=1.0, out_std=1.0)
+    one = kind(**sizes, rngs=nnx.Rngs(0), cfg=DiffConfig(gain_init=1.0))
+    assert (one.norm.gain[...] == 1).all()
+    assert from_json(DiffConfig, {"stabilised": False}).gain_init == 0.25

@@ -97,6 +97,8 @@ REFUSED = [
         "yarn",
     ),
     (lambda: read_config({"model_type": "mamba"}), "model_type='mamba'", "llama"),
+    (lambda: read_config({"model_type": "deepseek_v4"}), "residual='v4', but attention", "attn_sink"),
+    (lambda: read_config({"model_type": "qwen4_exp_text"}), "residual='gated'", "gated delta nets"),
     (lambda: read_config({"model_type": "llama", "hidden_act": "gelu"}), "hidden_act='gelu'", ""),
     (lambda: read_config({"model_type": "llama", "mlp_bias": True}), "mlp_bias=True", ""),
     (lambda: read_config({"model_type": "llama"}), "'vocab_size' is missing", ""),

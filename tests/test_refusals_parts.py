@@ -80,6 +80,7 @@ REFUSED = {
         lambda: DiffConfig(kernel="flash"),
         ["DiffConfig.kernel='flash'", "auto", "xla", "cudnn"],
     ),
+    "gain of the heads": (lambda: DiffConfig(gain_init=0.0), ["DiffConfig.gain_init=0.0"]),
     "kernel of a map": (
         lambda: DiffConfig(kernel="cudnn", stabilised=True),
         ["DiffConfig.kernel='cudnn'", "stabilised"],

@@ -38,6 +38,7 @@ from nash_lab.core.configs import from_json, from_row
 from nash_lab.core.files import read_rows
 from nash_lab.studies.learning import Symbols, demonstrations
 from nash_lab.evals.scores import Probe, weights_hash
+from nash_lab.adapt.streams import with_streams
 from nash_lab.model.block import ModelConfig
 from nash_lab.model.transformer import LM
 from nash_lab.train.optim import OptimConfig, optimizer
@@ -173,11 +174,14 @@ def test_data_errors(tmp_path):
     [
         dict(tune="lora", lora=LoRAConfig(rank=2), accumulate=2, teacher="frozen", top_k=5),
         dict(author="teacher", teacher="live", divergence="forward", temperature=0.7),
+        dict(tune="lora+maps", lora=LoRAConfig(rank=2)),
     ],
-    ids=["lora-accumulate-frozen-top", "offline-live-forward"],
+    ids=["lora-accumulate-frozen-top", "offline-live-forward", "lora-maps"],
 )
 def test_distil(lm, changes):
     "Every branch of the update: something is learned, the model that was given is not touched"
+    if "maps" in changes.get("tune", ""):
+        lm = with_streams(lm, "wide")
     before, seen = params(lm), []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -194,7 +198,10 @@ def test_distil(lm, changes):
         np.isfinite(r["loss"]) and r["skipped"] == 0 and r["answers"] == 4 for r in out.metrics
     )
     assert len({h for _, h in seen}) == 3 and seen[-1][1] == weights_hash(out.lm)
-    assert (out.adapter is None) == (changes.get("tune") != "lora")
+    assert (out.adapter is None) == ("lora" not in changes.get("tune", ""))
+    if "maps" in changes.get("tune", ""):
+        maps = [nnx.to_pure_dict(nnx.state(m.blocks.ffn_hyper, nnx.Param)) for m in (lm, out.lm)]
+        assert not equal(*maps)
 
 
 def test_bad_steps_change_nothing(lm):

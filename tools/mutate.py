@@ -62,6 +62,7 @@ GUARDS = {
     "evals: problems without a score": Guard(
         "tests/test_evals.py::test_bad_problems_end_no_evaluation"
     ),
+    "run: another model to start from": Guard("tests/test_tune.py::test_refused_runs"),
     "run: lock": Guard("tests/test_faults.py::test_second_process_is_refused"),
     "run: signals": Guard("tests/test_faults.py::test_signal_saves_that_step[SIGTERM-data]"),
     "run: watchdog": Guard("tests/test_faults.py::test_hang_is_ended_and_explained"),

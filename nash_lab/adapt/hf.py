@@ -5,7 +5,7 @@ bit for bit; logits agree with `transformers` within 1e-4."""
 
 # %% auto #0
 __all__ = ['TENSORS', 'LENGTH', 'YARN_OTHERS', 'ROPES', 'ROPE_COMMON', 'NO_NUMBERS', 'QWEN',
-           'FAMILIES', 'SIZES', 'READ_KEYS', 'HARMLESS_KEYS', 'MATHEMATICS', 'WRAPPERS',
+           'FAMILIES', 'BEYOND', 'SIZES', 'READ_KEYS', 'HARMLESS_KEYS', 'MATHEMATICS', 'WRAPPERS',
            'OLD_BUFFERS', 'QUANTISED', 'FLOATS', 'FOREIGN', 'TensorName', 'flat_shape',
            'rearrange', 'RopeKeys', 'read_rope', 'Family', 'read_config', 'write_config', 'Stored',
            'open_tensors', 'named_weights', 'load_hf', 'write_tokenizer', 'save_hf', 'import_run']
@@ -227,6 +227,14 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, QWEN),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, QWEN | {"head_dim": 128}),
 }
+BEYOND = {  # families with streams: what their files need and this library lacks
+    "deepseek_v4": "its residual connection is residual='v4', but attention with one "
+    "head for key and value (wkv), sinks (attn_sink), a sliding window, a grouped output "
+    "projection (wo_a, wo_b) and compressed layers is missing, as are experts scored by "
+    "sqrtsoftplus with swiglu_limit",
+    "qwen4_exp_text": "its residual connection is residual='gated', but gated delta nets and "
+    "indexed attention are missing",
+}
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -257,6 +265,8 @@ def read_config(
 ) -> ModelConfig:
     "The model of a config.json. ValueError names the key."
     family = config.get("model_type")
+    if family in BEYOND:
+        raise ValueError(f"model_type={family!r} is not read: {BEYOND[family]}")
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"model_type={family!r}, expected one of {known}")

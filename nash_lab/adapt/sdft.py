@@ -27,7 +27,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
-from .lora import Adapter, LoRAConfig, attach, init_adapter, merge_adapter
 from ..core.configs import check_choices, check_range, check_that
 from ..core.keys import named_key
 from ..core.text import Tokenizer, known_ids
@@ -41,6 +40,14 @@ from nash_lab.train.step import (
     accumulate_gradients,
     apply_gradient,
     fresh_state,
+)
+from nash_lab.train.tune import (
+    Adapter,
+    Factors,
+    LoRAConfig,
+    Tune,
+    trained_part,
+    with_part,
 )
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c006
@@ -201,8 +208,9 @@ class SDFTConfig:
     ratio_cap: float = 2.0
     # share of each batch that comes from a buffer, if there is one
     replay_ratio: float = 0.2
-    tune: Literal["full", "lora"] = "full"  # all weights, or an adapter beside them
-    lora: LoRAConfig = field(default_factory=LoRAConfig)  # used when tune is lora
+    # all weights, the maps of the residual connection, an adapter, or the last two
+    tune: Tune = "full"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # used when tune has lora
     # of the paper, for 7B; warm-up of 10 steps, or of a tenth of steps too few for 10
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -251,22 +259,21 @@ class SDFTConfig:
 class Learner(NamedTuple):
     "What an update maps to its successor."
 
-    train: TrainState  # theta: weights or adapter, with moments and counters
+    train: TrainState  # theta: weights or a part of them, with moments and counters
     teacher: dict  # phi: the same tree, in float32
 
 
 def model_with(
     graphdef: nnx.GraphDef,
     base: dict,  # weights that stay as they are; {} when all are trained
-    params: dict,  # all weights, or an adapter
+    params: dict,  # all weights, or a part from `trained_part`
     cfg: SDFTConfig,
     key: PRNGKeyArray | None = None,  # turns the adapter's dropout on
 ) -> LM:
     "The model with these trained parameters."
     if cfg.tune == "full":
         return nnx.merge(graphdef, params)
-    lm = nnx.merge(graphdef, base)
-    return attach(lm, params, cfg.lora.scale, rate=cfg.lora.dropout, key=key)
+    return with_part(nnx.merge(graphdef, base), params, cfg.lora, key)
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c047
 @partial(jax.jit, static_argnames=("graphdef", "cfg"), donate_argnames="learner")
@@ -446,7 +453,7 @@ class SDFTResult(NamedTuple):
 
     lm: LM  # plain: an adapter is merged into its weights
     metrics: list[dict]  # one record an update
-    adapter: Adapter | None  # with tune="lora"
+    adapter: Adapter | None  # where tune has lora
 
 
 def distil(
@@ -488,17 +495,17 @@ def distil(
     graphdef = nnx.graphdef(lm)
     params = nnx.to_pure_dict(nnx.state(lm, nnx.Param))
     base = {}
-    if cfg.tune == "lora":
+    if cfg.tune != "full":
         base = params
-        params = init_adapter(lm, cfg.lora, named_key(key, "adapter"))
+        params = trained_part(lm, cfg.tune, cfg.lora, named_key(key, "adapter"))
     theta = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     phi = jax.tree.map(jnp.copy, theta)
     tx = optimizer(cfg.fitted.optim, cfg.steps)
     learner = Learner(fresh_state(theta, tx), phi)
 
     def current_model() -> LM:
-        if cfg.tune == "lora":
-            return merge_adapter(lm, learner.train.params, cfg.lora.scale)
+        if cfg.tune != "full":
+            return with_part(lm, learner.train.params, cfg.lora, merge=True)
         return nnx.merge(graphdef, jax.tree.map(jnp.copy, learner.train.params))
 
     rules = sampling_rules(tokenizer, lm)
@@ -539,5 +546,8 @@ def distil(
         records.append(as_record(record))
         for hook in hooks:
             hook(records[-1], current_model)
-    adapter = learner.train.params if cfg.tune == "lora" else None
+    adapter = None
+    if "lora" in cfg.tune:
+        part = learner.train.params
+        adapter = {path: x for path, x in part.items() if isinstance(x, Factors)}
     return SDFTResult(current_model(), records, adapter)

@@ -341,7 +341,11 @@ def update_rule(
     return rule if cfg.moment_dtype == "float32" else kept_in(rule, cfg.moment_dtype)
 
 
-def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+def optimizer(
+    cfg: OptimConfig,
+    steps: int,
+    only: frozenset[str] | None = None,  # paths that are trained; None for all
+) -> optax.GradientTransformation:
     "Clip, update by group, average the weights. ValueError at init for a group that fits nothing."
     rules = {"balance": optax.sign_sgd(cfg.balance_rate)}
     for name in ("adamw", cfg.name):
@@ -366,7 +370,12 @@ def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     ]
     if cfg.ema:
         links.append(average_weights(cfg.ema))
-    return relaxed(optax.chain(*links))
+    rule = optax.chain(*links)
+    if only is not None:  # the others have no moments
+        kinds = {"trained": rule, "held": optax.set_to_zero()}
+        kind = lambda path, _: "trained" if path in only else "held"
+        rule = optax.multi_transform(kinds, partial(by_path, kind))
+    return relaxed(rule)
 
 
 def tree_bytes(tree: Any) -> int:

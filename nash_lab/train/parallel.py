@@ -153,6 +153,7 @@ LOGICAL = (  # pattern of a path, meaning of its last axes; the first that fits 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     "What each axis of a parameter means; all None where the table says nothing."
     path = path.removesuffix("/value")  # the end of every path in an nnx.State
+    path = path.replace("/base/", "/")  # of a layer with an adapter beside it
     layers = ("layers",) if in_stack(path) else ()
     for pattern, axes in LOGICAL:
         if len(layers + axes) == ndim and fnmatchcase(path, pattern):

@@ -43,6 +43,7 @@ from ..run.checkpoint import numbered
 from ..run.rundir import TRACKERS, environment, read_metrics
 from .optim import OptimConfig, schedule
 from .parallel import MeshConfig, check_rows, data_shard
+from .tune import LoRAConfig, Tune
 
 # %% ../../nbs/train/43_settings.ipynb #c006
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class TrainConfig:
     log_every: int = 10
     # of initial weights and dropout; the order of the data has loader.seed
     seed: int = 0
+    start_from: str = ""  # run directory whose weights are the first; "" draws them
+    # all weights, or of a start_from: maps of the residual connection, LoRA, both
+    tune: Tune = "full"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # used when tune has lora
     # so many steps in a row without a finite loss end the run; 0 for never
     max_bad_steps: int = 100
     # a step, validation or save that takes longer is a hang; 0 is off
@@ -110,6 +115,20 @@ class TrainConfig:
             raise ValueError(
                 f"loader.seq_len={length} is above model.max_len={self.model.max_len}, "
                 f"give a loader.seq_len of at most {self.model.max_len}"
+            )
+        if self.tune != "full":
+            expected = f"a run to begin with, for tune={self.tune!r}"
+            check_that(self, "start_from", bool(self.start_from), expected)
+            for name, config in (("lora", "dropout"), ("optim", "ema")):
+                found = getattr(getattr(self, name), config)
+                if found:
+                    raise ValueError(
+                        f"{name}.{config}={found}: expected 0 with tune={self.tune!r}"
+                    )
+        if "maps" in self.tune and self.model.residual == "plain":
+            raise ValueError(
+                f"tune={self.tune!r}: model.residual='plain' has no maps to train, "
+                "expected a model with streams"
             )
         known = all(name in TRACKERS for name in self.trackers)
         check_that(self, "trackers", known, f"some of {', '.join(TRACKERS)}")

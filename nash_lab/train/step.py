@@ -27,6 +27,7 @@ from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
 from ..maths.birkhoff import composite, gains, mixing_distances
 from ..model.transformer import LM
+from .optim import by_path
 
 # %% ../../nbs/train/42_step.ipynb #c006
 def accumulate_gradients(
@@ -101,10 +102,15 @@ def batch_gradient(
     key: PRNGKeyArray,  # of this step's dropout
     accumulate: int = 1,  # micro-batches
     accumulate_dtype: str = "float32",  # bfloat16 halves the buffer and rounds every addition
+    only: frozenset[str] | None = None,  # paths that are trained; None for all
 ) -> tuple[dict[str, Float[Array, ""]], dict]:
     "Mean nats per counted target with the auxiliary losses, and the gradient of their sum."
 
     def summed_loss(params, micro, key):
+        if only is not None:  # the others get a gradient of zero, at no cost
+            still = jax.lax.stop_gradient
+            kept = lambda path, x: x if path in only else still(x)
+            params = by_path(kept, params)
         lm = nnx.merge(graphdef, params)
         total, sums = lm.objective(**micro, dropout_key=key)
         return total, sums | {"aux": sums["aux"] * sums["count"]}
@@ -153,13 +159,14 @@ def make_train_step(
     tx: optax.GradientTransformation,
     accumulate: int = 1,  # micro-batches per update
     accumulate_dtype: str = "float32",  # of the sum of their gradients
+    only: frozenset[str] | None = None,  # paths that are trained; None for all
 ) -> Callable:
     "The train step (state, batch, key) -> (state, metrics), jitted, with the state donated."
 
     def train_step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
         terms, grads = batch_gradient(
-            graphdef, state.params, batch, key, accumulate, accumulate_dtype
+            graphdef, state.params, batch, key, accumulate, accumulate_dtype, only
         )
         state, norm = apply_gradient(tx, state, sum(terms.values()), grads)
         return state, terms | {"grad_norm": norm, "skipped": state.skipped}
