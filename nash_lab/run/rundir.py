@@ -162,11 +162,9 @@ def wandb_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
     if not os.environ.get("WANDB_DIR"):
         ours["dir"] = run
     job = wandb.init(**ours, config=config, settings=settings, mode=mode)
-
-    def send(record):
-        job.log(record | scalars(record), step=record["step"])  # lists make no charts
-
-    return send, job.finish
+    # lists make no charts there, so their numbers go beside them
+    whole = lambda record: record | scalars(record)
+    return lambda record: job.log(whole(record), step=record["step"]), job.finish
 
 
 def tensorboard_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
