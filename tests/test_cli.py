@@ -8,6 +8,7 @@ import pytest
 from nash_lab.adapt.lora import LoRAConfig, init_adapter, write_peft
 from nash_lab.lab.cli import VERBS, find, main, overlay
 from nash_lab.core.configs import to_json
+from nash_lab.lab.run import load
 from nash_lab.train.pretrain import load_run
 from nash_lab.train.settings import TrainConfig
 
@@ -154,6 +155,24 @@ def test_generate_eval_report(home, capsys):
     assert f"model: {report['model']['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
     assert main(["report", "--run", f"{home}/run", "--out", f"{home}/r.html"]) == 0
     assert (home / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_probe(home, capsys):
+    "The table, the picture and the JSON beside the run; what does not fit is refused in one line"
+    run = ["probe", "--run", f"{home}/run"]
+    assert main([*run, "--how", "identity", "silent", "--batches", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "untouched: " in said and "layer 1, FFN" in said and "stream 3 silent everywhere" in said
+    assert (home / "run/plots/probe.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((home / "run/probe.json").read_text())
+    assert len(found["effects"]) == 5 + 4 and len(found["distance"]) == 4
+    fails(capsys, [*run, "--how", "none"], 2, "none")
+    fails(capsys, [*run, "--layers", "7"], 1, "no layer 7, the model has layers 0 to 1")
+    fails(capsys, [*run, "--text", "def " * 99], 1, "tokens, the model reads at most 64")
+    product = load(home / "run").depth_product("def f(x):", 1, 3)
+    np.testing.assert_allclose(product.sum(-1), 1, atol=1e-4)
+    with pytest.raises(ValueError, match="sublayers 2 to 4: the model has 0 to 3"):
+        load(home / "run").depth_product("def", 2, 4)
 
 
 def test_lora(home, capsys):

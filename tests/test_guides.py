@@ -53,6 +53,7 @@ READ = {
     "nash_lab sdft": "takes minutes; tests/test_cli.py runs it",
     "nash_lab discover": "takes minutes; tests/test_cli.py runs it",
     "nash_lab consolidate": "takes minutes; tests/test_cli.py runs it",
+    "nash_lab probe": "needs a trained run; tests/test_cli.py runs it",
     "nash_lab study": "takes hours",
     "nash_lab preflight": "needs the TPU compiler; tests/test_preflight.py runs it",
     "make": "installs; its targets are looked up",

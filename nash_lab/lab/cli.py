@@ -114,6 +114,11 @@ VERBS = {
         WORK,
         "out",
     ),
+    "probe": Verb(
+        "lab.jobs:ProbeJob",
+        "what each mixer of a trained model is worth, by changing it",
+        to="out",
+    ),
     "report": Verb(
         "lab.jobs:ReportJob", "write the HTML report of a run", "", "out", False
     ),

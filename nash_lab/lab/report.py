@@ -43,7 +43,7 @@ from ..model.residuals import RESIDUALS
 from ..model.transformer import ModelConfig, parameter_count
 from ..train.pretrain import load_run, read_metrics
 from ..train.settings import own_tokenizer, saved_config
-from ..train.step import routing_probe
+from ..train.observe import held_batch, symptoms
 
 # %% ../../nbs/lab/82_report.ipynb #c006
 def paragraph(
@@ -306,7 +306,7 @@ def draw_streams(files: RunFiles) -> None:
         lm, _ = load_run(files.folder)
         rows = config.loader
         held_out = PackedTokens.open(config.val_bin)
-        probe = routing_probe(held_out, rows.seq_len, rows.documents)
+        probe = held_batch(held_out, rows.seq_len, rows.documents)
         tokens = probe["tokens"]
         routing = Routing(*(np.asarray(x, np.float32) for x in lm.routing(**probe)))
 
@@ -336,28 +336,37 @@ def draw_streams(files: RunFiles) -> None:
         add(files.show("composite", composite_heatmaps(routing), notice))
 
     with files.section("Gain, drift and use of the streams") as add:
-        recorded = [row["routing"] for row in files.metrics if row.get("routing")]
+        recorded = [row for row in files.metrics if row.get("routing")]
         if not recorded:
             raise ValueError(
                 "metrics.jsonl has no routing statistics: plain residual or not validated"
             )
-        first = recorded[0]
-        last = recorded[-1]
+        first = recorded[0]["routing"]
+        last = recorded[-1]["routing"]
 
-        low = last["col_min"][-1]
-        high = last["col_max"][-1]
-        rows = np.abs(1 - np.array([last["row_max"], last["row_min"]])).max()
-        notice = (
-            f"Notice the columns: after all sublayers their sums lie between {low:.3f} and "
-            f"{high:.3f}, while rows are 1 to within {rows:.0e}."
-        )
-        add(files.show("gain", gain_plot(last), notice))
-        moved = np.array(last["identity"]) - np.array(first["identity"])
-        most = int(abs(moved).argmax())
-        notice = (
-            f"Notice sublayer {most}: it moved most, by {moved[most]:+.3f} in its distance "
-            "to the identity."
-        )
+        step = recorded[-1]["step"]
+        model = files.config.model
+        chosen = model.residual == "mhc" and model.mhc.h_res == "identity"
+        for name, text in symptoms(last).items():
+            if step and not (chosen and name == "frozen"):
+                add(paragraph(f"At step {step}, {text}.", "missing"))
+        if "col_min" in last:
+            low = last["col_min"][-1]
+            high = last["col_max"][-1]
+            rows = np.abs(1 - np.array([last["row_max"], last["row_min"]])).max()
+            notice = (
+                f"Notice the columns: after all sublayers their sums lie between {low:.3f} and "
+                f"{high:.3f}, while rows are 1 to within {rows:.0e}."
+            )
+            add(files.show("gain", gain_plot(last), notice))
+            moved = np.array(last["identity"]) - np.array(first["identity"])
+            most = int(abs(moved).argmax())
+            notice = (
+                f"Notice sublayer {most}: it moved most, by {moved[most]:+.3f} in its distance "
+                f"to the identity, over {len(recorded)} looks at the same text."
+            )
+        else:
+            notice = "Notice which streams are read: these maps do not mix them."
         add(files.show("drift", drift_plot(files.metrics), notice))
         effective = np.exp(last["pre_entropy"])
         notice = (

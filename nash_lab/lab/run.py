@@ -18,14 +18,19 @@ from jaxtyping import Float
 
 from ..core.keys import named_key
 from ..core.text import Tokenizer, continuation, known_ids
+from ..data.corpus import PackedTokens
+from ..data.loader import eval_batches
 from ..data.tokenizer import PAD, load_tokenizer
+from ..evals.probe import Effects, Intervention, measure_effects
 from .viz import Picture, routing_heatmaps
+from ..maths.birkhoff import composite
 from ..model.chat import chat_text
 from ..model.generate import generate, sampling_rules, unpad
 from ..model.mhc import Routing
 from ..model.transformer import LM, parameter_count
 from ..train.pretrain import load_run, read_metrics
 from ..train.settings import TrainConfig, own_tokenizer
+from ..train.step import batch_fields
 
 # %% ../../nbs/lab/81_run.ipynb #c008
 _nats = nnx.jit(lambda lm, tokens, targets: lm.token_nats(tokens, targets))
@@ -149,6 +154,49 @@ class Model:
         ids = self.token_ids(text)
         matrices = _routing(self.lm, padded_row(ids, self.lm.cfg.max_len))
         return jax.tree.map(lambda x: x[:, :, :, : len(ids)], matrices)
+
+    def depth_product(
+        self, text: str, first: int = 0, last: int = -1
+    ) -> Float[np.ndarray, "t n n"]:
+        "H_last ... H_first of two sublayers, attention of layer 0 first, at every token of a text."
+        res = self.routing(text).res
+        if res is None:
+            raise ValueError(f"{self.run}: this residual connection has no H_res")
+        h = np.asarray(res[:, :, 0], np.float32)
+        h = h.reshape(-1, *h.shape[2:])
+        count = len(h)
+        ends = [k + count if k < 0 else k for k in (first, last)]
+        if not 0 <= ends[0] <= ends[1] < count:
+            found = f"sublayers {first} to {last}"
+            raise ValueError(f"{found}: the model has 0 to {count - 1}, first to last")
+        return np.asarray(composite(h[ends[0] : ends[1] + 1])[-1])
+
+    def effects(
+        self,
+        interventions: Sequence[Intervention] | None = None,  # all kinds when None
+        text: str | None = None,  # to read; None is the held-out file of the run
+        batches: int = 8,  # of that file; 0 for the whole
+    ) -> Effects:
+        "What changes of the mixers cost. ValueError without maps, or for a text too long."
+        data = self.config.loader
+        if text is None:
+            packed = PackedTokens.open(
+                self.config.val_bin, tokenizer_hash=self.tokenizer.hash
+            )
+            shape = data.seq_len, data.batch_size, batches or None, data.documents
+            fields = {"mask", *batch_fields(data.documents)}
+            read = [{k: b[k] for k in fields} for b in eval_batches(packed, *shape)]
+            return measure_effects(self.lm, read, packed.bytes_per_token, interventions)
+        ids = self.token_ids(text)
+        if len(ids) < 2:
+            raise ValueError(
+                f"scoring needs a token and one before it, found {len(ids)}"
+            )
+        tokens = padded_row(ids[:-1], self.lm.cfg.max_len)
+        row = {"tokens": tokens, "targets": padded_row(ids[1:], self.lm.cfg.max_len)}
+        row["mask"] = np.arange(tokens.shape[1])[None] < len(ids) - 1
+        size = len(text.encode()) / (len(ids) - 1)
+        return measure_effects(self.lm, [row], size, interventions)
 
     def heatmap(
         self,

@@ -122,6 +122,7 @@ PHASES = (
     "hooks",
     "checkpoint",
     "validation",
+    "observation",
     "lost work",
 )
 

@@ -6,9 +6,9 @@ losses bit for bit, and the guards around the loop cost about 1 % of its speed."
 # %% auto #0
 __all__ = ['LOOSE', 'PAUSES', 'Progress', 'Run', 'training_loop', 'own_settings', 'pretrain',
            'training_model', 'start', 'DataEnded', 'next_batch', 'compile_step', 'step_line',
-           'validate', 'scores_of', 'all_finite', 'save_checkpoint', 'write_goodput',
-           'save_and_wait', 'save_instead', 'stop_at_last_good', 'Result', 'run_result',
-           'load_run', 'fresh_run', 'write_run']
+           'observer_of', 'observed', 'validate', 'scores_of', 'all_finite', 'save_checkpoint',
+           'write_goodput', 'save_and_wait', 'save_instead', 'stop_at_last_good', 'Result',
+           'run_result', 'load_run', 'fresh_run', 'write_run']
 
 # %% ../../nbs/train/44_pretrain.ipynb #c003
 import json
@@ -34,7 +34,7 @@ from ..core.keys import named_key
 from ..core.processes import any_process, barrier, gather_json, is_main_process
 from ..data.corpus import PackedTokens
 from ..model.residuals import RESIDUALS
-from ..model.transformer import LM, flops_per_token
+from ..model.transformer import LM, flops_per_token, model_shapes
 from ..run.checkpoint import Checkpoints
 from nash_lab.run.guard import (
     Guard,
@@ -47,6 +47,7 @@ from nash_lab.run.guard import (
     run_lock,
 )
 from ..run.rundir import MetricsLog, Trackers, as_record, read_metrics, retry
+from .observe import Observer, held_batch, make_look
 from .optim import kept_weights, optimizer, schedule, with_warmup
 from nash_lab.train.parallel import (
     RULES,
@@ -81,8 +82,6 @@ from nash_lab.train.step import (
     make_eval_step,
     make_train_step,
     peak_flops,
-    routing_probe,
-    routing_stats,
 )
 from .tune import merge_adapter, trained_paths, tuned
 
@@ -110,6 +109,7 @@ class Run:
     validation: PackedTokens | None
     checkpoints: Checkpoints
     ledger: Ledger  # where the time goes
+    observer: Observer | None  # of the streams, where there are maps and text to read
     bar: tqdm
 
 # %% ../../nbs/train/44_pretrain.ipynb #c008
@@ -148,7 +148,9 @@ def training_loop(run: Run, at: Progress, guard: Guard, report: Callable) -> Pro
             last = at.step == cfg.steps
             validating = last or at.step % cfg.eval_every == 0
             saving = last or at.step % cfg.checkpoint_every == 0
+            observing = cfg.observe_every and at.step % cfg.observe_every == 0
             pausing = validating or saving or at.step % cfg.log_every == 0
+            pausing = pausing or (run.observer is not None and observing)
             if pausing or jax.process_count() == 1:
                 stop = any_process(bool(guard.signals))
             if not pausing:
@@ -161,6 +163,8 @@ def training_loop(run: Run, at: Progress, guard: Guard, report: Callable) -> Pro
             seen = seen[-1:]
             line = step_line(run, at.step, metrics, logged)
             logged = (at.step, line["time_s"])
+            if observing and not validating:
+                line |= observed(run, at.state)
             if validating:
                 at = at._replace(due=line)
             if validating and not stop:
@@ -283,6 +287,7 @@ def pretrain(cfg: TrainConfig, *, hooks: Iterable[Callable] = ()) -> "Result":
             validation=validation,
             checkpoints=checkpoints,
             ledger=guard.ledger,
+            observer=observer_of(cfg, graphdef, mesh, validation),
             bar=stack.enter_context(bar),
         )
         at = training_loop(run, at, guard, report)
@@ -450,13 +455,29 @@ def step_line(run: Run, step: int, metrics: dict, logged: tuple[int, float]) -> 
     return line
 
 # %% ../../nbs/train/44_pretrain.ipynb #c016
-@lru_cache(maxsize=8)
-def _jitted_probe(graphdef, mesh):
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        lambda params, batch: routing_stats(nnx.merge(graphdef, params), **batch),
-        out_shardings=whole,
-    )
+def observer_of(
+    cfg: TrainConfig,
+    graphdef: nnx.GraphDef,  # of the LM
+    mesh: Mesh,
+    validation: PackedTokens | None,
+) -> Observer | None:
+    "Who looks at the streams while they read held-out text; None without text or maps."
+    if validation is None or cfg.model.residual in ("plain", "wider"):
+        return None
+    look = make_look(graphdef, NamedSharding(mesh, PartitionSpec()))
+    text = held_batch(validation, cfg.loader.seq_len, cfg.loader.documents)
+    no_mixing = cfg.model.residual == "mhc" and cfg.model.mhc.h_res == "identity"
+    return Observer(look, text, expected=("frozen",) if no_mixing else ())
+
+
+def observed(run: Run, state: TrainState) -> dict:
+    "What the maps of the streams do, as part of a line; empty where nobody watches."
+    if run.observer is None:
+        return {}
+    phase = "compile" if run.observer.before is None else "observation"
+    with run.ledger.during(phase):
+        params = kept_weights(state.params, state.opt_state)
+        return {"routing": run.observer(params, int(state.step))}
 
 
 def validate(run: Run, state: TrainState) -> dict:
@@ -481,10 +502,7 @@ def validate(run: Run, state: TrainState) -> dict:
                 limit,
                 data.documents,
             )
-            if RESIDUALS[cfg.model.residual].mixes:
-                probe = routing_probe(run.validation, data.seq_len, data.documents)
-                routing = _jitted_probe(run.graphdef, run.mesh)(params, probe)
-                record["routing"] = jax.device_get(routing)
+        record |= observed(run, state)
     counters = run.batches.counters()  # of streams: rows, left out, epochs
     return record | {"data": counters} if counters else record
 

@@ -75,6 +75,8 @@ class TrainConfig:
     checkpoint_dtype: Literal["float32", "bfloat16"] = "float32"
     # steps between lines of metrics.jsonl; only there the host waits
     log_every: int = 10
+    # steps between looks at the streams, each with a line; 0: only where it validates
+    observe_every: int = 50
     # of initial weights and dropout; the order of the data has loader.seed
     seed: int = 0
     start_from: str = ""  # run directory whose weights are the first; "" draws them
@@ -105,7 +107,14 @@ class TrainConfig:
         check_range(
             self, "eval_every", "checkpoint_every", "keep", "log_every", at_least=1
         )
-        check_range(self, "eval_batches", "max_bad_steps", "watchdog_s", at_least=0)
+        check_range(
+            self,
+            "eval_batches",
+            "max_bad_steps",
+            "watchdog_s",
+            "observe_every",
+            at_least=0,
+        )
         rows = self.loader.batch_size
         check_that(
             self, "accumulate", rows % self.accumulate == 0, f"a divisor of {rows} rows"
@@ -139,6 +148,7 @@ FREE = (  # may always differ
     "run",
     "trackers",
     "log_every",
+    "observe_every",
     "checkpoint_every",
     "checkpoint_dtype",
     "keep",

@@ -6,8 +6,7 @@ whose loss or gradient is infinite or NaN leaves parameters and moments as they 
 # %% auto #0
 __all__ = ['FIELDS', 'PLAIN', 'PEAK_TFLOPS', 'BUILD', 'HALVES', 'accumulate_gradients',
            'batch_fields', 'batch_shapes', 'batch_gradient', 'TrainState', 'fresh_state',
-           'apply_gradient', 'make_train_step', 'make_eval_step', 'evaluate_loss', 'routing_probe',
-           'routing_stats', 'peak_flops']
+           'apply_gradient', 'make_train_step', 'make_eval_step', 'evaluate_loss', 'peak_flops']
 
 # %% ../../nbs/train/42_step.ipynb #c003
 import math
@@ -25,7 +24,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
-from ..maths.birkhoff import composite, gains, mixing_distances
 from ..model.transformer import LM
 from .optim import by_path
 
@@ -203,26 +201,6 @@ def evaluate_loss(
     return {"val_loss": nats / count, "val_bpb": bits / packed.bytes_per_token}
 
 # %% ../../nbs/train/42_step.ipynb #c026
-def routing_probe(packed: PackedTokens, seq_len: int, documents: str) -> dict:
-    "What `LM.routing` reads of the first four rows of a file, up to 128 tokens of each."
-    batch = next(eval_batches(packed, seq_len, 4, 1, documents))
-    real = batch["mask"].any(1)
-    fields = set(batch_fields(documents)) - {"targets", "mask"}
-    return {name: batch[name][real][:, :128] for name in fields}
-
-
-def routing_stats(lm: LM, tokens: Int[Array, "b t"], **where) -> dict:
-    "Name -> one number per sublayer in order of application; `usage` has n of them."
-    # [l 2 ...] -> [2l ...]
-    pre, _, res = (x.reshape(-1, *x.shape[2:]) for x in lm.routing(tokens, **where))
-    share = pre / pre.sum(-1, keepdims=True)
-    stats = gains(composite(res))._asdict()
-    stats["identity"], stats["uniform"] = mixing_distances(res)
-    stats["pre_entropy"] = jax.scipy.special.entr(share).sum(-1)
-    stats["usage"] = share
-    return {name: value.mean((1, 2)) for name, value in stats.items()}
-
-# %% ../../nbs/train/42_step.ipynb #c029
 # Dense bf16 TFLOP/s of a chip by its makers' data (cloud.google.com/tpu/docs, NVIDIA data
 # sheets: half of what they print "with sparsity"); fp16 for V100 and T4, which have no bf16
 PEAK_TFLOPS = {
