@@ -49,6 +49,18 @@ def test_report_on_this_machine():
     )
 
 
+def test_how_many_tokens_steps_and_hours(monkeypatch):
+    "20 tokens a parameter (2203.15556): bytes of the packed file, updates, and hours at the bound"
+    chip = replace(CHIPS["v6e"], hbm=16.0)
+    monkeypatch.setattr(pf, "chip_of", lambda target: chip)
+    program = pf.Program("train", tokens=16_384, useful=1e13, flops=918e12, moved=1.0)
+    model = ModelConfig.preset("mhc-120m")  # 118,454,664 weights, two bytes a token
+    cfg = replace(SMALL, programs=("train",), model=model)
+    text = pf.report_text(pf.PreflightReport(cfg, chip, (program,)))
+    line = "20 tokens a parameter: 2.37 billion, 4.74 GB packed, 144,598 steps, at the bound 40.17 hours"
+    assert line in text.splitlines()
+
+
 def test_a_chip_that_is_too_small(monkeypatch):
     monkeypatch.setattr(pf, "chip_of", lambda target: replace(CHIPS["v6e"], hbm=1e-4))
     code, text = preflight_text(replace(SMALL, programs=("train",)))

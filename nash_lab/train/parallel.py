@@ -6,10 +6,10 @@ tokens."""
 
 # %% auto #0
 __all__ = ['COLLECTIVES', 'AXES', 'LOGICAL', 'RULES', 'CACHED', 'MeshConfig', 'make_mesh',
-           'MeshSlice', 'logical_axes', 'in_stack', 'path_name', 'AxisRules', 'spec_of',
-           'param_specs', 'unsharded', 'state_shardings', 'placed', 'bytes_per_device',
-           'batch_shares', 'batch_sharding', 'check_rows', 'data_shard', 'put_batch', 'Rows',
-           'place_rows', 'shard_step', 'replicate', 'cache_specs']
+           'MeshSlice', 'this_host_has_first', 'logical_axes', 'in_stack', 'path_name',
+           'AxisRules', 'spec_of', 'param_specs', 'unsharded', 'state_shardings', 'placed',
+           'bytes_per_device', 'batch_shares', 'batch_sharding', 'check_rows', 'data_shard',
+           'put_batch', 'Rows', 'place_rows', 'shard_step', 'replicate', 'cache_specs']
 
 # %% ../../nbs/train/40_parallel.ipynb #c003
 import math
@@ -107,18 +107,21 @@ class MeshSlice:
                 raise ValueError(
                     f"MeshSlice: axis {name!r}, expected one of {', '.join(names)}"
                 )
-        part = self.mesh.devices
-        for name, cut in cuts.items():
-            axis = names.index(name)
-            kept = np.atleast_1d(
-                np.arange(part.shape[axis])[cut]
-            )  # an index keeps its axis
-            part = np.take(part, kept, axis)
+        part = self.mesh.devices[tuple(cuts.get(name, slice(None)) for name in names)]
+        kept = [isinstance(cuts.get(name, slice(None)), slice) for name in names]
+        part = np.asarray(part, object)  # of four indices: a device alone
         if not part.size:
             raise ValueError(
                 f"MeshSlice: {cuts} leaves no device of {dict(self.mesh.shape)}"
             )
-        return Mesh(part, names, axis_types=self.mesh.axis_types)
+        left = tuple(name for name, keep in zip(names, kept) if keep)
+        return Mesh(part, left, axis_types=(AxisType.Auto,) * len(left))
+
+
+def this_host_has_first(mesh: Mesh, axis: str) -> bool:
+    "Whether a device at index 0 of an axis belongs to this process; ValueError for no such axis."
+    part = MeshSlice(mesh)[{axis: 0}]
+    return any(d.process_index == jax.process_index() for d in part.devices.flat)
 
 # %% ../../nbs/train/40_parallel.ipynb #c021
 LOGICAL = (  # pattern of a path, meaning of its last axes; the first that fits both counts

@@ -10,9 +10,10 @@ __all__ = ['COLLECTIVES', 'ITEM_BYTES', 'IN_PLACE', 'NO_TRAFFIC', 'NAMES_ONLY', 
            'FSDP_TRANSFERS', 'DATA_TRANSFERS', 'TP_TRANSFERS', 'product_flops', 'hbm_bytes', 'Op',
            'parse_hlo', 'fused_ops', 'fused_bytes', 'frame_modules', 'trip_count', 'traffic',
            'row_costs', 'Chip', 'Target', 'PreflightConfig', 'sharded_program', 'Program',
-           'compile_program', 'worker', 'chip_of', 'chips_of', 'PreflightReport', 'preflight',
-           'Estimate', 'kept_bytes', 'estimate', 'candidate_settings', 'first_that_fits',
-           'setting_flags', 'advice', 'report_text', 'preflight_text']
+           'compile_function', 'compile_program', 'worker', 'chip_of', 'chips_of',
+           'PreflightReport', 'preflight', 'Estimate', 'kept_bytes', 'estimate',
+           'candidate_settings', 'first_that_fits', 'setting_flags', 'advice', 'report_text',
+           'preflight_text']
 
 # %% ../../nbs/train/45_preflight.ipynb #c003
 import json
@@ -554,25 +555,19 @@ class Program:
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compile_program(
-    cfg: PreflightConfig,
-    name: str,  # train, prefill or decode
-    devices: list,  # real ones, or those of a topology
+def compile_function(
+    function: Callable,  # jitted or not
+    *args: Any,  # arrays, or shapes with their shardings
     dump: str = "",  # folder to which the compiler writes its text; "": JAX prints it
 ) -> Program:
-    "Compiles one program and counts; ValueError when the mesh does not fit or the compiler fails."
-    mesh = make_mesh(cfg.mesh, devices)
-    program, args, tokens = sharded_program(cfg, name, mesh)
-    per_token = flops_per_token(cfg.model, cfg.seq_len)
-    if name != "train":
-        per_token /= 3  # the forward pass alone; the backward pass costs twice as much
-
+    "Compiles any function and counts what one call needs; ValueError when the compiler fails."
+    program = function if hasattr(function, "trace") else jax.jit(function)
     traced = program.trace(*args)
     counted = Program(
-        name=name,
-        tokens=tokens,
-        useful=tokens * per_token,
-        flops=product_flops(traced.jaxpr) / mesh.size,
+        name=getattr(function, "__name__", "function"),
+        tokens=0,
+        useful=0.0,
+        flops=product_flops(traced.jaxpr),
     )
     start = time.time()
     try:
@@ -624,6 +619,28 @@ def compile_program(
         seconds=seconds,
         modules=dict(modules),
         kernels=kernels,
+    )
+
+
+def compile_program(
+    cfg: PreflightConfig,
+    name: str,  # train, prefill or decode
+    devices: list,  # real ones, or those of a topology
+    dump: str = "",  # as in `compile_function`
+) -> Program:
+    "Compiles one program of a run and counts; ValueError when the mesh does not fit."
+    mesh = make_mesh(cfg.mesh, devices)
+    program, args, tokens = sharded_program(cfg, name, mesh)
+    per_token = flops_per_token(cfg.model, cfg.seq_len)
+    if name != "train":
+        per_token /= 3  # the forward pass alone; the backward pass costs twice as much
+    counted = compile_function(program, *args, dump=dump)
+    return replace(
+        counted,
+        name=name,
+        tokens=tokens,
+        useful=tokens * per_token,
+        flops=counted.flops / mesh.size,
     )
 
 # %% ../../nbs/train/45_preflight.ipynb #c053
@@ -998,6 +1015,17 @@ def report_text(
         if p.kernels:
             how = "counted by operands and results, not by their authors' estimates"
             lines.append(f"  {p.kernels / 1e9:.1f} GB of it in custom kernels, {how}")
+
+    trained = [p for p in found.programs if p.name == "train" and p.bound(chip) > 0]
+    for p in trained:
+        tokens = 20 * parameter_count(cfg.model)  # 2203.15556, table 3
+        steps = math.ceil(tokens / p.tokens)
+        hours = steps * p.bound(chip) / 3600
+        disk = tokens * (2 if cfg.model.vocab_size <= 2**16 else 4) / 1e9
+        lines.append(
+            f"20 tokens a parameter: {tokens / 1e9:,.2f} billion, {disk:,.2f} GB packed, "
+            f"{steps:,} steps, at the bound {hours:,.2f} hours"
+        )
 
     percent = 100 * found.needed_gib / chip.hbm
     share = f"{found.needed_gib:.2f} of {chip.hbm:.2f} GiB, {percent:.0f} %"
