@@ -27,6 +27,7 @@ mathjax_path = mathjax.name
 pygments_style, pygments_dark_style = 'a11y-light', 'github-dark'
 html_theme, html_title, html_short_title = 'furo', project, project
 html_static_path, html_css_files = [str(HERE/'_static'), str(mathjax)], ['custom.css']
+html_extra_path = [str(HERE/'assets')]               # pages of their own, at the root of the site
 html_show_sourcelink = html_copy_source = False
 html_theme_options = dict(
     navigation_with_keys=True,

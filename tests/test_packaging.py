@@ -200,10 +200,14 @@ def built(tmp_path_factory):
 def test_wheel(built, settings):
     names = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
     info = f"nash_lab-{settings['version']}.dist-info/"
+    browser = {p.relative_to(ROOT).as_posix() for p in (ROOT / "nash_lab/lab/browser").iterdir()}
     strange = [
-        o for o in names if not (o.startswith(info) or re.fullmatch(r"nash_lab/(\w+/)*\w+\.py", o))
+        o
+        for o in names
+        if not (o.startswith(info) or o in browser or re.fullmatch(r"nash_lab/(\w+/)*\w+\.py", o))
     ]
     assert not strange, f"the wheel holds {strange}"
+    assert len(browser) == 4 and browser <= set(names), "parts of the laboratory are missing"
     here = {p.relative_to(ROOT).as_posix() for p in (ROOT / "nash_lab").rglob("*.py")}
     assert here == {o for o in names if o.endswith(".py")}, "modules missing from the wheel"
     assert f"{info}licenses/LICENSE" in names and f"{info}entry_points.txt" in names
@@ -211,9 +215,8 @@ def test_wheel(built, settings):
 
 def test_sdist(built):
     names = tarfile.open(next(built.glob("*.tar.gz"))).getnames()
-    assert any(o.endswith("/LICENSE") for o in names) and any(
-        o.endswith("/nash_lab/__init__.py") for o in names
-    )
+    for end in ("/LICENSE", "/nash_lab/__init__.py", "/nash_lab/lab/browser/model.js"):
+        assert any(o.endswith(end) for o in names), f"no {end} in the sdist"
 
 
 def test_the_index_takes_it(built):

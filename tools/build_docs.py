@@ -113,8 +113,21 @@ class Site:
     def relative(self, page, here):
         return os.path.relpath(page, here.parent)
 
+    def embed(self, text: str, source: Path) -> str:
+        "A link to a page of `docs/assets` -> that page in a frame, and the link for a window of its own"
+
+        def frame(m) -> str:
+            if not (GUIDES / "assets" / m[2]).exists():
+                self.dead.append(f"{source.relative_to(ROOT)}: docs/assets/{m[2]}")
+            to = self.relative(PurePosixPath(m[2]), self.pages[source])  # conf.py puts it there
+            link = f'<a href="{to}">{m[1]}</a>'
+            return f'{link}{m[3]}\n\n<iframe class="page" src="{to}" title="{m[1]}" loading="lazy"></iframe>\n'
+
+        return re.sub(r"\[([^\]]+)\]\((?:\.\./)+docs/assets/(\w+\.html)\)(.*)", frame, text)
+
     def markdown(self, text: str, source: Path) -> str:
         "nbdev links and callouts -> MyST"
+        text = self.embed(text, source)
         text = relink(
             addresses(text, CFG) if source.name == "index.ipynb" else text,
             lambda t: self.place(t, source),

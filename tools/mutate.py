@@ -55,6 +55,7 @@ GUARDS = {
     "run: another config": Guard("tests/test_faults.py::test_changed_config", "changes = []"),
     "run: cut line": Guard("tests/test_faults.py::test_line_cut_at_every_byte"),
     "run: home directory": Guard("tests/test_faults.py::test_no_secret_is_written"),
+    "explore: no tag in the data": Guard("tests/test_explore.py::test_one_file"),
     "search: lost answers": Guard(
         "tests/test_ttt.py::test_lost_answers_are_counted_and_never_averaged",
         "known = np.ones(len(group), bool)",

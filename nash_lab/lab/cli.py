@@ -122,6 +122,13 @@ VERBS = {
     "report": Verb(
         "lab.jobs:ReportJob", "write the HTML report of a run", "", "out", False
     ),
+    "explore": Verb(
+        "lab.jobs:ExploreJob",
+        "write a page that holds the model: look inside, switch parts off",
+        "",
+        "out",
+        False,
+    ),
     "bench": Verb(
         "lab.bench:BenchConfig",
         "step time of mHC against plain, cached against uncached decoding",

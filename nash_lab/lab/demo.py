@@ -41,6 +41,7 @@ from nash_lab.discover.consolidate import (
     example_night,
 )
 from ..evals.scores import Probe, evaluate, model_rows, score
+from .explore import write_explore
 from .report import RunFiles, html_table, paragraph, write_report
 from .run import load
 from .viz import archive_tree, discovery_plot
@@ -130,6 +131,7 @@ STAGES = (
     "evaluate",
     "samples",
     "night",
+    "explore",
     "report",
 )
 
@@ -224,13 +226,11 @@ def demo(cfg: DemoConfig) -> Path:
         say(f"{tokenizer.vocab_size} pieces")
 
     with stage("pack") as say:
-        missing = [
-            s for s in ("train", "validation") if not (data / f"{s}.bin.json").exists()
-        ]
-        for split in missing:
-            say(pack_split(cfg.corpus, split, tokenizer, data))
-        if not missing:
-            say("there already")
+        for split in ("train", "validation"):
+            if (data / f"{split}.bin.json").exists():
+                say(f"{split}: there already")
+            else:
+                say(pack_split(cfg.corpus, split, tokenizer, data))
 
     for baseline in (None, "plain", "identity"):
         with stage(baseline or "pretrain") as say:
@@ -243,8 +243,7 @@ def demo(cfg: DemoConfig) -> Path:
     with stage("evaluate") as say:
         train = PackedTokens.open(data / "train.bin")
         packed = PackedTokens.open(data / "validation.bin")
-        rows = cfg.loader
-        sizes = dict(seq_len=rows.seq_len, documents=rows.documents)
+        sizes = dict(seq_len=cfg.loader.seq_len, documents=cfg.loader.documents)
         sizes["batches"] = cfg.eval_batches
         model = load(cfg.run)
         answer = partial(model.generate, max_new_tokens=8, temperature=0.0)
@@ -274,9 +273,7 @@ def demo(cfg: DemoConfig) -> Path:
         rows = []
         for prompts, how in (drawn, greedy):
             texts = model.generate(list(prompts), max_new_tokens=cfg.new_tokens, **how)
-            rows += [
-                {"prompt": p, "text": text, **how} for p, text in zip(prompts, texts)
-            ]
+            rows += [dict(prompt=p, text=t, **how) for p, t in zip(prompts, texts)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(cfg.folder / "samples" / "samples.jsonl", lines.encode())
         say(f"{len(rows)} texts")
@@ -289,6 +286,13 @@ def demo(cfg: DemoConfig) -> Path:
         ]
         verdict = "accepted" if night.decision.accepted else "rejected"
         say(f"reward of one answer: {', '.join(gains)}; {verdict}")
+
+    with stage("explore") as say:
+        try:
+            page = write_explore(cfg.run)
+            say(f"{page}, {page.stat().st_size / 1e6:.1f} MB")
+        except ValueError as error:  # a model of another family
+            say(f"left out: {error}")
 
     with stage("report") as say:
         report = write_report(cfg.run, extra={"Found and kept": draw_night})

@@ -558,20 +558,23 @@ def write_report(
         body.append(f'<section id="s{i}"><h2>{escape(title)}</h2>{html}</section>')
 
     model = files.config.model
-    lead = (
+    lead = paragraph(
         f"{model_name(model)}, {model.layers} layers of width {model.width}, "
         f"{parameter_count(model):,} parameters, {files.config.steps:,} steps."
     )
+    path = Path(out) if out else files.folder / "report.html"
+    if path.with_name("explore.html").exists():
+        inside = "Look inside the model, and switch parts of it off"
+        lead += f'<p><a href="explore.html">{inside}</a></p>'
     page = PAGE.substitute(
         title=escape(f"Run {files.folder.resolve().name}"),
         style=STYLE,
-        lead=paragraph(lead),
+        lead=lead,
         contents=" ".join(contents),
         body="\n".join(body),
         version=__version__,
     )
     for name, png in files.pictures.items():
         write_atomic(files.folder / "plots" / f"{name}.png", png)
-    path = Path(out) if out else files.folder / "report.html"
     write_atomic(path, page.encode())
     return path

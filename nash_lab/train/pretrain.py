@@ -33,8 +33,7 @@ from ..core.files import write_json
 from ..core.keys import named_key
 from ..core.processes import any_process, barrier, gather_json, is_main_process
 from ..data.corpus import PackedTokens
-from ..model.residuals import RESIDUALS
-from ..model.transformer import LM, flops_per_token, model_shapes
+from ..model.transformer import LM, flops_per_token
 from ..run.checkpoint import Checkpoints
 from nash_lab.run.guard import (
     Guard,
