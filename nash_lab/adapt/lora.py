@@ -38,14 +38,14 @@ from ..train.pretrain import write_run
 from ..train.settings import own_tokenizer, saved_config
 from ..train.step import PLAIN, TrainState, apply_gradient
 from nash_lab.train.tune import (
-    Adapted,
+    Adapted as Adapted,
     Adapter,
     Factors,
     LoRAConfig,
     attach,
-    delta,
+    delta as delta,
     fitting,
-    init_adapter,
+    init_adapter as init_adapter,
     linear_layers,
     merge_adapter,
     shape_of,

@@ -163,8 +163,10 @@ def wandb_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:
         ours["dir"] = run
     job = wandb.init(**ours, config=config, settings=settings, mode=mode)
     # lists make no charts there, so their numbers go beside them
-    whole = lambda record: record | scalars(record)
-    return lambda record: job.log(whole(record), step=record["step"]), job.finish
+    return (
+        lambda record: job.log(record | scalars(record), step=record["step"]),
+        job.finish,
+    )
 
 
 def tensorboard_tracker(run: Path, config: dict) -> tuple[Callable, Callable]:

@@ -373,8 +373,8 @@ def optimizer(
     rule = optax.chain(*links)
     if only is not None:  # the others have no moments
         kinds = {"trained": rule, "held": optax.set_to_zero()}
-        kind = lambda path, _: "trained" if path in only else "held"
-        rule = optax.multi_transform(kinds, partial(by_path, kind))
+        which = partial(by_path, lambda path, _: "trained" if path in only else "held")
+        rule = optax.multi_transform(kinds, which)
     return relaxed(rule)
 
 

@@ -24,7 +24,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
-from ..model.transformer import LM
 from .optim import by_path
 
 # %% ../../nbs/train/42_step.ipynb #c006
@@ -106,9 +105,9 @@ def batch_gradient(
 
     def summed_loss(params, micro, key):
         if only is not None:  # the others get a gradient of zero, at no cost
-            still = jax.lax.stop_gradient
-            kept = lambda path, x: x if path in only else still(x)
-            params = by_path(kept, params)
+            params = by_path(
+                lambda path, x: x if path in only else jax.lax.stop_gradient(x), params
+            )
         lm = nnx.merge(graphdef, params)
         total, sums = lm.objective(**micro, dropout_key=key)
         return total, sums | {"aux": sums["aux"] * sums["count"]}

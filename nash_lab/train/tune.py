@@ -10,7 +10,6 @@ __all__ = ['Adapter', 'Tune', 'MAPS', 'Factors', 'delta', 'LoRAConfig', 'Shape',
            'merge_adapter', 'trained_part', 'with_part', 'tuned', 'trained_paths']
 
 # %% ../../nbs/train/38_tune.ipynb #c003
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
