@@ -131,7 +131,7 @@ VERBS = {
     ),
     "bench": Verb(
         "lab.bench:BenchConfig",
-        "step time of mHC against plain, cached against uncached decoding",
+        "what is fast, and against whom: steps, decoding, parts, peers, a chip",
         "lab.bench:bench",
         "out",
     ),

@@ -28,7 +28,7 @@ from nash_lab.lab.bench import (
     BenchConfig,
     take_turns,
     timing_rows,
-    train_turn,
+    TrainTurn,
     write_rows,
 )
 from ..model.transformer import LM, ModelConfig, flops_per_token, parameter_count
@@ -168,7 +168,7 @@ def measure_variants(cfg: Config) -> list[dict]:
     batch_size = cfg.ablation.batch_size
     seq_len = cfg.ablation.seq_len
     timing = BenchConfig(batch_size=batch_size, seq_len=seq_len, steps=cfg.steps)
-    contestants = {name: train_turn(model, timing) for name, model in models.items()}
+    contestants = {name: TrainTurn(model, timing) for name, model in models.items()}
     seconds = take_turns(contestants, cfg.rounds)
     timed = timing_rows("ablation", seconds, cfg.steps * batch_size * seq_len)
     rows = [score | time for score, time in zip(rows, timed, strict=True)]

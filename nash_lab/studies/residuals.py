@@ -28,7 +28,7 @@ from ..core.files import read_json, write_atomic
 from ..data.corpus import CorpusConfig, PackedTokens, documents
 from ..data.loader import LoaderConfig, loader
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
-from ..lab.bench import BenchConfig, take_turns, train_turn, write_rows
+from ..lab.bench import BenchConfig, TrainTurn, take_turns, write_rows
 from ..lab.demo import pack_split
 from ..model.residuals import RESIDUALS
 from ..model.transformer import LM, ModelConfig, flops_per_token, parameter_count
@@ -275,7 +275,7 @@ def step_times(cfg: Config) -> dict[str, float]:
         for name in cfg.variants:
             if name != "plain-zero":  # the program of plain
                 model = variant_model(cfg.model, name)
-                contestants[name] = train_turn(model, timing, cfg.optim)
+                contestants[name] = TrainTurn(model, timing, cfg.optim)
         seconds = take_turns(contestants, cfg.rounds)
         rows = []
         for name, turns in seconds.items():
