@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nash_lab.model import generate as generating
 from nash_lab.model.generate import (
     SampleConfig,
     _decode,
@@ -160,6 +161,25 @@ def test_one_program_a_bucket(plain):
     other = LM(plain.cfg, nnx.Rngs(1))  # other weights, same program
     generate(other, PROMPTS, max_new_tokens=8, temperature=0)
     assert _decode._cache_size() == before
+
+
+@pytest.mark.parametrize("attention", ["gqa", "diff1"])
+def test_rows_decoded_together_are_the_scanned_ones(attention, monkeypatch):
+    "Ragged prompts over three sizes of the cache, copies too: same tokens, chances of the full pass."
+    lm = LM(ModelConfig.tiny(init_std=0.3, attention=attention))
+    how = SampleConfig(max_new_tokens=17, temperature=1.0)
+    key = jax.random.key(3)
+    monkeypatch.setattr(generating, "STAGE", 8)
+    together = rollout(lm, PROMPTS, how, key, copies=4)  # 16 rows, room for 8, 16, 32
+    for i in (0, 7, 11, 15):
+        new, logprobs = together.tokens[i], together.logprobs[i]
+        np.testing.assert_allclose(logprobs, full_logprobs(lm, PROMPTS[i // 4], new), atol=2e-4)
+
+    monkeypatch.setattr(generating, "FEW", 1)
+    one_by_one = [p for p in PROMPTS for _ in range(4)]  # another program: 16 prompts
+    scanned = rollout(lm, one_by_one, how, key)
+    np.testing.assert_array_equal(scanned.tokens, together.tokens)
+    np.testing.assert_allclose(scanned.logprobs, together.logprobs, atol=2e-4)
 
 
 def test_forbidden_tokens_never_appear(plain):

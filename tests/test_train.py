@@ -20,7 +20,7 @@ from flax import nnx
 from nash_lab.data.corpus import CorpusConfig, Document, PackedTokens, corpus_files, pack
 from nash_lab.data.loader import LoaderConfig, make_batch, row_count
 from nash_lab.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
-from nash_lab.core.configs import to_json
+from nash_lab.core.configs import from_json, to_json
 from nash_lab.lab.cli import main
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train import pretrain as module
@@ -31,9 +31,31 @@ from nash_lab.run.guard import run_lock
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.settings import TrainConfig
 from nash_lab.train.pretrain import load_run, pretrain, read_metrics
-from nash_lab.train.step import batch_gradient, fresh_state, make_train_step
+from nash_lab.train.step import batch_gradient, batch_shapes, fresh_state, make_train_step
 
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "skipped", "val_loss", "val_bpb")
+
+
+def test_a_chunk_of_the_loss_counts_tokens_of_all_rows():
+    "Four times the rows and no more logits at once; a file of version 0.1, in steps, reads as before."
+
+    def temporaries(rows):
+        lm = nnx.eval_shape(lambda: LM(ModelConfig.tiny(vocab_size=8192, layers=1, residual="plain")))
+        graphdef, shapes = nnx.split(lm, nnx.Param)
+        gradient = jax.jit(partial(batch_gradient, graphdef))
+        batch = batch_shapes(rows, 64, "cross")
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        compiled = gradient.lower(nnx.to_pure_dict(shapes), batch, key).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    all_logits = 4 * 8192 * 64 * (32 - 8)
+    assert temporaries(32) - temporaries(8) < all_logits / 2
+
+    demo = ModelConfig.preset("demo")
+    old = from_json(ModelConfig, to_json(demo) | {"loss_chunk": 16})
+    assert old.chunk_steps(16) == demo.chunk_steps(16) == 16
+    assert ModelConfig(loss_chunk=1024).chunk_steps(8) == 128
+    assert ModelConfig().chunk_steps(1000) == 1
 
 
 @pytest.fixture(scope="session")

@@ -316,7 +316,9 @@ def sdft_update(
             return divergence(s, t, cfg.divergence, cfg.mix, cfg.top_k), drawn[..., 0]
 
         parts = (student_states, jax.lax.stop_gradient(teacher_states), rows["answer"])
-        distances, logprobs = map_chunks(score_part, parts, student.cfg.loss_chunk)
+        distances, logprobs = map_chunks(
+            score_part, parts, student.cfg.chunk_steps(len(rows["mask"]))
+        )
 
         # eq. 1: mean over an answer, then over answers
         means, counted = answer_means(distances, rows["mask"])

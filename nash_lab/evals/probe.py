@@ -111,7 +111,7 @@ def changed_pass(graphdef, weights, change, batch) -> Pass:
     nats = map_chunks(
         lambda part: nats_of(part[0], head, part[1])[0],
         (hidden, targets),
-        lm.cfg.loss_chunk,
+        lm.cfg.chunk_steps(len(targets)),
     )
     nats = jnp.where(mask, nats, 0.0).sum(1)
     if maps.res is None:

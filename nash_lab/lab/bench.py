@@ -146,7 +146,6 @@ class AblationConfig:
             ffn_width=192,
             max_len=128,
             unroll=4,
-            loss_chunk=16,
             init_std=0.06,
         )
     )

@@ -7,7 +7,7 @@ decoding equals the full pass here, and grouping 12 heads into 4 or 1 cuts the c
 # %% auto #0
 __all__ = ['Queries', 'Keys', 'Mask', 'Positions', 'Segments', 'LONG', 'Values', 'Outputs',
            'Hidden', 'attention', 'causal_mask', 'attention_mask', 'KVCache', 'write_cache',
-           'read_cache', 'look_back', 'row_mask', 'attend', 'GQA']
+           'read_cache', 'RowCache', 'look_back', 'row_mask', 'attend', 'GQA']
 
 # %% ../../nbs/model/11_attention.ipynb #c003
 from functools import partial
@@ -110,7 +110,16 @@ def read_cache(cache) -> tuple[Array, ...]:
         jax.lax.dynamic_index_in_dim(a, cache.layer, keepdims=False) for a in arrays
     )
 
-# %% ../../nbs/model/11_attention.ipynb #c029
+# %% ../../nbs/model/11_attention.ipynb #c027
+class RowCache(NamedTuple):
+    "One layer's keys and values while rows are decoded together: one token of each a step."
+
+    k: Float[Array, "b g s k"]  # already rotated
+    v: Float[Array, "b g s m"]
+    slot: Int[Array, ""]  # where the next token of every row goes
+    seen: Bool[Array, "b s"]  # slots that this token sees, its own among them
+
+# %% ../../nbs/model/11_attention.ipynb #c031
 Positions = Int[Array, "#b t"]  # of each token in its row; "b t" with a cache
 Segments = Int[Array, "b t"] | None  # documents, only without a cache
 
@@ -123,7 +132,7 @@ def look_back(
     *,
     positions: Positions,
     segments: Segments,
-    cache: KVCache | None,
+    cache: KVCache | RowCache | None,
     interleaved=False,
 ):
     "Turned queries, the keys and values they may see, the mask (None: causal), the cache."
@@ -133,12 +142,23 @@ def look_back(
         return q, k, v, None, None
     if segments is not None:
         raise ValueError("segments and cache exclude each other")
-    cache = write_cache(cache, (k, v), positions)
-    keys, values = read_cache(cache)
-    mask = causal_mask(positions, keys.shape[1])
+    if isinstance(cache, RowCache):
+        at = 0, 0, cache.slot, 0
+        put = jax.lax.dynamic_update_slice
+        keys = put(cache.k, k.swapaxes(1, 2).astype(cache.k.dtype), at)
+        values = put(cache.v, v.swapaxes(1, 2).astype(cache.v.dtype), at)
+        cache = cache._replace(k=keys, v=values)
+        # `attention` turns them back, and the compiler drops both turns
+        keys = keys.swapaxes(1, 2)
+        values = values.swapaxes(1, 2)
+        mask = cache.seen[:, None, None]
+    else:
+        cache = write_cache(cache, (k, v), positions)
+        keys, values = read_cache(cache)
+        mask = causal_mask(positions, keys.shape[1])
     return q, keys.astype(k.dtype), values.astype(v.dtype), mask, cache
 
-# %% ../../nbs/model/11_attention.ipynb #c031
+# %% ../../nbs/model/11_attention.ipynb #c033
 LONG = 512  # tokens of a row from which no row of scores is held
 Values = Float[Array, "b s g m"]
 Outputs = Float[Array, "b t h m"]
@@ -182,7 +202,7 @@ def attend(
     q, k, v = (jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in (q, k, v))
     return attention(q, k, v, mask)[..., :m]
 
-# %% ../../nbs/model/11_attention.ipynb #c035
+# %% ../../nbs/model/11_attention.ipynb #c037
 Hidden = Float[Array, "b t d"]  # normalised activations
 
 

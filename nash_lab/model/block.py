@@ -82,7 +82,9 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     # layers in one turn of the scan; more compile longer and run a little faster
     unroll: int = 1
-    loss_chunk: int = 128  # time steps whose logits exist at once
+    # tokens of all rows whose logits exist at once, at least 256 of them: a product of
+    # fewer takes as long
+    loss_chunk: int = 256
     init_std: float = 0.02  # standard deviation at the start
     # times that of the weights that write to the stream; 0: each block starts as nothing
     out_init: float = 1.0
@@ -147,6 +149,10 @@ class ModelConfig:
         "The same model with the plain residual, its baseline."
         return replace(self, residual="plain")
 
+    def chunk_steps(self, rows: int) -> int:
+        "Time steps of so many rows whose logits exist at once."
+        return max(1, max(self.loss_chunk, 256) // rows)
+
     @property
     def depths(self) -> int:
         "Tokens predicted beyond the next one."
@@ -171,9 +177,9 @@ _TINY = dict(
     head_dim=8,
     ffn_width=64,
     max_len=64,
-    loss_chunk=16,
 )
 _GPT = dict(
+    loss_chunk=1024,
     width=768,
     layers=12,
     heads=6,
@@ -205,10 +211,10 @@ PRESETS = {
         ffn_width=384,
         max_len=512,
         unroll=4,
-        loss_chunk=16,
         init_std=0.06,
     ),
     "mhc-120m": dict(
+        loss_chunk=1024,
         width=768,
         layers=12,
         heads=12,
@@ -219,6 +225,7 @@ PRESETS = {
         remat="dots",
     ),
     "mhc-350m": dict(
+        loss_chunk=1024,
         width=1024,
         layers=24,
         heads=16,
@@ -229,6 +236,7 @@ PRESETS = {
         remat="dots",
     ),
     "mhc-900m": dict(
+        loss_chunk=1024,
         width=1536,
         layers=28,
         heads=24,
@@ -240,6 +248,7 @@ PRESETS = {
         remat="block",
     ),
     "handoff-120m": dict(
+        loss_chunk=1024,
         compute_dtype="bfloat16",
         width=768,
         layers=12,
@@ -250,6 +259,7 @@ PRESETS = {
         remat="dots",
     ),
     "handoff-900m": dict(
+        loss_chunk=1024,
         compute_dtype="bfloat16",
         width=2048,
         layers=16,
@@ -266,6 +276,7 @@ PRESETS = {
     "macro-1b": _MACRO
     | dict(width=1536, layers=32, heads=24, kv_heads=12, ffn_width=6144, remat="dots"),
     "pythoncoder-1b": dict(
+        loss_chunk=1024,
         vocab_size=151_808,
         width=1536,
         layers=23,
@@ -284,6 +295,7 @@ PRESETS = {
         remat="block",
     ),
     "nash-3b": dict(
+        loss_chunk=1024,
         width=2560,
         layers=28,
         heads=20,
@@ -409,7 +421,7 @@ def stacked(
 
 def run_stack(
     cfg: ModelConfig,
-    blocks: Block,  # stacked, cfg.layers of them
+    blocks: Block | list,  # stacked; or one a layer, with as many caches
     state: Any,  # of the residual connection, from `begin`
     *,
     positions: Int[Array, "b t"],  # of each token in its row
@@ -418,6 +430,14 @@ def run_stack(
     key: PRNGKeyArray | None = None,  # turns dropout on
 ):
     "Scan the blocks: state, cache, maps of every layer, auxiliary losses summed or None."
+    if isinstance(blocks, list):  # few layers, decoding: neither maps nor losses
+        caches = []
+        for index, (block, own) in enumerate(zip(blocks, cache)):
+            where = dict(positions=positions, depth=jnp.int32(index))
+            state, own, _, _ = block(state, cache=own, **where)
+            caches.append(own)
+        return state, caches, None, None
+
     graph, weights = nnx.split(blocks)
     keys = (
         None if key is None else jax.random.split(named_key(key, "blocks"), cfg.layers)

@@ -84,6 +84,7 @@ class LM(nnx.Module):
         segments: Int[Array, "b t"]
         | None = None,  # document of each token, 0 is padding
         cache: KVCache | None = None,  # keys and values of all layers
+        blocks: list | None = None,  # one a layer, where `cache` is a list too
         dropout_key: PRNGKeyArray | None = None,  # turns dropout on
     ):
         "Hidden states, cache, maps of every layer, auxiliary loss. ValueError above max_len."
@@ -101,7 +102,8 @@ class LM(nnx.Module):
         where = dict(
             positions=positions, segments=segments, cache=cache, key=dropout_key
         )
-        state, cache, maps, aux = run_stack(cfg, self.blocks, state, **where)
+        blocks = self.blocks if blocks is None else blocks
+        state, cache, maps, aux = run_stack(cfg, blocks, state, **where)
         x = self.ends.end(state)
         return x if self.norm is None else self.norm(x), cache, maps, aux
 
@@ -123,7 +125,9 @@ class LM(nnx.Module):
         read = self.hidden(tokens, **where), targets
         head = self.unembedding().T
         return map_chunks(
-            lambda part: nats_of(part[0], head, part[1])[0], read, self.cfg.loss_chunk
+            lambda part: nats_of(part[0], head, part[1])[0],
+            read,
+            self.cfg.chunk_steps(tokens.shape[0]),
         )
 
     def loss(self, tokens, targets, mask=None, **where):
@@ -132,7 +136,7 @@ class LM(nnx.Module):
         head = self.unembedding().T
         weights = target_weights(targets, mask)
         return chunked_nats(
-            hidden, head, targets, weights, self.cfg.loss_chunk
+            hidden, head, targets, weights, self.cfg.chunk_steps(tokens.shape[0])
         ), weights.sum()
 
     def objective(
@@ -151,7 +155,8 @@ class LM(nnx.Module):
         hidden, _, _, aux = self.forward(tokens, **where, dropout_key=dropout_key)
         weights = target_weights(targets, mask)
         head = self.unembedding().T
-        nats = chunked_nats(hidden, head, targets, weights, cfg.loss_chunk)
+        chunk = cfg.chunk_steps(tokens.shape[0])
+        nats = chunked_nats(hidden, head, targets, weights, chunk)
         count = weights.sum()
         total = nats
         mtp = jnp.float32(0)
@@ -168,7 +173,7 @@ class LM(nnx.Module):
             losses = []
             for k, state in enumerate(states, 1):
                 y, w = ahead_targets(targets, weights, segments, k)
-                loss_k = chunked_nats(state, head, y, w, cfg.loss_chunk)
+                loss_k = chunked_nats(state, head, y, w, chunk)
                 losses.append(loss_k)
             mtp = sum(losses) / cfg.depths
             total = total + cfg.mtp_weight * mtp
@@ -189,10 +194,15 @@ class LM(nnx.Module):
         return jax.tree.map(lambda a: jnp.zeros((layers, *a.shape), a.dtype), one)
 
     def step(
-        self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], cache: KVCache
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        cache: KVCache,
+        blocks: list | None = None,  # one a layer, where `cache` is a list too
     ) -> tuple[Float[Array, "b t d"], KVCache]:
         "Hidden states of new tokens, and the cache with them in it; positions are cache slots."
-        hidden, cache, _, _ = self.forward(tokens, positions=positions, cache=cache)
+        where = dict(positions=positions, cache=cache, blocks=blocks)
+        hidden, cache, _, _ = self.forward(tokens, **where)
         return hidden, cache
 
     def routing(self, tokens: Int[Array, "b t"], **where) -> Routing:

@@ -250,7 +250,7 @@ class LearningConfig:
             ffn_width=192,
             max_len=32,
             residual="plain",
-            loss_chunk=32,
+            loss_chunk=4096,
             init_std=0.08,
         )
     )
