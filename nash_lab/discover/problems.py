@@ -634,19 +634,21 @@ Distance = near_target
 
 
 def problem_by_name(
-    name: str,  # a key of PROBLEMS, or "package.module:name"
+    name: str,  # a key of PROBLEMS, "package.module:name", or "page:name" of this chapter
     /,  # so that a problem may have a setting of this name
     **settings: Any,
 ) -> Problem:
     "A problem by name. ValueError when there is no such problem or setting, or it is not one."
     module, colon, attribute = name.partition(":")
-    try:
-        make = getattr(import_module(module), attribute) if colon else PROBLEMS[name]
-    except (KeyError, ImportError, AttributeError, ValueError, TypeError):
+    make = None if colon else PROBLEMS.get(name)
+    for place in (module, f"nash_lab.discover.{module}") if colon else ():
+        try:
+            make = make or getattr(import_module(place), attribute)
+        except (ImportError, AttributeError, ValueError, TypeError):
+            continue  # nothing there
+    if make is None:
         known = ", ".join(PROBLEMS)
-        raise ValueError(
-            f"problem {name!r}: not one of {known}, nor a module:name"
-        ) from None
+        raise ValueError(f"problem {name!r}: not one of {known}, nor a module:name")
     try:
         made = make(**settings)
     except TypeError as error:
