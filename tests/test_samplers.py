@@ -23,11 +23,10 @@ from nash_lab.model.generate import (
     SampleConfig,
     best_of_n,
     generate,
-    rollout,
     sampling_rules,
     unpad,
 )
-from nash_lab.model.speculative import speculate
+from nash_lab.model.speculative import draw_rows, speculate
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.train.settings import TrainConfig
 
@@ -87,10 +86,10 @@ def rollouts_of_sdft(lm, words, monkeypatch):
     seen = []
 
     def watched(*given, **where):
-        seen.append(rollout(*given, **where))
+        seen.append(draw_rows(*given, **where))
         return seen[-1]
 
-    monkeypatch.setattr(sdft, "rollout", watched)
+    monkeypatch.setattr(sdft, "draw_rows", watched)
     result = distil(lm, words, [Example("ab?", "cd")], LESSON)
     return unpad(seen[0].tokens, seen[0].lengths), result.metrics[0]
 

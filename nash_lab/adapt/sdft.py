@@ -31,7 +31,8 @@ from ..core.configs import check_choices, check_range, check_that
 from ..core.keys import named_key
 from ..core.text import Tokenizer, known_ids
 from ..model.block import map_chunks
-from ..model.generate import SampleConfig, rollout, sampling_rules, unpad
+from ..model.generate import SampleConfig, sampling_rules, unpad
+from ..model.speculative import DraftTally, draw_rows
 from ..model.transformer import LM
 from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer, schedule, with_warmup
@@ -196,6 +197,8 @@ class SDFTConfig:
     # compare on the teacher's k likeliest tokens and the rest; 0: whole vocabulary
     top_k: int = 0
     temperature: float = 1.0  # of sampling, and of student and teacher in the loss
+    # answers are drafted by the model's own MTP heads, from the same distribution
+    drafts: bool = False
     # slow average, first weights, the student's
     teacher: Literal["ema", "frozen", "live"] = "ema"
     # alpha, share of the student's weights in each step of the average
@@ -523,7 +526,8 @@ def distil(
         author = model_with(graphdef, base, params, cfg)
         prompts = [getattr(p, cfg.author) for p in chosen]
         answer_key = named_key(jax.random.fold_in(key, step), "answers")
-        drawn = rollout(author, prompts, sampling, answer_key)
+        tally = DraftTally(author) if cfg.drafts else None
+        drawn = draw_rows(author, prompts, sampling, answer_key, tally=tally)
 
         # both score y, theta takes an optimizer step, phi follows
         answers = unpad(drawn.tokens, drawn.lengths)
@@ -545,6 +549,8 @@ def distil(
             "ended": float(np.mean(ended)),
             "replayed": replayed,
         }
+        if tally is not None:
+            record |= tally.stats.record()
         records.append(as_record(record))
         for hook in hooks:
             hook(records[-1], current_model)

@@ -38,10 +38,10 @@ from .problems import Problem, State, value_of
 from nash_lab.model.generate import (
     SampleConfig,
     bucket,
-    rollout,
     sampling_rules,
     sequence_logprobs,
 )
+from ..model.speculative import DraftTally, draw_rows
 from ..model.transformer import LM
 from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer
@@ -172,6 +172,8 @@ class DiscoverConfig:
     # False: a rollout that repeats its parent counts 0 for the update
     copies_earn: bool = True
     max_new_tokens: int = 64  # of a rollout
+    # rollouts are drafted by the model's own MTP heads, from the same distribution
+    drafts: bool = False
     # of these, before `force` is written if it has not ended; 0: never
     think_tokens: int = 0
     force: str = "\nAnswer: "  # what is written then; the model is not trained on it
@@ -241,6 +243,7 @@ def sample_rollouts(
     count: int,  # rollouts of each, in neighbouring rows
     key: Array,
     *,
+    tally: DraftTally | None = None,  # drafts by the policy's own MTP heads
     max_new_tokens: int,
     think_tokens: int = 0,  # of these, before `force` is written if it has not ended; 0: never
     force: str = "",
@@ -265,7 +268,7 @@ def sample_rollouts(
 
     rules = sampling_rules(tokenizer, lm)
     how = SampleConfig(think_tokens or max_new_tokens, **rules)
-    first = rollout(lm, prompts, how, named_key(key, "first"), count)
+    first = draw_rows(lm, prompts, how, named_key(key, "first"), count, tally)
     for row, head in enumerate(heads):
         n = first.lengths[row]
         put_tokens(row, head)
@@ -277,7 +280,7 @@ def sample_rollouts(
         for row, end in enumerate(ends):
             thought = tokens[row, :end].tolist()
             thoughts.append(thought + forced)
-        rest = rollout(lm, thoughts, how, named_key(key, "rest"))
+        rest = draw_rows(lm, thoughts, how, named_key(key, "rest"), tally=tally)
         for row, end in enumerate(ends):
             if tokens[row, end - 1] not in rules["eos_id"]:
                 n = rest.lengths[row]
@@ -496,12 +499,14 @@ def ttt_round(
     if cfg.parts.train:
         policy = attach(base, search.learned.params, cfg.lora.scale)
     encode = encoder(tokenizer, cfg.lead or "none")
+    tally = DraftTally(base) if cfg.drafts else None
     rollouts = sample_rollouts(
         policy,
         tokenizer,
         [encode(context) for context in contexts],
         cfg.rollouts,
         key,
+        tally=tally,
         max_new_tokens=cfg.max_new_tokens,
         think_tokens=cfg.think_tokens,
         force=cfg.force,
@@ -519,7 +524,7 @@ def ttt_round(
         )
 
     # learning: one step of the entropic policy gradient on all groups
-    numbers = {}
+    numbers = {} if tally is None else tally.stats.record()
     advantages = [None] * len(rollouts.texts)
     if cfg.parts.train:
         estimates = [group_advantages(group, cfg) for group in groups]

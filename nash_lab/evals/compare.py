@@ -90,6 +90,7 @@ class EvalConfig:
     data: str = ""  # folder with the files, or hub; empty for NASH_LAB_DATA
     batch_size: int = 16  # requests at once
     max_new_tokens: int = 0  # bound on the tokens of an answer; 0 for the task's own
+    drafts: bool = False  # answers are drafted by the model's own MTP heads
     seed: int = 0  # of the choice of examples, of drawn answers and of intervals
     # file that keeps answers, so that an interrupted evaluation resumes
     answers: str = ""
@@ -255,9 +256,10 @@ def evaluate_tasks(
         seed=cfg.seed,
         answers=cfg.answers or None,
         most_new=cfg.max_new_tokens,
+        drafts=cfg.drafts,
     )
     settings = json.dumps([to_json(cfg), to_json(lm.cfg)], sort_keys=True)
-    return {
+    report = {
         "format": FORMAT,
         "model": {
             "name": name,
@@ -274,6 +276,9 @@ def evaluate_tasks(
         | {"lm_eval": importlib.metadata.version("lm-eval")},
         "tasks": {task: run_task(task, model, cfg) for task in cfg.names},
     }
+    if model.tally is not None:
+        report["drafts"] = model.tally.stats.record()
+    return report
 
 # %% ../../nbs/evals/55_compare.ipynb #c032
 @dataclass(frozen=True)

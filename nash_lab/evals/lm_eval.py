@@ -36,10 +36,10 @@ from .scores import Score, bootstrap, weights_hash
 from nash_lab.model.generate import (
     SampleConfig,
     bucket,
-    rollout,
     sampling_rules,
     unpad,
 )
+from ..model.speculative import DraftTally, draw_rows
 from ..model.transformer import LM
 from ..run.rundir import read_metrics
 
@@ -282,11 +282,13 @@ class Responder:
         seed: int = 0,  # of answers that are drawn
         answers: str | Path | None = None,  # file that keeps them; None: memory only
         most_new: int = 0,  # bound on the tokens of an answer; 0: what the task says
+        drafts: bool = False,  # answers are drafted by the model's own MTP heads
     ):
         self.lm = lm
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.most_new = most_new
+        self.tally = DraftTally(lm) if drafts else None
         self.counts = Counter()
         self.faults = {}  # request as JSON -> why there is no answer to it
         self.front = front_of(tokenizer) if front is None else list(front)
@@ -424,7 +426,8 @@ class Responder:
                 room = min(limits[k] - len(new[k]) for k in live)
                 cfg = replace(how, max_new_tokens=min(FIRST << stretch, room))
                 so_far = [prompts[k] + new[k] for k in live]
-                drawn = rollout(self.lm, so_far, cfg, jax.random.fold_in(key, stretch))
+                own = jax.random.fold_in(key, stretch)
+                drawn = draw_rows(self.lm, so_far, cfg, own, tally=self.tally)
                 going_on = []
                 for k, ids in zip(live, unpad(drawn.tokens, drawn.lengths)):
                     new[k] += ids

@@ -10,6 +10,7 @@ __all__ = ['TokenizerJob', 'PackJob', 'GenerateJob', 'ProbeJob', 'ReportJob', 'E
 
 # %% ../../nbs/lab/86_jobs.ipynb #c003
 import platform
+import sys
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,7 @@ from .run import load
 from .viz import cost_plot
 from ..model.generate import SampleConfig
 from ..model.residuals import RESIDUALS, ResidualConfig
+from ..model.speculative import DraftTally
 from ..model.transformer import parameter_count
 from ..train.preflight import PreflightConfig, preflight_text
 from ..train.pretrain import load_run, pretrain
@@ -124,6 +126,9 @@ class GenerateJob:
     top_p: float = 0.95  # smallest set of tokens with this probability; 1 is off
     top_k: int = 0  # number of tokens to draw from; 0 is off
     min_p: float = 0.0  # tokens at least this likely beside the likeliest; 0 is off
+    # draft with the model's own MTP heads: same tokens at temperature 0, else the same
+    # distribution
+    drafts: bool = False
     seed: int = 0  # of the draws
 
     def __post_init__(self):
@@ -134,13 +139,17 @@ class GenerateJob:
     def __call__(self):
         model = load(self.run)
         sampling = to_json(self)
-        for name in ("run", "prompt", "chat", "system"):
+        for name in ("run", "prompt", "chat", "system", "drafts"):
             del sampling[name]
+        tally = DraftTally(model.lm) if self.drafts else None
+        sampling["tally"] = tally
         for prompt in self.prompt:
             if self.chat:
                 print(model.chat(prompt, system=self.system, **sampling))
             else:
                 print(prompt + model.generate(prompt, **sampling))
+        if tally is not None:
+            print(tally, file=sys.stderr)
 
 # %% ../../nbs/lab/86_jobs.ipynb #c010
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from ..evals.probe import Effects, Intervention, measure_effects
 from .viz import Picture, routing_heatmaps
 from ..maths.birkhoff import composite
 from ..model.chat import chat_text
-from ..model.generate import generate, sampling_rules, unpad
+from ..model.generate import SampleConfig, sampling_rules, unpad
 from ..model.mhc import Routing
+from ..model.speculative import DraftTally, draw_rows
 from ..model.transformer import LM, parameter_count
 from ..train.pretrain import load_run, read_metrics
 from ..train.settings import TrainConfig, own_tokenizer
@@ -91,9 +92,15 @@ class Model:
         return known_ids(self.tokenizer, ids, self.lm.cfg.vocab_size)
 
     def continue_ids(
-        self, prompts: list[list[int]], *, seed: int = 0, forbidden=(), **how: Any
+        self,
+        prompts: list[list[int]],
+        *,
+        seed: int = 0,
+        forbidden=(),
+        tally: DraftTally | None = None,
+        **how: Any,
     ) -> list[str]:
-        "Text that continues ids; `how` as in `model.generate.generate`."
+        "Text that continues ids; `how` as in `SampleConfig`."
         words = self.tokenizer
         rules = sampling_rules(words, self.lm)
         silent = {words.pad_id, words.bos_id, words.unk_id} - {None, *words.end_ids}
@@ -101,8 +108,10 @@ class Model:
         never |= {*rules["forbidden"], *forbidden}
         rules["forbidden"] = tuple(sorted(never))
         key = named_key(jax.random.key(seed), "generate")
-        tokens, lengths = generate(self.lm, prompts, **rules | {"key": key} | how)
-        rows = zip(prompts, unpad(tokens, lengths))
+        key = how.pop("key", key)
+        cfg = SampleConfig(**rules | how)
+        drawn = draw_rows(self.lm, prompts, cfg, key, tally=tally)
+        rows = zip(prompts, unpad(drawn.tokens, drawn.lengths))
         return [continuation(words, prompt, new) for prompt, new in rows]
 
     def generate(
@@ -110,12 +119,14 @@ class Model:
         text: str | Sequence[str],  # starts of documents
         *,
         seed: int = 0,  # of the draw
-        **sampling: Any,  # max_new_tokens, temperature, top_p ... of `model.generate.rollout`
+        tally: DraftTally | None = None,  # drafts by the model's own MTP heads
+        **sampling: Any,  # max_new_tokens, temperature, top_p ... of `SampleConfig`
     ) -> str | list[str]:  # new text only, one for each given
         "Continue `text`. ValueError for a bad setting or too little room."
         texts = [text] if isinstance(text, str) else list(text)
         prompts = [self.token_ids(t) for t in texts]
-        written = self.continue_ids(prompts, seed=seed, **sampling)
+        how = dict(seed=seed, tally=tally)
+        written = self.continue_ids(prompts, **how, **sampling)
         return written[0] if isinstance(text, str) else written
 
     def chat(
@@ -124,7 +135,7 @@ class Model:
         *,
         system: str = "",  # instructions before them
         seed: int = 0,  # of the draw
-        **sampling: Any,  # as in `generate`
+        **sampling: Any,  # and tally, as in `generate`
     ) -> str:
         "The answer of a chat model. FileNotFoundError where the run has no chat template."
         turns = [{"role": "system", "content": system}] if system else []

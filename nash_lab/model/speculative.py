@@ -6,7 +6,8 @@ kept, one row decodes 1.15 times as fast and eight rows 0.94 times."""
 
 # %% auto #0
 __all__ = ['probabilities', 'draw_token', 'accept_drafts', 'SpecState', 'read_slots',
-           'write_slots', 'row_chances', 'speculative_round', 'SpecStats', 'speculate']
+           'write_slots', 'row_chances', 'speculative_round', 'SpecStats', 'speculate',
+           'DraftTally', 'draw_rows', 'draft_overlap']
 
 # %% ../../nbs/model/22_speculative.ipynb #c003
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from .attention import KVCache
+from .block import map_chunks
 from nash_lab.model.generate import (
     Rollout,
     SampleConfig,
@@ -28,8 +30,10 @@ from nash_lab.model.generate import (
     cut_rollout,
     filtered_logits,
     prompt_batch,
+    rollout,
 )
-from .transformer import LM, draft
+from .mtp import ahead_targets, look_ahead
+from .transformer import LM, draft, row_positions
 
 # %% ../../nbs/model/22_speculative.ipynb #c006
 def probabilities(z: Float[Array, "m v"], cfg: Sampling) -> Float[Array, "m v"]:
@@ -96,7 +100,7 @@ class SpecState(NamedTuple):
     done: Bool[Array, "b"]
     cache: KVCache  # of the trunk
     heads: list[KVCache]  # one a depth
-    counts: Int[Array, "3 b"]  # drafts proposed, drafts accepted, rounds
+    counts: Int[Array, "m b"]  # rounds, and drafts kept at each of the D positions
     turn: Int[Array, ""]  # number of the round
 
 
@@ -179,8 +183,7 @@ def speculative_round(
     new = jnp.where(ended, hit.argmax(1), kept) + 1
     at = jnp.minimum(s.at + new, end)
     live = (~s.done).astype(jnp.int32)
-    proposed = jnp.full_like(kept, depths)
-    did = jnp.stack([proposed, kept, jnp.ones_like(kept)])
+    did = kept[None] >= jnp.arange(depths + 1)[:, None]
     return SpecState(
         tokens=tokens,
         logprobs=write_slots(s.logprobs, slots + 1, logprobs),
@@ -189,27 +192,45 @@ def speculative_round(
         done=s.done | (at == end) | ended,
         cache=cache,
         heads=heads,
-        counts=s.counts + live[None] * did,
+        counts=s.counts + live[None] * did.astype(jnp.int32),
         turn=s.turn + 1,
     )
 
 # %% ../../nbs/model/22_speculative.ipynb #c012
-@partial(jax.jit, static_argnames=("graphdef", "room", "rule"))
+@partial(jax.jit, static_argnames=("graphdef", "room", "copies", "rule"))
 def _speculate(
-    graphdef, weights, prompt, lengths, active, limit, ends, pad, key, cfg, room, rule
+    graphdef,
+    weights,
+    prompt,
+    lengths,
+    active,
+    limit,
+    ends,
+    pad,
+    key,
+    cfg,
+    room,
+    copies,
+    rule,
 ):
-    "Prefill, then rounds until every row has ended."
+    "Prefill, then rounds until each of `copies` rows of every prompt has ended."
     lm = nnx.merge(graphdef, weights)
     b, t = prompt.shape
     depths = lm.cfg.depths
     slots = t + room + depths + 1
+
+    # prefill of the trunk, once a prompt, and the first token
+    everywhere = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
+    hidden, cache = lm.step(prompt, everywhere, lm.init_cache(b, slots))
+    if copies > 1:
+        own = prompt, lengths, active, everywhere, hidden
+        own = [jnp.repeat(a, copies, axis=0) for a in own]
+        prompt, lengths, active, everywhere, hidden = own
+        cache = jax.tree.map(lambda a: jnp.repeat(a, copies, axis=1), cache)
+        b = b * copies
     end = lengths - 1 + limit
     fold = partial(jax.random.fold_in, key)
     row_keys = jax.vmap(fold)(jnp.arange(b))
-
-    # prefill of the trunk, and the first token
-    everywhere = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
-    hidden, cache = lm.step(prompt, everywhere, lm.init_cache(b, slots))
     last = read_slots(hidden, (lengths - 1)[:, None])[:, 0]
     z = lm.logits(last)
     chances = row_chances(row_keys, 0, 1)[:, 0]
@@ -240,7 +261,7 @@ def _speculate(
         done=~active | ends[token[:, 0]] | (lengths == end),
         cache=cache,
         heads=heads,
-        counts=jnp.zeros((3, b), jnp.int32),
+        counts=jnp.zeros((depths + 1, b), jnp.int32),
         turn=jnp.int32(1),
     )
 
@@ -262,14 +283,26 @@ def _speculate(
 
 # %% ../../nbs/model/22_speculative.ipynb #c014
 class SpecStats(NamedTuple):
-    "What speculation did, summed over rows."
+    "What speculation did, summed over rows and calls."
 
-    proposed: int  # drafts
-    accepted: int  # of these, kept by the rule
-    calls: int  # trunk steps after the prefill
+    kept: tuple[int, ...]  # drafts at each position that the rule kept
+    calls: int  # trunk steps after the prefill, D drafts each
     tokens: int  # drawn in those
-    acceptance: float  # share of drafts that were kept
-    tokens_per_call: float  # 1 is plain decoding
+
+    @property
+    def acceptance(self) -> float:
+        "Share of all drafts that were kept."
+        return sum(self.kept) / max(self.calls * len(self.kept), 1)
+
+    @property
+    def tokens_per_call(self) -> float:
+        "1 is plain decoding."
+        return self.tokens / max(self.calls, 1)
+
+    def record(self) -> dict:
+        "For a log: share of rounds in which each position was kept, and tokens a call."
+        shares = [n / max(self.calls, 1) for n in self.kept]
+        return {"drafts_kept": shares, "tokens_per_call": self.tokens_per_call}
 
 
 def speculate(
@@ -277,22 +310,85 @@ def speculate(
     prompts: Sequence[Sequence[int]],  # token ids, of any lengths
     cfg: SampleConfig,
     key: Array | None = None,  # row i draws with fold_in(key, i)
+    copies: int = 1,  # continuations of each prompt, in neighbouring rows
     rule: Callable = accept_drafts,  # another one is for showing that it is wrong
 ) -> tuple[Rollout, SpecStats]:
     "`rollout` by drafting and checking: same tokens if greedy, else the same distribution."
     if not lm.cfg.depths:
-        raise ValueError("speculate: mtp='none', there are no heads to draft with")
+        raise ValueError("drafts: mtp='none', this model has no heads to draft with")
     batch = prompt_batch(lm, prompts, cfg, key)
     room = bucket(cfg.max_new_tokens, lm.cfg.max_len)
-    out, counts = _speculate(*nnx.split(lm), *batch, room=room, rule=rule)
-    drawn = cut_rollout(out, len(prompts), cfg)
-    proposed, accepted, calls = np.asarray(counts).sum(1).tolist()
-    tokens = int(drawn.lengths.sum()) - len(prompts)
-    return drawn, SpecStats(
-        proposed=proposed,
-        accepted=accepted,
-        calls=calls,
-        tokens=tokens,
-        acceptance=accepted / max(proposed, 1),
-        tokens_per_call=tokens / max(calls, 1),
-    )
+    how = dict(room=room, copies=copies, rule=rule)
+    out, counts = _speculate(*nnx.split(lm), *batch, **how)
+    rows = len(prompts) * copies
+    drawn = cut_rollout(out, rows, cfg)
+    calls, *kept = np.asarray(counts).sum(1).tolist()
+    return drawn, SpecStats(tuple(kept), calls, int(drawn.lengths.sum()) - rows)
+
+# %% ../../nbs/model/22_speculative.ipynb #c016
+class DraftTally:
+    "Asks for drafts, and adds up what they did. ValueError for a model without heads."
+
+    def __init__(self, lm: LM):
+        if not lm.cfg.depths:
+            raise ValueError(
+                "drafts: mtp='none', this model has no heads to draft with"
+            )
+        self.stats = SpecStats((0,) * lm.cfg.depths, 0, 0)
+
+    def add(self, new: SpecStats) -> None:
+        "Add what a call did."
+        kept = tuple(a + b for a, b in zip(self.stats.kept, new.kept))
+        calls = self.stats.calls + new.calls
+        self.stats = SpecStats(kept, calls, self.stats.tokens + new.tokens)
+
+    def __str__(self) -> str:
+        found = self.stats.record()
+        shares = ", ".join(f"{share:.0%}" for share in found["drafts_kept"])
+        each = f"{found['tokens_per_call']:.2f} tokens a call"
+        return f"drafts kept at each position: {shares}; {each}"
+
+
+def draw_rows(
+    lm: LM,
+    prompts: Sequence[Sequence[int]],  # token ids, of any lengths
+    cfg: SampleConfig,
+    key: Array | None = None,
+    copies: int = 1,
+    tally: DraftTally | None = None,
+) -> Rollout:
+    "`rollout`, drafted by the model's own heads where there is a tally."
+    if tally is None:
+        return rollout(lm, prompts, cfg, key, copies)
+    drawn, stats = speculate(lm, prompts, cfg, key, copies)
+    tally.add(stats)
+    return drawn
+
+# %% ../../nbs/model/22_speculative.ipynb #c018
+def draft_overlap(
+    lm: LM,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"] | None = None,
+    segments: Int[Array, "b t"] | None = None,
+) -> Float[Array, "k"]:
+    "Share of drafts that would be kept at each depth, temperature 1, had all before been kept."
+    if positions is None:
+        positions = row_positions(tokens)
+    where = dict(positions=positions, segments=segments)
+    hidden = lm.hidden(tokens, **where)
+    states, _ = look_ahead(lm.cfg, lm.mtp, hidden, tokens, lm.embed, **where)
+    real = jnp.ones(tokens.shape, jnp.float32)
+    if segments is not None:
+        real = (segments > 0).astype(jnp.float32)
+
+    def overlap(pair):
+        p, q = (jax.nn.softmax(lm.logits(h)) for h in pair)
+        return jnp.minimum(p, q).sum(-1)
+
+    shares = []
+    for k, state in enumerate(states, 1):
+        trunk = jnp.pad(hidden[:, k:], ((0, 0), (0, k), (0, 0)))
+        same = map_chunks(overlap, (trunk, state), lm.cfg.chunk_steps(len(tokens)))
+        _, weight = ahead_targets(tokens, real, segments, k)
+        shares.append((same * weight).sum() / weight.sum())
+    return jnp.stack(shares)

@@ -190,10 +190,13 @@ def symptoms(stats: dict) -> dict[str, str]:
 
 
 @lru_cache(maxsize=8)
-def make_look(graphdef: nnx.GraphDef, sharding: Any = None) -> Callable:
-    "(params, fields of a batch) -> `routing_stats`, jitted, on every device alike."
+@lru_cache(maxsize=8)
+def make_look(
+    graphdef: nnx.GraphDef, sharding: Any = None, stats: Callable = routing_stats
+) -> Callable:
+    "(params, fields of a batch) -> `stats` of the model, jitted, on every device alike."
     return jax.jit(
-        lambda params, batch: routing_stats(nnx.merge(graphdef, params), **batch),
+        lambda params, batch: stats(nnx.merge(graphdef, params), **batch),
         out_shardings=sharding,
     )
 

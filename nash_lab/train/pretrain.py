@@ -33,6 +33,7 @@ from ..core.files import write_json
 from ..core.keys import named_key
 from ..core.processes import any_process, barrier, gather_json, is_main_process
 from ..data.corpus import PackedTokens
+from ..model.speculative import draft_overlap
 from ..model.transformer import LM, flops_per_token
 from ..run.checkpoint import Checkpoints
 from nash_lab.run.guard import (
@@ -480,7 +481,7 @@ def observed(run: Run, state: TrainState) -> dict:
 
 
 def validate(run: Run, state: TrainState) -> dict:
-    "val_loss, val_bpb, routing and the counters of the data, where there are such."
+    "val_loss, val_bpb, routing, shares of kept drafts, counters of the data, where there are such."
     cfg = run.cfg
     record = {}
     if run.validation is not None:
@@ -502,6 +503,12 @@ def validate(run: Run, state: TrainState) -> dict:
                 data.documents,
             )
         record |= observed(run, state)
+        if cfg.model.depths:
+            everywhere = NamedSharding(run.mesh, PartitionSpec())
+            look = make_look(run.graphdef, everywhere, draft_overlap)
+            text = held_batch(run.validation, data.seq_len, data.documents)
+            with run.ledger.during("observation"):
+                record["drafts_kept"] = look(params, text)
     counters = run.batches.counters()  # of streams: rows, left out, epochs
     return record | {"data": counters} if counters else record
 
