@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 
 import jax
@@ -13,7 +12,9 @@ import pytest
 from flax import nnx
 
 from nash_lab.model.block import ModelConfig
-from nash_lab.model.mhc import HyperConnection, MHCConfig, StreamEnds
+from nash_lab.model.layers import RMSNorm
+from nash_lab.model.mhc import HyperConnection, MHCConfig, merge_streams
+from nash_lab.model.residuals import ResidualConfig
 from nash_lab.model.transformer import LM
 
 # streams, rows, tokens of a row, width, type of the streams, settings
@@ -22,66 +23,121 @@ CASES = {
     "half precision": (4, 1, 300, 64, "bfloat16", {}),
     "deepseek": (4, 1, 150, 16, "float32", dict(convention="deepseek", gain=False)),
     "identity": (2, 1, 128, 16, "float32", dict(h_res="identity")),
+    "lite": (2, 3, 43, 40, "float32", dict(h_res="lite")),
+    "single pass": (4, 1, 129, 8, "float32", dict(convention="deepseek", norm_eps=1e-20)),
 }
+KINDS = [settings for *_, settings in CASES.values()]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_fused_sublayer_is_the_plain_one(case):
-    "what is read, what is written, and every gradient"
-    n, b, t, d, dtype, settings = CASES[case]
-    cfg = MHCConfig(streams=n, iterations=3, kernel="pallas", **settings)
+def drawn_case(seed):
+    "a shape, a type and a kind of maps by lot; the kinds take turns"
+    rng = np.random.default_rng(seed)
+    n, rows = rng.integers(1, 6), rng.integers(1, 4)
+    length = -(-128 // rows) + rng.integers(0, 150)
+    dtype = "bfloat16" if rng.random() < 0.25 else "float32"
+    return n, rows, length, 8 * rng.integers(1, 9), dtype, KINDS[seed % len(KINDS)]
+
+
+def check_crossings(case, seeds):
+    "a read, two writes with the next reads, and every gradient, against float64"
+    n, b, t, d, dtype, settings = case
+    cfg = MHCConfig(streams=int(n), iterations=3, **settings)
+    single = "norm_eps" in settings
     layer = HyperConnection(d, cfg, rngs=nnx.Rngs(1))
-    layer.alpha[...] = jnp.array([0.5, -0.7, 1.0])
-    graph, weights = nnx.split(layer, nnx.Param)
-    keys = jax.random.split(jax.random.key(len(case)), 2 * n + 1)
-    streams = tuple(jax.random.normal(k, (b, t, d)).astype(dtype) for k in keys[:n])
-    cotangents = [jax.random.normal(k, (b, t, d)) for k in keys[n:]]
+    layer.hands_on = single
+    norm = RMSNorm(d, 1e-3, "centred" if n == 3 else "uncentred")
+    graph, weights = nnx.split((layer, norm), nnx.Param)
 
-    def both_passes(kernel, weights, streams, cotangents):
-        def total(weights, streams):
-            layer = nnx.merge(graph, weights)
-            layer.cfg = replace(cfg, kernel=kernel)
-            read, context = layer.read(streams)
-            found = read, *layer.write(streams, jnp.tanh(read), context)
+    def crossed(layer, norm, streams):
+        maps = layer(streams)
+        state = (streams, tuple(maps.pre)) if single else streams
+        y = jnp.tanh(norm(merge_streams(streams, maps.pre)))
+        before = state, y, maps
+        state, x, u = layer.cross(*before, norm)
+        state, x, u = layer.cross(state, jnp.sin(x), layer.maps(u), norm, before)
+        return *(state[0] if single else state), x, u
+
+    def apart(layer, norm, streams):
+        maps = layer(streams)
+        x = norm(merge_streams(streams, maps.pre))
+        for f in (jnp.tanh, jnp.sin):
+            streams = layer.write(streams, f(x), maps)
+            handed = maps.pre
+            maps = layer(streams)
+            x = norm(merge_streams(streams, handed if single else maps.pre))
+        return *streams, x, layer.projected(streams)
+
+    def both_passes(form):
+        def total(weights, streams, cotangents):
+            found = form(*nnx.merge(graph, weights), streams)
             pairs = zip(found, cotangents)
             return sum(jnp.sum(x.astype(c.dtype) * c) for x, c in pairs), found
 
-        passes = jax.value_and_grad(total, (0, 1), has_aux=True)
-        return jax.tree.leaves(jax.jit(passes)(weights, streams))
+        return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
 
-    ours = both_passes("pallas", weights, streams, cotangents)
-    with jax.enable_x64(True):
-        exact = jax.tree.map(
-            lambda a: jnp.asarray(np.asarray(a, np.float64)), (weights, streams, cotangents)
-        )
-        exact = both_passes("xla", *exact)
-    assert len(ours) == len(exact)
-    tolerance = 3e-6 if dtype == "float32" else 2e-2
-    for mine, expected in zip(ours, exact):
-        mine, expected = np.asarray(mine, np.float64), np.asarray(expected)
-        np.testing.assert_allclose(mine, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    fast, slow = both_passes(crossed), both_passes(apart)
+    tolerance = 3e-5 if dtype == "float32" else 5e-2
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+        drawn = jax.tree.map(lambda w: w + 0.3 * draw(*w.shape), weights)
+        streams = tuple(jnp.asarray(draw(b, t, d), dtype) for _ in range(n))
+        cotangents = [draw(b, t, d) for _ in range(n + 1)] + [draw(cfg.packed, b, t)]
+        given = drawn, streams, cotangents
+        ours = jax.tree.leaves(fast(*given))
+        with jax.enable_x64(True):
+            given = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), given)
+            exact = jax.tree.leaves(slow(*given))
+        assert len(ours) == len(exact)
+        for mine, expected in zip(ours, exact):
+            mine, expected = np.asarray(mine, np.float64), np.asarray(expected)
+            few = expected.size <= 3  # sums over all tokens that cancel
+            if few and dtype == "bfloat16":
+                continue
+            error = np.abs(mine - expected).max() / max(np.abs(expected).max(), 1e-3)
+            assert error <= (10 if few else 1) * tolerance, (case, seed, mine.shape, error)
 
 
-def test_the_model_with_kernels_is_itself():
-    "loss and gradients; the maps of every layer are handed out bare"
+@pytest.mark.parametrize("case", CASES)
+def test_crossings_are_reads_norms_and_writes(case):
+    "over 8 seeds"
+    check_crossings(CASES[case], range(8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_crossings_of_200_shapes(part):
+    for seed in range(20 * part, 20 * part + 20):
+        check_crossings(drawn_case(seed), [seed])
+
+
+@pytest.mark.parametrize("residual", ["mhc", "v41"])
+def test_the_model_with_kernels_is_itself(residual):
+    "loss, gradients, and the maps of every layer"
     ids = jax.random.randint(jax.random.key(0), (2, 64), 0, 256)
     found = []
     for kernel in ("pallas", "xla"):
-        mhc = MHCConfig(streams=2, iterations=2, kernel=kernel)
-        cfg = ModelConfig.tiny(remat="block", layers=1, mhc=mhc)
+        few = dict(streams=2, iterations=2, kernel=kernel)
+        own = dict(mhc=MHCConfig(**few), residuals=ResidualConfig(**few))
+        remat = "dots" if residual == "mhc" else "block"
+        cfg = ModelConfig.tiny(residual=residual, remat=remat, **own)
         graph, weights = nnx.split(LM(cfg, nnx.Rngs(0)), nnx.Param)
-        total = lambda w: nnx.merge(graph, w).objective(ids, ids)[0]
-        found.append(jax.jit(jax.value_and_grad(total))(weights))
+
+        def total(w):
+            lm = nnx.merge(graph, w)
+            return lm.objective(ids, ids)[0], lm.routing(ids)
+
+        found.append(jax.jit(jax.value_and_grad(total, has_aux=True))(weights))
     for mine, theirs in zip(*map(jax.tree.leaves, found)):
         np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_less_than_a_block_of_tokens_keeps_the_plain_form():
-    cfg = MHCConfig(streams=2, kernel="pallas")
-    layer = HyperConnection(8, cfg, rngs=nnx.Rngs(0))
-    for tokens, fused in ((127, False), (128, True)):
-        streams = StreamEnds(8, cfg, rngs=nnx.Rngs(0)).begin(jnp.zeros((1, tokens, 8)))
-        text = str(jax.make_jaxpr(lambda s: layer.read(s)[0])(streams))
+    cfg = ModelConfig.tiny(mhc=MHCConfig(streams=2, kernel="pallas"))
+    graph, weights = nnx.split(nnx.eval_shape(lambda: LM(cfg, nnx.Rngs(0))))
+    for tokens, fused in ((31, False), (32, True)):
+        ids = jnp.zeros((4, tokens), jnp.int32)
+        text = str(jax.make_jaxpr(lambda w: nnx.merge(graph, w).hidden(ids))(weights))
         assert ("pallas_call" in text) == fused
 
 
@@ -90,20 +146,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
+from nash_lab.model.layers import RMSNorm
 from nash_lab.model.mhc import HyperConnection, MHCConfig
 (device,) = topologies.get_topology_desc(
     platform="tpu", topology_name="v6e:1x1", chips_per_host_bounds=(1, 1, 1), num_slices=1
 ).devices
 here = jax.sharding.SingleDeviceSharding(device)
 layer = HyperConnection(200, MHCConfig(iterations=2, kernel="pallas"), rngs=nnx.Rngs(0))
-graph, weights = nnx.split(layer)
+graph, weights = nnx.split((layer, RMSNorm(200)))
 place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
 x = jax.ShapeDtypeStruct((1, 300, 200), jnp.bfloat16, sharding=here)
 def total(weights, streams):
-    layer = nnx.merge(graph, weights)
-    read, held = layer.read(streams)
-    after = layer.write(streams, read, held)
-    return sum(jnp.sum(x.astype(jnp.float32)) for x in after)
+    layer, norm = nnx.merge(graph, weights)
+    x, maps = layer.read(streams)
+    before = streams, x, maps
+    after, x, u = layer.cross(*before, norm)
+    after, x, u = layer.cross(after, x, layer.maps(u), norm, before)
+    return sum(jnp.sum(x.astype(jnp.float32)) for x in (*after, x))
 program = jax.jit(jax.value_and_grad(total, (0, 1)))
 text = program.lower(jax.tree.map(place, weights), (x,) * 4).compile().as_text()
 print(text.count('custom_call_target="tpu_custom_call"'))

@@ -5,8 +5,8 @@ size at 2 and at 24 layers, and its loss needs less than half the memory of one 
 
 # %% auto #0
 __all__ = ['ATTENTIONS', 'PRESETS', 'REMATS', 'ModelConfig', 'add_aux', 'Block', 'stacked',
-           'run_stack', 'cut_time', 'join_time', 'map_chunks', 'einsum32', 'nats_of',
-           'chunked_nats']
+           'run_stack', 'cross_stack', 'cut_time', 'join_time', 'map_chunks', 'einsum32',
+           'nats_of', 'chunked_nats']
 
 # %% ../../nbs/model/18_block.ipynb #c003
 from collections.abc import Callable
@@ -23,11 +23,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..core.configs import check_choices, check_range, check_that
 from ..core.keys import named_key
 from ..maths.flash import NAME
+from ..maths.mhc_kernels import LANES
+from ..maths.mhc_kernels import NAME as CROSSING
 from .attention import GQA, KVCache
 from .diff import DIFF1, DIFF2, DiffConfig
 from .layers import FFNS, RMSNorm, RopeConfig, dropout
 from .maha import MAHA, MAHAConfig
-from .mhc import MHCConfig, bare_maps
+from .mhc import MHCConfig
 from .mla import MLA, MLAConfig
 from .moe import MoE, MoEConfig
 from .residuals import RESIDUALS, ResidualConfig
@@ -360,53 +362,61 @@ class Block(nnx.Module):
         key: PRNGKeyArray | None = None,  # turns dropout on
     ):
         "Next state, updated cache, maps of both sublayers (None when plain), auxiliary loss."
-        cfg = self.cfg
         if self.place:
             state = jax.tree.map(self.place, state)
-
-        def drop(y, name):
-            return dropout(
-                y, cfg.dropout, None if key is None else named_key(key, name)
-            )
-
-        attention_aux = None
-        ffn_aux = None
 
         x, attention_maps = self.attention_hyper.read(state)
         if self.attention_norm is not None:
             x = self.attention_norm(x)
-        where = dict(positions=positions, segments=segments, cache=cache, depth=depth)
-        if cfg.attention == "maha":
-            (y, cache), _, attention_aux = self.attention.weighted(x, **where)
-        else:
-            y, cache = self.attention(x, **where)
-        y = drop(y, "attention")
+        where = dict(positions=positions, segments=segments, depth=depth)
+        y, cache, attention_aux = self.attention_sublayer(
+            x, cache=cache, key=key, **where
+        )
         state = self.attention_hyper.write(state, y, attention_maps)
 
         x, ffn_maps = self.ffn_hyper.read(state)
         if self.ffn_norm is not None:
             x = self.ffn_norm(x)
-        if cfg.ffn == "moe":
-            y, ffn_aux = self.ffn.with_aux(x)
+        y, ffn_aux = self.ffn_sublayer(x, key)
+        state = self.ffn_hyper.write(state, y, ffn_maps)
+        aux = add_aux(attention_aux, ffn_aux)
+        return state, cache, (attention_maps, ffn_maps), aux
+
+    def drop(self, y, name: str, key: PRNGKeyArray | None):
+        "Dropout of a sublayer's output."
+        key = None if key is None else named_key(key, name)
+        return dropout(y, self.cfg.dropout, key)
+
+    def attention_sublayer(
+        self, x: Float[Array, "b t d"], *, key: PRNGKeyArray | None, **where
+    ):
+        "The attention sublayer on what was read and normed: output, cache, auxiliary loss."
+        aux = None
+        if self.cfg.attention == "maha":
+            (y, cache), _, aux = self.attention.weighted(x, **where)
+        else:
+            y, cache = self.attention(x, **where)
+        return self.drop(y, "attention", key), cache, aux
+
+    def ffn_sublayer(self, x: Float[Array, "b t d"], key: PRNGKeyArray | None):
+        "The FFN sublayer: output, auxiliary loss."
+        aux = None
+        if self.cfg.ffn == "moe":
+            y, aux = self.ffn.with_aux(x)
         else:
             y = self.ffn(x)
-        y = drop(y, "ffn")
-        state = self.ffn_hyper.write(state, y, ffn_maps)
-        return (
-            state,
-            cache,
-            (bare_maps(attention_maps), bare_maps(ffn_maps)),
-            add_aux(attention_aux, ffn_aux),
-        )
+        return self.drop(y, "ffn", key), aux
 
 # %% ../../nbs/model/18_block.ipynb #c015
 # what attention over long rows leaves for its backward pass is small, and dear to repeat
 _attention = jax.checkpoint_policies.save_only_these_names(NAME)
+# what a crossing of streams shows to a sublayer is a fraction of the streams
+_both = jax.checkpoint_policies.save_only_these_names(NAME, CROSSING)
 REMATS = {
     "none": None,
     "block": _attention,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _attention
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _both
     ),
 }
 
@@ -443,6 +453,14 @@ def run_stack(
         None if key is None else jax.random.split(named_key(key, "blocks"), cfg.layers)
     )
 
+    variant = RESIDUALS[cfg.residual]
+    if variant.crosses and getattr(cfg, variant.settings).kernel == "pallas":
+        bare = isinstance(blocks.attention_hyper, variant.site)  # nobody watches it
+        one_chip = cache is None and blocks.place is None
+        if bare and one_chip and positions.size >= LANES:
+            where = dict(positions=positions, segments=segments)
+            return cross_stack(cfg, blocks, state, keys, **where)
+
     def layer(carry, own):
         state, cache = carry
         weights, index, key = own
@@ -466,7 +484,51 @@ def run_stack(
         aux = aux.sum()
     return state, cache, maps, aux
 
-# %% ../../nbs/model/18_block.ipynb #c022
+# %% ../../nbs/model/18_block.ipynb #c017
+def cross_stack(
+    cfg: ModelConfig,
+    blocks: Block,  # stacked; their sites have `first_read` and `cross`
+    state: Any,  # of the residual connection, from `begin`
+    keys: PRNGKeyArray | None,  # of every layer
+    *,
+    positions: Int[Array, "b t"],
+    segments: Int[Array, "b t"] | None,
+):
+    "`run_stack` where a write, the next sublayer's read and its norm are one pass over the streams."
+    graph, weights = nnx.split(blocks)
+    # a block ends with the read of the next one; what the last block reads is for nobody
+    door, own = nnx.split((blocks.attention_hyper, blocks.attention_norm))
+    following = jax.tree.map(lambda w: jnp.roll(w, -1, 0), own)
+    hyper, norm = nnx.merge(door, jax.tree.map(lambda w: w[0], own))
+    start = state, *hyper.first_read(state, norm)
+
+    def crossed_layer(carry, own):
+        state, x, u = carry
+        weights, following, index, key = own
+        block = nnx.merge(graph, weights)
+        hyper, norm = nnx.merge(door, following)
+        where = dict(positions=positions, segments=segments, depth=index, key=key)
+
+        maps = block.attention_hyper.maps(u)
+        y, _, aux = block.attention_sublayer(x, cache=None, **where)
+        before = state, y, maps
+        state, x, u = block.ffn_hyper.cross(*before, block.ffn_norm)
+
+        ffn_maps = block.ffn_hyper.maps(u)
+        y, ffn_aux = block.ffn_sublayer(x, key)
+        carry = hyper.cross(state, y, ffn_maps, norm, before)
+        return carry, ((maps, ffn_maps), add_aux(aux, ffn_aux))
+
+    if cfg.remat != "none":
+        policy = REMATS[cfg.remat]
+        crossed_layer = jax.checkpoint(crossed_layer, policy=policy, prevent_cse=False)
+    inputs = weights, following, jnp.arange(cfg.layers), keys
+    (state, _, _), (maps, aux) = jax.lax.scan(
+        crossed_layer, start, inputs, unroll=cfg.unroll
+    )
+    return state, None, maps, None if aux is None else aux.sum()
+
+# %% ../../nbs/model/18_block.ipynb #c024
 def cut_time(arrays, chunk: int):
     "A pytree of [b t ...], zero-padded and cut along time: [t / chunk, b, chunk, ...]."
     leaves, tree = jax.tree.flatten(arrays)
@@ -500,7 +562,7 @@ def map_chunks(f: Callable, arrays, chunk: int):
     t = jax.tree.leaves(arrays)[0].shape[1]
     return join_time(results, t)
 
-# %% ../../nbs/model/18_block.ipynb #c025
+# %% ../../nbs/model/18_block.ipynb #c027
 def einsum32(
     spec: str, a: Float[Array, "*m"], b: Float[Array, "*n"]
 ) -> Float[Array, "*o"]:
@@ -526,7 +588,7 @@ def nats_of(
     nats = logsum - jnp.take_along_axis(z, targets[..., None], -1)
     return nats[..., 0], z, logsum
 
-# %% ../../nbs/model/18_block.ipynb #c027
+# %% ../../nbs/model/18_block.ipynb #c029
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_nats(
     hidden: Float[Array, "b t d"],

@@ -7,7 +7,7 @@ bits per byte and mixing them 0.02; in 200-step runs with three seeds neither sh
 # %% auto #0
 __all__ = ['MHCConfig', 'project', 'Routing', 'identity_like', 'route_projection', 'route_streams',
            'merge_streams', 'spread_streams', 'to_public', 'routing', 'merge', 'spread',
-           'starting_bias', 'Held', 'bare_maps', 'HyperConnection', 'StreamEnds']
+           'starting_bias', 'HyperConnection', 'StreamEnds']
 
 # %% ../../nbs/model/16_mhc.ipynb #c003
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 
 from ..core.configs import check_choices, check_range, check_that
 from ..maths.birkhoff import permutations, sinkhorn_leading
-from ..maths.mhc_kernels import LANES, read_streams, write_streams
-from .layers import linear, wide
+from ..maths.mhc_kernels import cross_streams
+from .layers import RMSNorm, linear, wide
 
 # %% ../../nbs/model/16_mhc.ipynb #c012
 @dataclass(frozen=True)
@@ -276,20 +276,10 @@ def starting_bias(cfg: MHCConfig) -> Float[Array, "m"]:
     return jnp.asarray(bias, jnp.float32)
 
 # %% ../../nbs/model/16_mhc.ipynb #c037
-class Held(NamedTuple):
-    "What the kernels hand from reading to writing: the maps, and the streams."
-
-    maps: Routing
-    streams: tuple[Float[Array, "b t d"], ...]
-
-
-def bare_maps(maps: Routing | Held | None) -> Routing | None:
-    "The maps alone."
-    return maps.maps if isinstance(maps, Held) else maps
-
-
 class HyperConnection(nnx.Module):
     "Float32 weights of one sublayer's maps: phi [n*d, m], alpha [3], bias [m], gain [n*d]."
+
+    hands_on = False  # whether the next sublayer reads with these read weights
 
     def __init__(self, width: int, cfg: MHCConfig, index: int = 0, *, rngs: nnx.Rngs):
         size = cfg.streams * width
@@ -323,40 +313,62 @@ class HyperConnection(nnx.Module):
             maps = maps._replace(res=gated)
         return maps
 
+    def projected(self, streams: tuple[Float[Array, "b t d"], ...]) -> Array:
+        "What the maps are made of, [m b t]."
+        return project(streams, self.weighted_phi(), self.cfg.root_eps)
+
     def __call__(self, streams: tuple[Float[Array, "b t d"], ...]) -> Routing:
         "Maps for these streams, token axes last."
-        return self.maps(project(streams, self.weighted_phi(), self.cfg.root_eps))
+        return self.maps(self.projected(streams))
 
     def read(
         self, streams: tuple[Float[Array, "b t d"], ...]
-    ) -> tuple[Float[Array, "b t d"], Routing | Held]:
+    ) -> tuple[Float[Array, "b t d"], Routing]:
         "What the sublayer reads, H_pre x, and the maps."
-        cfg = self.cfg
-        x = streams[0]
-        few = x.size < LANES * x.shape[-1]  # less than one block of tokens
-        if cfg.kernel != "pallas" or few or x.dtype == jnp.float64:
-            maps = self(streams)
-            return merge_streams(streams, maps.pre), maps
-
-        gate = self.alpha[...][0], self.bias[...][: cfg.streams]
-        lift = cfg.eps if cfg.convention == "deepseek" else 0.0
-        phi = self.weighted_phi()
-        read, u, kept = read_streams(streams, phi, *gate, cfg.root_eps, lift)
-        return read, Held(self.maps(u), kept)
+        maps = self(streams)
+        return merge_streams(streams, maps.pre), maps
 
     def write(
         self,
         streams: tuple[Float[Array, "b t d"], ...],
         y: Float[Array, "b t d"],  # output of the sublayer
-        maps: Routing | Held,  # of `read`
+        maps: Routing,  # of `read`
     ) -> tuple[Float[Array, "b t d"], ...]:
         "The next streams, H_res x + H_post y (paper Eq. 3)."
-        held = maps
-        maps = bare_maps(held)
         mix = None if self.cfg.h_res == "identity" else maps.res
-        if held is not maps:
-            return write_streams(held.streams, y, maps.post, mix)
         return spread_streams(streams, y, maps.post, mix)
+
+    def first_read(self, state, norm: RMSNorm):
+        "What the first sublayer of a stack sees, and its projection, as `cross` gives them."
+        streams = state[0] if self.hands_on else state
+        return norm(self.read(state)[0]), self.projected(streams)
+
+    def cross(
+        self,
+        state,  # of the residual connection, before the write
+        y: Float[Array, "b t d"],  # output of the sublayer before
+        maps: Routing,  # of the sublayer before
+        norm: RMSNorm,  # of this sublayer
+        before: tuple | None = None,  # state, y and maps of the crossing before
+    ):
+        "Write for the sublayer before, read and norm for this one: state, what it sees, projection."
+        cfg = self.cfg
+
+        def pieces(state, y, maps):
+            streams = state[0] if self.hands_on else state
+            res = None if cfg.h_res == "identity" else maps.res
+            return streams, y, maps.post, res, maps.pre if self.hands_on else None
+
+        gain = jnp.float32(1) if norm.gain is None else norm.gain[...]
+        if norm.mode == "centred":
+            gain = gain + 1
+        gain = jnp.broadcast_to(gain, y.shape[-1:])
+        read = self.weighted_phi(), self.alpha[...][0], self.bias[...][: cfg.streams]
+        lift = cfg.eps if cfg.convention == "deepseek" else 0.0
+        settings = gain, cfg.root_eps, lift, norm.eps
+        again = None if before is None else pieces(*before)
+        streams, x, u = cross_streams(*pieces(state, y, maps), *read, *settings, again)
+        return (streams, tuple(maps.pre)) if self.hands_on else streams, x, u
 
 # %% ../../nbs/model/16_mhc.ipynb #c043
 class StreamEnds(nnx.Module):

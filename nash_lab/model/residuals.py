@@ -14,14 +14,14 @@ __all__ = ['Streams', 'RESIDUALS', 'ResidualConfig', 'PlainSite', 'PlainEnds', '
 # %% ../../nbs/model/17_residuals.ipynb #c003
 from dataclasses import dataclass
 from math import factorial, log
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..core.configs import check_range, check_that
+from ..core.configs import check_choices, check_range, check_that
 from ..maths.birkhoff import permutations
 from nash_lab.model.layers import (
     Linear,
@@ -57,8 +57,11 @@ class ResidualConfig:
     # most that wide's streams forget at a site; 0 remembers everything
     forget: float = 0.0
     block: int = 1  # sites of one source of attnres; 1 is the full form
+    # of v4 and v41, as in MHCConfig
+    kernel: Literal["auto", "xla", "pallas"] = "auto"
 
     def __post_init__(self):
+        check_choices(self)
         check_range(self, "streams", "iterations", "rank", "block", at_least=1)
         check_range(self, "alpha", "eps", at_least=0)
         check_range(self, "forget", at_least=0, below=1)
@@ -247,7 +250,7 @@ class FracEnds(nnx.Module):
 def deepseek_maps(cfg: ResidualConfig, **changes) -> MHCConfig:
     "DeepSeek's convention of mHC, with the settings of the family."
     own = dict(streams=cfg.streams, iterations=cfg.iterations)
-    own |= dict(alpha=cfg.alpha, eps=cfg.eps)
+    own |= dict(alpha=cfg.alpha, eps=cfg.eps, kernel=cfg.kernel)
     return MHCConfig.deepseek_v4(**own | changes)
 
 
@@ -267,6 +270,8 @@ class V4Ends(StreamEnds):
 
 class V41Site(HyperConnection):
     "Single-pass mHC of DeepSeek-V4.1: a site reads with the maps of the site before."
+
+    hands_on = True
 
     def __init__(self, width: int, cfg: ResidualConfig, index: int = 0, *, rngs):
         maps = deepseek_maps(cfg, norm_eps=1e-20)
@@ -586,9 +591,10 @@ class Residual(NamedTuple):
     settings: str = "residuals"  # field of ModelConfig
     pre_norm: bool = True  # whether sublayers norm what they read
     final_norm: bool = True  # whether a norm follows `end`
-    mixes: bool = (
-        False  # whether the streams exchange content: H_pre and H_res to look at
-    )
+    # whether the streams exchange content: H_pre and H_res to look at
+    mixes: bool = False
+    # whether a site can write for the one before and read in one pass: first_read, cross, maps
+    crosses: bool = False
 
 
 RESIDUALS = {
@@ -596,9 +602,11 @@ RESIDUALS = {
     "wider": Residual(WiderSite, WiderEnds),
     "hc": Residual(HCSite, CopyEnds, mixes=True),
     "frac": Residual(FracSite, FracEnds),
-    "mhc": Residual(HyperConnection, StreamEnds, settings="mhc", mixes=True),
-    "v4": Residual(V4Site, V4Ends, mixes=True),
-    "v41": Residual(V41Site, V41Ends, mixes=True),
+    "mhc": Residual(
+        HyperConnection, StreamEnds, settings="mhc", mixes=True, crosses=True
+    ),
+    "v4": Residual(V4Site, V4Ends, mixes=True, crosses=True),
+    "v41": Residual(V41Site, V41Ends, mixes=True, crosses=True),
     "lite": Residual(LiteSite, CopyEnds, mixes=True),
     "kromhc": Residual(KromSite, CopyEnds, mixes=True),
     "ihc": Residual(IdentitySite, IdentityEnds),

@@ -25,7 +25,7 @@ from ..data.corpus import PackedTokens
 from ..data.loader import eval_batches
 from ..maths.birkhoff import composite, gains, mixing_distances
 from ..model.layers import wide
-from ..model.mhc import Held, HyperConnection, Routing, bare_maps, to_public
+from ..model.mhc import HyperConnection, Routing, to_public
 from nash_lab.model.residuals import (
     FracSite,
     HCSite,
@@ -67,7 +67,7 @@ class Change(NamedTuple):
 class Seen(NamedTuple):
     "What a watched site hands out in place of its maps."
 
-    maps: Routing | Held | None
+    maps: Routing | None
     spread: Float[Array, "b t"] | None  # of the streams that the site found
 
 
@@ -91,15 +91,13 @@ class WatchedSite(nnx.Module):
         "As the site, with the changed H_res in the maps."
         state = self.found(state)
         x, maps = self.site.read(state)
-        own = bare_maps(maps)
-        if self.change and own is not None and own.res is not None:
+        if self.change and maps is not None and maps.res is not None:
             mix, put = (
-                self.change[k][...].astype(own.res.dtype) for k in ("mix", "put")
+                self.change[k][...].astype(maps.res.dtype) for k in ("mix", "put")
             )
-            mixed = jnp.einsum("ij,jk...->ik...", mix, own.res, precision="highest")
-            mixed = mixed + put.reshape(*put.shape, *(1,) * (own.res.ndim - 2))
-            own = own._replace(res=jnp.where(self.change["on"][...], mixed, own.res))
-            maps = maps._replace(maps=own) if isinstance(maps, Held) else own
+            mixed = jnp.einsum("ij,jk...->ik...", mix, maps.res, precision="highest")
+            mixed = mixed + put.reshape(*put.shape, *(1,) * (maps.res.ndim - 2))
+            maps = maps._replace(res=jnp.where(self.change["on"][...], mixed, maps.res))
         return x, Seen(maps, stream_spread(streams_in(state)))
 
     def write(self, state: Any, y: Float[Array, "b t d"], seen: Seen) -> Any:
@@ -116,7 +114,6 @@ def watched(
         own = None if change is None else Change(*(a[:, i] for a in change))
         setattr(lm.blocks, name, WatchedSite(getattr(lm.blocks, name), own))
     hidden, _, pairs, _ = lm.forward(tokens, **where)
-    pairs = [seen._replace(maps=bare_maps(seen.maps)) for seen in pairs]
     both = jax.tree.map(lambda *pair: jnp.stack(pair, 1), *pairs)
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), both)  # [l 2 ...]
     return hidden, to_public(flat, lead=1)
