@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..core.configs import check_that
-from .problems import Problem, State, json_inside
+from .problems import Problem, json_inside
 
 # %% ../../nbs/discover/77_constants.ipynb #c006
 LARGEST = 10**15  # of an entry

@@ -494,7 +494,7 @@ def cross_stack(
     positions: Int[Array, "b t"],
     segments: Int[Array, "b t"] | None,
 ):
-    "`run_stack` where a write, the next sublayer's read and its norm are one pass over the streams."
+    "`run_stack` where write, next read and its norm are one pass over the streams."
     graph, weights = nnx.split(blocks)
     # a block ends with the read of the next one; what the last block reads is for nobody
     door, own = nnx.split((blocks.attention_hyper, blocks.attention_norm))

@@ -351,7 +351,7 @@ class HyperConnection(nnx.Module):
         norm: RMSNorm,  # of this sublayer
         before: tuple | None = None,  # state, y and maps of the crossing before
     ):
-        "Write for the sublayer before, read and norm for this one: state, what it sees, projection."
+        "Write for the sublayer before, read and norm for this one: state, input, projection."
         cfg = self.cfg
 
         def pieces(state, y, maps):

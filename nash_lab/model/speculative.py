@@ -336,7 +336,7 @@ class DraftTally:
             )
         self.stats = SpecStats((0,) * lm.cfg.depths, 0, 0)
 
-    def add(self, new: SpecStats) -> None:
+    def __call__(self, new: SpecStats) -> None:
         "Add what a call did."
         kept = tuple(a + b for a, b in zip(self.stats.kept, new.kept))
         calls = self.stats.calls + new.calls
@@ -361,7 +361,7 @@ def draw_rows(
     if tally is None:
         return rollout(lm, prompts, cfg, key, copies)
     drawn, stats = speculate(lm, prompts, cfg, key, copies)
-    tally.add(stats)
+    tally(stats)
     return drawn
 
 # %% ../../nbs/model/22_speculative.ipynb #c018
