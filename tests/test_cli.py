@@ -410,7 +410,7 @@ def test_bad_use(tmp_path, capsys):
     )
     fails(capsys, ["generate", "--preset", "tiny"], 2, "GenerateJob holds no model")
     fails(capsys, ["pretrain", "--preset", "huge"], 2, "'huge'")
-    fails(capsys, ["study", "nothing"], 2, "study ablation, study arms, study learning")
+    fails(capsys, ["study", "nothing"], 2, "study ablation, study arms, study gates")
     fails(capsys, ["lora", "melt"], 2, "lora apply, lora merge, lora export")
 
 

@@ -114,6 +114,12 @@ VERBS = {
         WORK,
         "out",
     ),
+    "gates": Verb(
+        "discover.gates:GatesConfig",
+        "learn to set the gates of a trained model, with controls",
+        "discover.gates:steer",
+        "out",
+    ),
     "probe": Verb(
         "lab.jobs:ProbeJob",
         "what each mixer of a trained model is worth, by changing it",
@@ -151,6 +157,12 @@ VERBS = {
         "studies.arms:Config",
         "the same as discover arms",
         "studies.arms:run_study",
+        "out",
+    ),
+    "study gates": Verb(
+        "studies.gates:Config",
+        "when can a controller steer the gates; baseline, mHC and tuned gates",
+        "studies.gates:run_study",
         "out",
     ),
     "study learning": Verb(
@@ -236,7 +248,7 @@ def verb_name(args: Sequence[str]) -> str:
 
 # %% ../../nbs/lab/88_cli.ipynb #c014
 LARGE = set(
-    "datasets datasketch flax grain jax jaxlib jaxtyping jinja2 matplotlib numpy"
+    "datasets datasketch flax grain gymnasium jax jaxlib jaxtyping jinja2 matplotlib numpy"
     " optax orbax safetensors sentencepiece tokenizers tqdm wandb".split()
 )
 

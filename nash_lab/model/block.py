@@ -273,7 +273,10 @@ PRESETS = {
     ),
     "gpt-d12": _D12,
     "gpt-d12-mhc": _D12
-    | dict(residual="mhc", mhc=MHCConfig(gates=True, iterations=50, gain=False)),
+    | dict(
+        residual="mhc",
+        mhc=MHCConfig(gates=True, gate_noise=0.2, iterations=50, gain=False),
+    ),
     "macro-150m": _MACRO,
     "macro-1b": _MACRO
     | dict(width=1536, layers=32, heads=24, kv_heads=12, ffn_width=6144, remat="dots"),

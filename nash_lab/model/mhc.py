@@ -7,7 +7,7 @@ bits per byte and mixing them 0.02; in 200-step runs with three seeds neither sh
 # %% auto #0
 __all__ = ['MHCConfig', 'project', 'Routing', 'identity_like', 'route_projection', 'route_streams',
            'merge_streams', 'spread_streams', 'to_public', 'routing', 'merge', 'spread',
-           'starting_bias', 'HyperConnection', 'StreamEnds']
+           'starting_bias', 'gate_logit', 'HyperConnection', 'StreamEnds']
 
 # %% ../../nbs/model/16_mhc.ipynb #c003
 from dataclasses import dataclass
@@ -37,6 +37,10 @@ class MHCConfig:
     alpha: float = 0.01
     iterations: int = 20  # of Sinkhorn, columns then rows
     clamp: float = 15.0  # bound on the H_res logits before exp, 0 for none
+    tau: float = 1.0  # temperature that divides the H_res logits before the bound
+    # reads, writes and mixing before training: a share of every stream and hardly any
+    # mixing; the first stream and hardly any; a half of every stream and full mixing
+    start: Literal["even", "first", "uniform"] = "even"
     eps: float = 1e-6  # added to every Sinkhorn sum
     norm_eps: float | None = None  # inside the root of the norm; None is eps
     # std of the projection at the start; 0 leaves all streams alike
@@ -48,6 +52,9 @@ class MHCConfig:
     convention: Literal["paper", "deepseek"] = "paper"
     # a learned scalar g per sublayer: H_res becomes (1 - g) I + g H_res
     gates: bool = False
+    gate_start: float = 0.01  # g before training
+    # while training, g of each row is multiplied by a draw from 1 - this to 1 + this
+    gate_noise: float = 0.0
     # pallas is for one TPU chip; auto is xla until the kernels have been timed there
     kernel: Literal["auto", "xla", "pallas"] = "auto"
 
@@ -58,6 +65,8 @@ class MHCConfig:
             self, "iterations", at_least=2 if self.convention == "deepseek" else 1
         )
         check_range(self, "clamp", "eps", "phi_std", "stream_embedding", at_least=0)
+        check_range(self, "tau", above=0)
+        check_range(self, "gate_start", "gate_noise", at_least=0, at_most=1)
         if self.h_res == "lite":
             check_that(
                 self, "streams", self.streams <= 5, "at most 5 with n! permutations"
@@ -66,6 +75,8 @@ class MHCConfig:
             check_that(
                 self, "gates", not self.gates, "False: nothing lies between I and I"
             )
+        if self.gate_noise:
+            check_that(self, "gates", self.gates, "True: the noise is on the gates")
 
     @property
     def root_eps(self) -> float:
@@ -138,6 +149,8 @@ def route_projection(
     h_pre = a[0] * u[:n] + b[:n]
     h_post = a[1] * u[n : 2 * n] + b[n : 2 * n]
     h_res = a[2] * u[2 * n :] + b[2 * n :]
+    if cfg.tau != 1:
+        h_res = h_res / cfg.tau
 
     pre = jax.nn.sigmoid(h_pre)  # Eq. 17
     post = 2 * jax.nn.sigmoid(h_post)  # Eq. 18
@@ -258,24 +271,36 @@ def spread(
 def starting_bias(cfg: MHCConfig) -> Float[Array, "m"]:
     "Static coefficients at step 0: read 1/n, write 1/n, H_res near the identity."
     n = cfg.streams
-    # logit(1 / n); sigma(15) reads the only stream whole
-    pre = -log(n - 1) if n > 1 else 15.0
-    half = 1 / (2 * n)  # post is twice a sigmoid
-    post = log(half / (1 - half))
+    if cfg.start == "even":
+        pre = [-log(n - 1)] * n if n > 1 else [15.0]  # sigma(15) reads it whole
+        half = 1 / (2 * n)  # post is twice a sigmoid
+        post = log(half / (1 - half))
+        apart = 4.0  # logit of the diagonal of H_res above its other entries
+    else:
+        first = cfg.start == "first"
+        pre = [4.0, *[-4.0] * (n - 1)] if first else [0.0] * n
+        post = 0.0
+        apart = 8.0 if first else 0.0
     res = np.zeros(cfg.packed - 2 * n)
 
     if cfg.h_res == "sinkhorn":
-        res = (4 * np.eye(n) - 2).ravel()
+        res = (apart * np.eye(n) - apart / 2).ravel()
     elif cfg.h_res == "lite" and n > 1:
-        diagonal = 1 / (1 + (n - 1) * np.exp(-4.0))  # what Sinkhorn makes of +2 and -2
+        diagonal = 1 / (1 + (n - 1) * np.exp(-apart))  # what Sinkhorn makes of it
         others = factorial(n) - 1
         shared = (factorial(n - 1) - 1) / others  # of them keep a given stream in place
         p = (diagonal - shared) / (1 - shared)
         res[0] = log(p * others / (1 - p))
-    bias = [pre] * n + [post] * n + list(res)
+    bias = [*pre, *[post] * n, *res]
     return jnp.asarray(bias, jnp.float32)
 
-# %% ../../nbs/model/16_mhc.ipynb #c037
+# %% ../../nbs/model/16_mhc.ipynb #c043
+def gate_logit(g: Float[Array, "*m"]) -> Float[Array, "*m"]:
+    "The logit of gates in [0, 1], float32; both ends are infinite and exact."
+    g = jnp.asarray(g, jnp.float32)
+    return jnp.log(g) - jnp.log1p(-g)
+
+
 class HyperConnection(nnx.Module):
     "Float32 weights of one sublayer's maps: phi [n*d, m], alpha [3], bias [m], gain [n*d]."
 
@@ -292,10 +317,10 @@ class HyperConnection(nnx.Module):
         self.bias = nnx.Param(starting_bias(cfg))
         self.gain = nnx.Param(jnp.ones(size, jnp.float32)) if cfg.gain else None
         if cfg.gates:
-            g = jnp.float32(0.01)
-            self.gate = nnx.Param(jnp.log(g) - jnp.log1p(-g))  # the logit of g
+            self.gate = nnx.Param(gate_logit(cfg.gate_start))
         else:
             self.gate = None
+        self.gate_factor = nnx.data(None)  # one a row, where training draws noise
 
     def weighted_phi(self) -> Float[Array, "nd m"]:
         "The projection with the gain of the norm multiplied in."
@@ -308,6 +333,9 @@ class HyperConnection(nnx.Module):
         maps = route_projection(u, self.alpha[...], self.bias[...], self.cfg)
         if self.gate is not None:
             g = jax.nn.sigmoid(self.gate[...]).astype(maps.res.dtype)
+            if self.gate_factor is not None:
+                g = jnp.minimum(g * self.gate_factor[...].astype(g.dtype), 1)
+            g = g.reshape(1, 1, -1, 1)  # of all rows, or of each
             identity = identity_like(maps.res[0], self.cfg.streams)
             gated = (1 - g) * identity + g * maps.res
             maps = maps._replace(res=gated)
@@ -370,7 +398,7 @@ class HyperConnection(nnx.Module):
         streams, x, u = cross_streams(*pieces(state, y, maps), *read, *settings, again)
         return (streams, tuple(maps.pre)) if self.hands_on else streams, x, u
 
-# %% ../../nbs/model/16_mhc.ipynb #c043
+# %% ../../nbs/model/16_mhc.ipynb #c049
 class StreamEnds(nnx.Module):
     "Both ends: learned stream embeddings [n, d] and, for readout='head', a learned mix."
 
