@@ -269,7 +269,7 @@ def test_bad_json_lines_in_a_stream(tmp_path, line, cause, streaming):
     )
     assert f"rows.jsonl:2: {cause}" in message(lambda: list(Documents(cfg)))
     found = Documents(replace(cfg, on_error="skip", max_bad_share=1))
-    assert [text for _, text in found] == ["first", "good", "more", "also"] and found.counts[0][
+    assert [d.text for d in found] == ["first", "good", "more", "also"] and found.counts[0][
         "not text"
     ] == 1
     assert f"; the last: {tmp_path}/rows.jsonl:2: {cause}" in message(
@@ -299,7 +299,7 @@ def test_odd_text_files_in_a_stream(tmp_path, unit, streaming):
     fault = f"b.txt{place}: invalid UTF-8: character 2 of the line"
     assert fault in message(lambda: list(Documents(cfg)))
     found = Documents(replace(cfg, on_error="skip", max_bad_share=1))
-    assert [text for _, text in found] == texts and found.counts[0]["not text"] == 1
+    assert [d.text for d in found] == texts and found.counts[0]["not text"] == 1
     error = message(lambda: list(Documents(replace(cfg, on_error="skip"))))
     assert (
         f"1 of {found.counts[0]['rows']} rows are no text, more than max_bad_share=0.01" in error

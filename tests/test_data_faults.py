@@ -1,6 +1,6 @@
 "What can go wrong with data while it is read: broken records by the hundred, giant lines, files that change, workers that die."
 
-import json, multiprocessing, os, random, signal, subprocess, sys, time
+import gc, json, multiprocessing, os, random, signal, struct, subprocess, sys, time
 from dataclasses import replace
 import numpy as np
 import pytest
@@ -147,7 +147,7 @@ STREAMED = (
     def read(folder):
         source = SourceConfig(folder, sample_by=sys.argv[1], streaming=sys.argv[2] == 'stream')
         docs = Documents(StreamConfig((source,), epochs=1, on_error='skip', max_bad_share=1))
-        return [len(text) for _, text in docs], docs.counts[0]['not text'], docs.bad[0]
+        return [len(d.text) for d in docs], docs.counts[0]['not text'], docs.bad[0]
     read(sys.argv[3])
     before = peak()
     for folder in sys.argv[4:]: print(json.dumps([*read(folder), (peak() - before) // 1024]))"""
@@ -382,7 +382,8 @@ def corpus(folder, files=4, rows=400):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost(tmp_path, tok):
+@pytest.mark.parametrize("amid", [False, True], ids=["killed", "amid a message"])
+def test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost(tmp_path, tok, amid):
     cfg = StreamConfig(
         (corpus(tmp_path),), seq_len=32, batch_size=4, lanes=2, workers=2, prefetch=1
     )
@@ -397,6 +398,12 @@ def test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost(tmp
         children = [p for p in multiprocessing.active_children() if "grain" in p.name]
         assert len(children) == 2
         os.kill(children[1].pid, signal.SIGKILL)
+        if amid:  # what is left of a message of 1,024 bytes in the queue of a killed process
+            children[1].join()
+            kind = "ProcessPrefetchDatasetIterator"
+            readers = [x for x in gc.get_objects() if type(x).__name__ == kind]
+            (reader,) = [x for x in readers if x._prefetch_process is children[1]]
+            os.write(reader._buffer._writer.fileno(), struct.pack("!i", 1024) + b"cut")
         start, made = time.monotonic(), 3
         with pytest.raises(ChildProcessError, match="a data worker died: .* exit code -9"):
             while made < 30:
@@ -407,6 +414,8 @@ def test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost(tmp
         assert state["batch"] == made
     finally:
         run.close()
+    assert time.monotonic() - start < 15
+    assert not any(p.is_alive() for p in children)
     again = stream_loader(replace(cfg, workers=0), tok)
     again.set_state(state)
     assert all(

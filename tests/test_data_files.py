@@ -161,9 +161,8 @@ def test_hidden_files_are_left_out_and_counted(tmp_path):
         assert dict(report.skipped) == {"hidden file": len(HIDDEN)}
         assert [path.name for path in local_files(name)] == ["a.txt", "b.txt"]
         cfg = StreamConfig((SourceConfig(name),), epochs=1)
-        report = CorpusReport()
-        assert len(list(stream_documents(cfg, report))) == 2
-        assert dict(report.skipped) == {"hidden file": len(HIDDEN)}
+        found = stream_documents(cfg)
+        assert len(list(found)) == 2 and found.skipped == {"hidden file": len(HIDDEN)}
     assert len(local_files(str(folder / "._a.txt"))) == 1
     assert len(local_files(str(folder / "deep/.*.txt"))) == 1
     for path in ("a.txt", "deep/b.txt"):
@@ -488,5 +487,5 @@ def test_nothing_is_written_without_a_home(open_folder, home):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "None /a/b\n" and "Matplotlib" not in done.stderr
     left = {path.name for path in work.iterdir()}
-    assert left == {"rows.jsonl", "rows.txt", "rows.parquet", "t.model", "tmp"}
+    assert left == {"rows.jsonl", "rows.txt", "rows.parquet", "t.model", "t.vocab", "tmp"}
     assert not list((work / "tmp").iterdir())

@@ -233,7 +233,10 @@ def test_epochs_are_counted_per_source(made):
 
 def test_weights_hold_over_every_window(made):
     cfg, _ = config(made, ("a", "b"), epochs=0, dedup="none", clean=False)
-    given = [(i, len(t.encode())) for i, t in islice(Documents(cfg), 600)]
+    names = [source.name for source in cfg.sources]
+    given = [
+        (names.index(d.source), len(d.text.encode())) for d in islice(Documents(cfg), 600)
+    ]
     bytes_ = np.cumsum([[n if i == k else 0 for k in range(2)] for i, n in given], axis=0)
     largest = max(n for _, n in given)
     for window in (5, 20, 100):
@@ -568,7 +571,7 @@ def test_a_mixture_of_real_sources(data, tmp_path):
         SourceConfig(str(data / "text/pride_and_prejudice.txt"), sample_by="paragraph", weight=0.2),
     )
     cfg = StreamConfig(sources, seq_len=256, batch_size=8, dedup="exact")
-    texts = [t for _, t in islice(Documents(cfg), 400)]
+    texts = [d.text for d in islice(Documents(cfg), 400)]
     tok = train_tokenizer(texts, tmp_path / "t.model", TokenizerConfig(vocab_size=1024))
     with closing(stream_loader(cfg, tok)) as run:
         batches = list(islice(run, 40))

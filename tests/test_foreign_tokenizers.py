@@ -1,6 +1,7 @@
 "Tokenizers from elsewhere, whole: special ids, ends, chats, text beside the prompt, and the way back; held against `transformers`."
 
 import json
+import pickle
 
 import jax
 import numpy as np
@@ -327,22 +328,56 @@ def test_a_sentencepiece_run_leaves_with_its_tokenizer(lm, tmp_path):
     assert (auto.eos_token_id, auto.bos_token_id, auto.pad_token_id) == (2, 1, 0)
 
 
-def test_a_sentencepiece_model_of_others(lm, folder, tmp_path):
-    "named and left out, so that the weights can be had; a model of ours is taken"
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_of_others(lm, folder, tmp_path, kind):
+    "taken with the special ids it has: encoded as by its own library, imported, exported"
     import sentencepiece
 
     (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
     (tmp_path / "t.txt").write_text("\n".join(TEXT))
-    flags = dict(vocab_size=60, model_type="bpe", minloglevel=2)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "t.txt"), model_prefix=str(folder / "tokenizer"), **flags
-    )
-    with pytest.warns(UserWarning, match="tokenizer.model: expected the first pieces"):
-        run = import_run(folder, tmp_path / "run")
+
+    def foreign(**flags):
+        flags = dict(vocab_size=60, model_type=kind, minloglevel=2) | flags
+        flags["hard_vocab_limit"] = kind == "bpe"
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "t.txt"), model_prefix=str(folder / "tokenizer"), **flags
+        )
+        return folder / "tokenizer.model"
+
+    words = load_tokenizer(foreign(eos_id=5, bos_id=3, unk_id=1, pad_id=-1))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(words.path))
+    assert (words.eos_id, words.bos_id, words.unk_id, words.pad_id) == (5, 3, 1, 5)
+    assert words.encode_batch(TEXT) == theirs.encode(TEXT)
+    assert words.decode([3, *words.encode(TEXT[0].strip()), 5]) == TEXT[0].strip()
+    spelled = "a</s>b"
+    assert 5 not in words.encode(spelled) and words.encode(spelled, special=True).count(5) == 1
+    write(folder, tokenizer_config={"add_bos_token": True})
+    write(folder, generation_config={"eos_token_id": [5, 7]})
+    words = load_tokenizer(folder)  # the folder that holds it
+    assert words.front == (3,) and words.end_ids == (5, 7)
+    assert pickle.loads(pickle.dumps(words)).end_ids == (5, 7)
+
+    run = import_run(folder, tmp_path / "run")
+    model = load(run)
+    assert model.tokenizer.eos_id == 5
+    assert isinstance(model.generate("the", max_new_tokens=3, temperature=0), str)
+    assert main(["hf", "export", "--run", str(run), "--folder", str(tmp_path / "out")]) == 0
+    back = load_tokenizer(tmp_path / "out")
+    assert back.hash == words.hash and back.eos_id == 5
+
+    (folder / "generation_config.json").unlink()
+    config_says(folder, eos_token_id=None)
+    foreign(eos_id=-1)
+    with pytest.raises(ValueError, match="tokenizer.model: no piece that ends a document"):
+        load_tokenizer(folder)
+    foreign(eos_id=-1, user_defined_symbols="<|im_end|>")
+    with pytest.raises(ValueError, match="'<.im_end.>', is no control piece"):
+        load_tokenizer(folder)
+    with pytest.warns(UserWarning, match="imported without it"):
+        run = import_run(folder, tmp_path / "without")
     with pytest.raises(ValueError, match="the run has no tokenizer"):
         load(run)
-    train_tokenizer(TEXT, folder / "tokenizer.model", TokenizerConfig(vocab_size=300))
-    assert load(import_run(folder, tmp_path / "ours")).tokenizer.vocab_size == 300
 
 
 # ---- chats

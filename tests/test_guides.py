@@ -26,9 +26,11 @@ MODEL = (
 RUN = {
     "nash_lab tokenizer": TOKENIZER,
     "nash_lab tokenizer --config": "--tokenizer.vocab-size 400",
+    "nash_lab tokenizer --config mix.json": "--tokenizer.vocab-size 400",
     "nash_lab tokenizer --corpus.source text": "--tokenizer.vocab-size 400",
     "nash_lab pack": "--corpus.max-bytes 60000 --corpus.holdout 0.1",
     "nash_lab pack --config": "--corpus.holdout 0.2",
+    "nash_lab pack --config mix.json": "--stream.holdout 0.3 --shard-tokens 9000",
     "nash_lab pack --corpus.source text": "",
     "nash_lab pretrain --preset demo-plain": MODEL,
     "nash_lab pretrain --preset demo --model.vocab-size 32000": MODEL,
@@ -141,6 +143,10 @@ def test_the_commands_of_the_guides(place, monkeypatch, capsys):
     settings = [body for guide in GUIDES for language, body in fenced(guide) if language == "json"]
     corpus = next(body for body in settings if "corpus" in json.loads(body))
     (place / "corpus.json").write_text(corpus)
+    mixture = json.loads(next(body for body in settings if "stream" in json.loads(body)))
+    for source, name in zip(mixture["stream"]["sources"], ("texts", "input.txt"), strict=True):
+        source |= dict(name=name, subset="", column="text")  # the reader's own in place of the hub
+    (place / "mix.json").write_text(json.dumps(mixture))
     how = {}
     for guide in GUIDES:
         for words in commands(guide):
@@ -149,6 +155,7 @@ def test_the_commands_of_the_guides(place, monkeypatch, capsys):
             assert "Traceback" not in error, error
     ran = [line for line, done in how.items() if done == "run"]
     assert len(ran) >= 11, ran
+    assert len(list((place / "data/mix").glob("train-*.bin"))) > 1
     for folder in ("runs/first", "runs/first/plain"):
         assert (place / folder / "checkpoints/4/manifest.json").exists()
     assert (place / "runs/first/report.html").exists() and (place / "runs/first/eval.json").exists()

@@ -186,7 +186,7 @@ def test_config_round_trip():
     [
         (lambda: OptimConfig(name="sgd"), "OptimConfig.name='sgd'"),
         (lambda: OptimConfig(ema=1.0), "OptimConfig.ema=1.0"),
-        (lambda: OptimConfig(schedule="linear"), "OptimConfig.schedule='linear'"),
+        (lambda: OptimConfig(schedule="triangle"), "OptimConfig.schedule='triangle'"),
         (lambda: OptimConfig(learning_rate=-1.0), "OptimConfig.learning_rate=-1.0"),
         (lambda: OptimConfig(moment_dtype="float16"), "OptimConfig.moment_dtype='float16'"),
         (

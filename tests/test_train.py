@@ -10,6 +10,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from nash_lab.train import step as step_module
 from nash_lab.run.checkpoint import Checkpoints, Damaged, read_manifest, steps_in, verify
 from nash_lab.run.guard import run_lock
 from nash_lab.train.optim import OptimConfig, optimizer
-from nash_lab.train.settings import TrainConfig
+from nash_lab.train.settings import TrainConfig, misaligned
 from nash_lab.train.pretrain import load_run, pretrain, read_metrics
 from nash_lab.train.step import batch_gradient, batch_shapes, fresh_state, make_train_step
 
@@ -369,7 +370,7 @@ def test_crash_and_stray_files_resume_from_the_newest_whole_checkpoint(cfg, stra
 CHILD = """
 import json, sys, time
 from nash_lab.core.configs import from_json
-from nash_lab.train.settings import TrainConfig
+from nash_lab.train.settings import TrainConfig, misaligned
 from nash_lab.train.pretrain import pretrain
 pretrain(from_json(TrainConfig, json.loads(sys.argv[1])), hooks=[lambda record, state: time.sleep(0.03)])
 """
@@ -552,7 +553,7 @@ def test_bad_input_is_refused_before_anything_is_written(cfg, corpus, tmp_path):
         "missing.model": dict(tokenizer="missing.model"),
         "tokenizer_hash": dict(tokenizer=str(other.path)),
         "bytes, expected": dict(train_bin=str(cut)),
-        "vocab_size 400, expected 256": dict(model=ModelConfig.tiny()),
+        "vocab_size 400, expected at most 256": dict(model=ModelConfig.tiny()),
         "seq_len=2000": long,
         "loader.epochs=1": dict(loader=replace(cfg.loader, epochs=1)),
     }
@@ -649,6 +650,43 @@ def test_wandb_offline_writes_its_run(cfg, tmp_path, monkeypatch, capsys):
     pretrain(replace(cfg, run=str(tmp_path / "run"), trackers=("wandb",)))
     assert "left out" not in capsys.readouterr().err
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_where_wandb_shows_a_run(tmp_path, monkeypatch):
+    "the settings first, then its own variables, then ours"
+    wandb = pytest.importorskip("wandb")
+    found = SimpleNamespace(mode="offline", project=None, run_name=None)
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=found))
+    asked = []
+    job = SimpleNamespace(log=None, finish=None)
+    monkeypatch.setattr(wandb, "init", lambda **how: asked.append(how) or job)
+    mine = rundir.WandbConfig("mine", "team", "first", ("a", "b"))
+    for project, whose in ((None, rundir.WandbConfig()), ("theirs", rundir.WandbConfig()), ("theirs", mine)):
+        found.project = project
+        rundir.wandb_tracker(tmp_path / "run", to_json(TrainConfig(wandb=whose)))
+    ours, theirs, said = asked
+    assert (ours["project"], ours["name"]) == ("nash_lab", "run") and "entity" not in ours
+    assert "project" not in theirs and "tags" not in theirs
+    assert [said[k] for k in ("project", "entity", "name")] == ["mine", "team", "first"]
+    assert list(said["tags"]) == ["a", "b"]
+
+
+def test_device_memory_where_the_device_tells_it(cfg, tmp_path, monkeypatch):
+    "and no field where it does not; sizes that a TPU pads are named"
+    line = dict(loss=1.0, aux=0, mtp=0, grad_norm=1.0, skipped=0)
+    run = SimpleNamespace(
+        cfg=cfg,
+        ledger=SimpleNamespace(training_s=lambda: 1.0),
+        mesh=SimpleNamespace(size=1),
+        bar=SimpleNamespace(set_postfix_str=lambda *_, **__: None),
+    )
+    device = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7}, device_kind="x")
+    assert "peak_memory" not in module.step_line(run, 1, line, (0, 0.0))
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert module.step_line(run, 1, line, (0, 0.0))["peak_memory"] == 7
+    said = misaligned(replace(cfg.model, width=384, ffn_width=1000), 512)
+    assert [x.split(" is no")[0] for x in said] == ["model.vocab_size=400", "model.ffn_width=1,000"]
+    assert said[1].endswith("nearest: 896 or 1,024") and said[0].endswith("nearest: 384 or 512")
 
 
 HOLDER = """

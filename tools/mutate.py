@@ -100,6 +100,9 @@ GUARDS = {
     "data: dead worker": Guard(
         "tests/test_data_faults.py::test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost"
     ),
+    "data: worker dead amid a message": Guard(
+        "tests/test_data_faults.py::test_a_killed_worker_is_an_error_within_ten_seconds_and_no_batch_is_lost"
+    ),
     "data: spelled special pieces": Guard(
         "tests/test_data_stream.py::test_a_tokenizer_json_in_place_of_sentencepiece",
         "model.encode_special_tokens = False",
@@ -173,6 +176,22 @@ GUARDS = {
         'spaces = r"[^\\S\\n]+$"',
     ),
     "data: a key given twice": Guard("tests/test_data.py::test_bad_json_lines"),
+    "data: shards of an interrupted packing": Guard(
+        "tests/test_shards.py::test_a_packing_that_dies_continues_to_the_byte[stream]"
+    ),
+    "data: another packing continued": Guard(
+        "tests/test_shards.py::test_bad_use_is_one_line_and_loses_nothing"
+    ),
+    "data: shards of two packings": Guard(
+        "tests/test_shards.py::test_shards_that_do_not_belong_together"
+    ),
+    "data: pieces without a row": Guard(
+        "tests/test_shards.py::test_shards_that_do_not_belong_together"
+    ),
+    "data: borders without EOS": Guard("tests/test_shards.py::test_documents_without_an_end"),
+    "data: end that a text can spell": Guard(
+        "tests/test_foreign_tokenizers.py::test_a_sentencepiece_model_of_others[bpe]"
+    ),
     "data: other stream": Guard(
         "tests/test_data_stream.py::test_a_position_of_another_stream_is_refused"
     ),

@@ -578,7 +578,7 @@ def write_tokenizer(source: Path, folder: Path) -> dict:
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_id,
     }
-    if isinstance(tokenizer, SentencePieceTokenizer):
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.merges:
         joined = saved_config(source).loader.documents == "cross"
         front = [EOS] if joined else []  # as every text began in training
         as_tokenizer_json(tokenizer, front).save(str(folder / "tokenizer.json"))
@@ -588,7 +588,7 @@ def write_tokenizer(source: Path, folder: Path) -> dict:
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "generation_config.json", ids)
     else:
-        shutil.copyfile(path, folder / "tokenizer.json")
+        shutil.copyfile(path, folder / path.name)
 
     copy_companions(source, folder)
     kept = folder / MODEL_CONFIG  # what the model itself said

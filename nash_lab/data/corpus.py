@@ -7,15 +7,16 @@ lines, are split by their own content, and go into a file of ids that is whole o
 __all__ = ['STDLIB_SKIP', 'LONG_DOCUMENT', 'MAX_SOURCES', 'PACKED_TOGETHER', 'Document',
            'CorpusConfig', 'matching_files', 'corpus_files', 'stamps', 'check_stamps', 'BadRecord',
            'json_value', 'record_text', 'split_of', 'validation_start', 'CorpusReport',
-           'documents', 'PackedMeta', 'id_dtype', 'pack', 'PackedTokens']
+           'documents', 'PackedMeta', 'id_dtype', 'pack', 'Joined', 'PackProgress', 'PackedTokens']
 
 # %% ../../nbs/data/25_corpus.ipynb #c003
 import glob
 import hashlib
 import os
+import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -280,6 +281,8 @@ class CorpusReport:
     cut: int = 0  # documents of which the other split has a part
     # cause -> records that gave no document
     skipped: Counter = field(default_factory=Counter)
+    # source of a stream -> its rows, documents, bytes and causes; a corpus is one source
+    by_source: dict[str, dict[str, int]] = field(default_factory=dict)
     # "file:line: cause", the first 20
     examples: list[str] = field(default_factory=list)
 
@@ -379,6 +382,9 @@ class PackedMeta:
     eos_id: int = EOS  # ends each document; files written before this field have 2
     skipped: dict[str, int] = field(default_factory=dict)  # cause -> records left out
     version: int = 1  # of this format
+    eos: bool = True  # False: documents follow one another without a border
+    # of a stream, source -> rows, documents, bytes and causes
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self):
         fits = id_dtype(self.vocab_size)
@@ -391,6 +397,14 @@ class PackedMeta:
         check_that(
             self, "version", self.version == 1, "1"
         )  # guard: data: format of packed tokens
+
+    def write(self, path: Path) -> None:  # of the .bin
+        "Write the description of a packed file beside it, without what is off or empty."
+        described = to_json(self)
+        for name, usual in (("eos", True), ("counts", {})):
+            if described[name] == usual:
+                del described[name]
+        write_json(path.with_name(path.name + ".json"), described)
 
 
 def id_dtype(vocab_size: int) -> str:
@@ -411,11 +425,12 @@ def pack(
     split: str = "",  # written into the description
     # the one `documents` fills: its counts are written too
     report: CorpusReport | None = None,
+    eos: bool = True,  # False: no end token behind a document
+    max_tokens: int = 0,  # the document that reaches it is the last taken; 0 = all
 ) -> PackedMeta:
     "Stream documents into a packed file; ValueError when there is none, and then no file is left."
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    description = path.with_name(path.name + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
 
     dtype = np.dtype(id_dtype(tokenizer.vocab_size))
@@ -425,22 +440,22 @@ def pack(
     try:
         with open(part, "wb") as file:
             rest = iter(docs)
-            while True:
+            end = [tokenizer.eos_id] * eos
+            while not max_tokens or tokens < max_tokens:
                 group = []
                 size = 0
+                left = max_tokens - tokens if max_tokens else PACKED_TOGETHER
+                most = min(left, PACKED_TOGETHER)  # near the end none is read in vain
                 for doc in rest:
                     group.append(doc)
                     size += len(doc.text)
-                    if size >= PACKED_TOGETHER:
+                    if size >= most:
                         break
                 if not group:
                     break
                 batch = tokenizer.encode_batch([doc.text for doc in group])
                 for doc, ids in zip(group, batch):
-                    ids = [
-                        *ids,
-                        tokenizer.eos_id,
-                    ]  # guard: data: end of document of the tokenizer
+                    ids = [*ids, *end]  # guard: data: end of document of the tokenizer
                     block = np.asarray(ids, dtype.newbyteorder("<")).tobytes()
                     file.write(block)
                     content.update(block)
@@ -472,25 +487,112 @@ def pack(
             split=split,
             eos_id=tokenizer.eos_id,
             skipped=skipped,
+            eos=eos,
+            counts=report.by_source if report else {},
         )
-        description.unlink(
-            missing_ok=True
-        )  # from here to the last line nothing describes the .bin
+        # from here to the last line nothing describes the .bin
+        path.with_name(path.name + ".json").unlink(missing_ok=True)
         os.replace(part, path)
-        write_json(description, to_json(meta))
+        meta.write(path)
     finally:
         part.unlink(missing_ok=True)
     return meta
 
 # %% ../../nbs/data/25_corpus.ipynb #c042
+class Joined:
+    "The ids of several files one after another, read where they are indexed."
+
+    def __init__(self, parts: Sequence[Integer[np.ndarray, "_"]]):  # memory maps
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: Any) -> Integer[np.ndarray, "..."]:
+        "The ids at a slice or at an array of places from 0 on."
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        owner = np.searchsorted(self.ends, index, side="right")
+        found = np.empty(np.shape(index), self.dtype)
+        for k in np.unique(owner):
+            part = self.parts[k]
+            here = owner == k
+            found[here] = part[index[here] - (self.ends[k] - len(part))]
+        return found
+
+    def max(self) -> int:
+        return max(int(part.max()) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class PackProgress:
+    "What `<name>.shards.json` says about the shards `<name>-00000.bin` ... beside it."
+
+    stream: dict[str, Any]  # the settings that decide which ids they hold
+    shards: int = 0  # that are whole
+    tokens: int = 0  # in all of them
+    documents: int = 0
+    # where the next document stands
+    at: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False  # False: interrupted, or at work
+
+
+def _open_file(path: Path) -> tuple[np.memmap, PackedMeta]:
+    "One packed file and its description, every byte of them read and checked."
+    description = path.with_name(path.name + ".json")
+    if not path.is_file():  # guard: data: a pipe as packed tokens
+        raise FileNotFoundError(f"{path}: no packed tokens here")
+    if not description.is_file():  # guard: data: a pipe as description
+        raise FileNotFoundError(f"{description}: missing, so {path.name} is not whole")
+    found = read_json(description)
+    try:
+        meta = from_json(PackedMeta, found)
+    except ValueError as error:
+        raise ValueError(f"{description}: {error}") from None
+    shard = re.fullmatch(r"(.+)-\d{5}\.bin", path.name)
+    plan = path.with_name(f"{shard[1]}.shards.json") if shard else path
+    if shard and plan.is_file():
+        done = from_json(PackProgress, read_json(plan))
+        if not done.finished:  # guard: data: shards of an interrupted packing
+            raise ValueError(
+                f"{plan}: {done.shards} shards, not finished;"
+                " the same nash_lab pack continues"
+            )
+
+    dtype = np.dtype(meta.dtype).newbyteorder("<")
+    size = path.stat().st_size
+    expected = meta.tokens * dtype.itemsize
+    if size != expected:  # guard: data: length of packed tokens
+        what = f"{meta.tokens} ids of {meta.dtype}"
+        raise ValueError(f"{path}: {size} bytes, expected {expected} ({what})")
+    tokens = np.memmap(path, dtype, mode="r")
+    content = hashlib.sha256()
+    for start in range(0, len(tokens), 1 << 22):
+        ids = np.asarray(tokens[start : start + (1 << 22)])
+        content.update(ids.data)
+        if ids.max() >= meta.vocab_size:  # guard: data: ids beyond the vocabulary
+            at = int(np.argmax(ids >= meta.vocab_size))
+            found = f"id {ids[at]} at token {start + at}"
+            expected = f"ids below {meta.vocab_size}"
+            raise ValueError(f"{path}: {found}, expected {expected}")
+    if content.hexdigest() != meta.sha256:
+        hashes = f"SHA-256 {content.hexdigest()[:12]}, expected {meta.sha256[:12]}"
+        raise ValueError(f"{path}: {hashes}: not the file that was packed")
+    return tokens, meta
+
+
 @dataclass(frozen=True, eq=False)
 class PackedTokens:
-    "A packed file, checked and mapped into memory."
+    "A packed file, or several as one, checked and mapped into memory."
 
-    tokens: Integer[np.ndarray, "n"]  # uint16 or uint32, read from disk as it is used
+    # uint16 or uint32, read from disk as it is used
+    tokens: Integer[np.ndarray, "n"] | Joined
     meta: PackedMeta
     path: Path
-    stamp: tuple = ()  # of `stamps`, at open; () = not from a file
+    # of `stamps`, at open; empty = not from a file
+    stamps: dict[str, tuple] = field(default_factory=dict)
 
     @property
     def bytes_per_token(self) -> float:
@@ -500,66 +602,67 @@ class PackedTokens:
         return len(self.tokens)
 
     def check_unchanged(self) -> None:
-        "ValueError when the file changed since it was opened: a cut end would end the process."
-        if self.stamp:
-            check_stamps(
-                {str(self.path): self.stamp}
-            )  # guard: data: packed file that changes
+        "ValueError when a file changed since it was opened: a cut end would end the process."
+        check_stamps(self.stamps)  # guard: data: packed file that changes
 
     @classmethod
     def open(
         cls,
-        path: str | Path,  # the .bin
+        path: str | Path | Sequence[str | Path],  # a .bin, a glob, or several of them
         *,
         # refuse a file packed with another tokenizer
         tokenizer_hash: str | None = None,
-        vocab_size: int | None = None,  # refuse a file for another vocabulary
+        vocab_size: int | None = None,  # refuse a file with more pieces than this
     ) -> "PackedTokens":
-        "Map a packed file after checking it; ValueError or FileNotFoundError names what is wrong."
-        path = Path(path)
-        description = path.with_name(path.name + ".json")
-        if not path.is_file():  # guard: data: a pipe as packed tokens
-            raise FileNotFoundError(f"{path}: no packed tokens here")
-        if not description.is_file():  # guard: data: a pipe as description
-            raise FileNotFoundError(
-                f"{description}: missing, so {path.name} is not whole"
-            )
-        found = read_json(description)
-        try:
-            meta = from_json(PackedMeta, found)
-        except ValueError as error:
-            raise ValueError(f"{description}: {error}") from None
+        "Map packed files after checking them; ValueError or FileNotFoundError names what is wrong."
+        names = [path] if isinstance(path, (str, Path)) else list(path)
+        files = []
+        for name in names:
+            found = [Path(name)]
+            if not found[0].exists() and not set("*?[").isdisjoint(str(name)):
+                found, _ = matching_files(
+                    str(name), lambda file: file.endswith(".bin"), ".bin"
+                )
+            files += [file for file in found if file not in files]
+        stamp = stamps(file for file in files if file.is_file())
+        parts = []
+        metas = []
+        for file in files:
+            tokens, meta = _open_file(file)
+            parts.append(tokens)
+            metas.append(meta)
+            if tokenizer_hash not in (None, meta.tokenizer_hash):
+                found = f"packed with tokenizer_hash {meta.tokenizer_hash}"
+                raise ValueError(f"{file}: {found}, expected {tokenizer_hash}")
+            rows = meta.vocab_size if vocab_size is None else vocab_size
+            if meta.vocab_size > rows:  # guard: data: pieces without a row
+                found = f"packed with vocab_size {meta.vocab_size}"
+                raise ValueError(f"{file}: {found}, expected at most {vocab_size}")
+            for key in ("vocab_size", "tokenizer_hash", "eos_id", "eos", "split"):
+                ours = getattr(meta, key)
+                first = getattr(metas[0], key)
+                if ours != first:  # guard: data: shards of two packings
+                    raise ValueError(
+                        f"{file}: {key} {ours!r}, {files[0]} has {first!r}"
+                    )
+        if len(files) == 1:
+            return cls(parts[0], metas[0], files[0], stamp)
 
-        if tokenizer_hash not in (None, meta.tokenizer_hash):
-            found = meta.tokenizer_hash
-            raise ValueError(
-                f"{path}: packed with tokenizer_hash {found}, expected {tokenizer_hash}"
-            )
-        if vocab_size not in (None, meta.vocab_size):
-            found = meta.vocab_size
-            raise ValueError(
-                f"{path}: packed with vocab_size {found}, expected {vocab_size}"
-            )
-        vocab_size = meta.vocab_size
-
-        dtype = np.dtype(meta.dtype).newbyteorder("<")
-        size = path.stat().st_size
-        expected = meta.tokens * dtype.itemsize
-        if size != expected:  # guard: data: length of packed tokens
-            what = f"{meta.tokens} ids of {meta.dtype}"
-            raise ValueError(f"{path}: {size} bytes, expected {expected} ({what})")
-        tokens = np.memmap(path, dtype, mode="r")
-        stamp = stamps([path])[str(path)]
-
-        content = hashlib.sha256()
-        for start in range(0, len(tokens), 1 << 22):
-            ids = np.asarray(tokens[start : start + (1 << 22)])
-            content.update(ids.data)
-            if ids.max() >= vocab_size:  # guard: data: ids beyond the vocabulary
-                at = int(np.argmax(ids >= vocab_size))
-                found = f"id {ids[at]} at token {start + at}"
-                raise ValueError(f"{path}: {found}, expected ids below {vocab_size}")
-        if content.hexdigest() != meta.sha256:
-            hashes = f"SHA-256 {content.hexdigest()[:12]}, expected {meta.sha256[:12]}"
-            raise ValueError(f"{path}: {hashes}: not the file that was packed")
-        return cls(tokens, meta, path, stamp)
+        content = hashlib.sha256()  # as if it were one file: positions fit both
+        counts = {}
+        for tokens, meta in zip(parts, metas):
+            for start in range(0, len(tokens), 1 << 22):
+                content.update(np.asarray(tokens[start : start + (1 << 22)]).data)
+            for name, found in meta.counts.items():
+                counts[name] = dict(Counter(counts.get(name, {})) + Counter(found))
+        meta = replace(
+            metas[0],
+            tokens=sum(meta.tokens for meta in metas),
+            documents=sum(meta.documents for meta in metas),
+            text_bytes=sum(meta.text_bytes for meta in metas),
+            sha256=content.hexdigest(),
+            source_hashes={str(f): meta.sha256 for f, meta in zip(files, metas)},
+            skipped=dict(sum((Counter(meta.skipped) for meta in metas), Counter())),
+            counts=counts,
+        )
+        return cls(Joined(parts), meta, Path(" ".join(map(str, names))), stamp)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer
 
 from ..core.configs import check_choices, check_range
-from .corpus import PackedTokens
+from .corpus import Joined, PackedTokens
 from .sources import shuffle_seed
 from .tokenizer import EOS, PAD
 
@@ -77,7 +77,8 @@ def row_count(n: int, seq_len: int) -> int:
 
 
 def make_batch(
-    tokens: Integer[np.ndarray, "n"],  # packed ids, usually a memory map
+    # packed ids, usually a memory map, or several joined
+    tokens: Integer[np.ndarray, "n"] | Joined,
     rows: Integer[np.ndarray, "b"],  # row numbers; -1 stands for a row of padding
     seq_len: int,  # t
     documents: str = "cross",  # or "mask", see LoaderConfig
@@ -86,7 +87,7 @@ def make_batch(
     "One batch of whole rows of a packed file, as `as_batch`: one gather for all of it."
     at = rows[:, None].astype(np.int64) * seq_len + np.arange(seq_len + 1)
     real = (rows[:, None] >= 0) & (at < len(tokens))
-    ids = np.asarray(tokens)[np.where(real, at, 0)].astype(np.int32)
+    ids = np.asarray(tokens[np.where(real, at, 0)]).astype(np.int32)
     return as_batch(np.where(real, ids, PAD), real, documents, eos)
 
 
@@ -97,6 +98,9 @@ def file_batch(
     documents: str,  # as in LoaderConfig
 ) -> dict[str, np.ndarray]:
     "The rows of an open file as `make_batch`: one way for training and for scoring."
+    if documents == "mask" and not packed.meta.eos:  # guard: data: borders without EOS
+        why = "packed without end tokens, so documents='mask' has no borders to stop at"
+        raise ValueError(f"{packed.path}: {why}; use 'cross'")
     packed.check_unchanged()
     return make_batch(packed.tokens, rows, seq_len, documents, packed.meta.eos_id)
 
@@ -114,7 +118,7 @@ class Batches:
     "What `loader` and `stream_loader` return: an iterator with `get_state(mark)` and `set_state`."
 
     mark: Any  # the position of now, in a form that costs nothing to take at every step
-    counters = dict  # called for what was left out: a packed file leaves nothing out
+    counters = dict  # called for what was read and left out, by source
 
     def __iter__(self) -> "Batches":
         return self
@@ -167,6 +171,12 @@ class Loader(Batches):
         self.close = self._iterator.close  # ends the threads; for `contextlib.closing`
         self.mark = 0  # the batch that comes next
 
+        def packing():  # what it counted, of a stream; a packed corpus has no counts
+            epoch = {"epoch": self.get_state()["epoch"]}
+            return {name: counts | epoch for name, counts in packed.meta.counts.items()}
+
+        self.counters = packing
+
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._iterator)
         self.mark += 1
@@ -205,6 +215,8 @@ def loader(
         raise ValueError(f"{shard=} must be in [0, {shards})")
     if cfg.batch_size % shards:
         raise ValueError(f"batch_size={cfg.batch_size} is not divisible by {shards=}")
+    # refuses what no batch can be made of
+    file_batch(packed, np.zeros(1, int), cfg.seq_len, cfg.documents)
     return Loader(packed, cfg, shard, shards)
 
 # %% ../../nbs/data/28_loader.ipynb #c028

@@ -40,6 +40,7 @@ from nash_lab.core.files import (
     spare_home,
     split_records,
 )
+from ..core.text import utf8
 from nash_lab.data.corpus import (
     BadRecord,
     check_stamps,
@@ -68,6 +69,7 @@ class SourceConfig:
     shuffle_buffer: int = 0
     # what a row of a .txt file is
     sample_by: Literal["document", "paragraph", "line"] = "document"
+    separator: str = ""  # what stands between two rows of a .txt file, in its place
 
     def __post_init__(self):
         check_that(self, "name", bool(self.name), "a hub name or local files")
@@ -131,8 +133,17 @@ def local_files(
 MAX_LINE = 16 << 20
 
 
-def text_rows(path: str | Path, unit: str) -> Iterator[str | BadRecord]:
+def text_rows(
+    path: str | Path,
+    unit: str,  # line, paragraph or document
+    separator: str = "",  # the rows are what stands between these; unit is no matter
+) -> Iterator[str | BadRecord]:
     "The lines, the paragraphs or the document of a text file, with newlines for all line ends."
+    if separator:
+        for _, record in split_records(Path(path), utf8(separator), MAX_LINE):
+            lines = [line.removesuffix(b"\r") for line in record.split(b"\n")]
+            yield from _row_text(lines, "record")
+        return
     lines = []  # of the present row
     ended = False
     for _, line in split_records(Path(path), b"\n", MAX_LINE, last=unit != "line"):
@@ -249,7 +260,7 @@ def file_rows(cfg: SourceConfig, path: str, first: int = 0) -> Iterator[Any]:
         yield from column_rows(path, cfg.column, first)
         return
     unit = "line" if kind == "json" else cfg.sample_by
-    for value in islice(text_rows(path, unit), first, None):
+    for value in islice(text_rows(path, unit, cfg.separator), first, None):
         if kind == "json" and isinstance(value, str):
             try:
                 value = json_value(value, cfg.column) if value.strip() else ""
@@ -320,7 +331,8 @@ def _number_rows(cfg: SourceConfig, files: tuple[str, ...], found: tuple):
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="nash_lab-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    about = json.dumps([files, found, cfg.column, cfg.sample_by])
+    how = [cfg.separator] if cfg.separator else cfg.sample_by
+    about = json.dumps([files, found, cfg.column, how])
     whole = folder / f"{sha256(about.encode())[:32]}.arrow"
     part = folder / f"{whole.stem}.{os.getpid()}.part"
     # text, or other values and faults as JSON; where it stands
@@ -429,6 +441,10 @@ class Source:
         self.epochs = epochs
         self.hidden = []  # files that were left out
         files = local_files(cfg.name, self.hidden) if _is_local(cfg.name) else []
+        if cfg.separator and {_kind(path) for path in files} != {"text"}:
+            raise ValueError(
+                f"{cfg.name}: a separator stands between rows of .txt files only"
+            )
         self.stamps = stamps(files)
         sizes = [path.stat().st_size for path in files]
         if files and not any(sizes):  # guard: data: files without rows
@@ -486,6 +502,8 @@ class Source:
         path = list(self.stamps)[file]
         kind = _kind(path)
         unit = self.cfg.sample_by if kind == "text" else ""
+        if self.cfg.separator:
+            unit = ""
         if unit == "document":
             row = value.line if isinstance(value, BadRecord) else 0
         elif unit != "line" and kind != "json":

@@ -19,12 +19,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import sentencepiece
 import tokenizers
 
-from ..core.configs import check_range
+from ..core.configs import check_choices, check_range
 from ..core.files import decode_utf8, sha256, write_atomic
 from ..core.text import Tokenizer, read_object, special_pieces, utf8
 
@@ -45,8 +45,11 @@ class TokenizerConfig:
     split_digits: bool = True
     # UTF-8 bytes read: more hardly moves the counts; 0 = all
     max_text_bytes: int = 20_000_000
+    # pieces by merging pairs, or the likeliest under one probability for each
+    model_type: Literal["bpe", "unigram"] = "bpe"
 
     def __post_init__(self):
+        check_choices(self)
         check_range(self, "vocab_size", above=BYTES + 256)
         check_range(self, "character_coverage", above=0, at_most=1)
         check_range(self, "max_text_bytes", at_least=0)
@@ -88,34 +91,50 @@ def _plain_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
 
 # %% ../../nbs/data/24_tokenizer.ipynb #c016
 class SentencePieceTokenizer:
-    "A SentencePiece model: text to ids and back, exactly."
-
-    pad_id, bos_id, eos_id, unk_id = PAD, BOS, EOS, UNK
-    end_ids = (EOS,)
-    front = ()
+    "A SentencePiece model: text to ids and back, exactly when it is one of ours."
 
     def __init__(
         self, data: bytes, path: Path | None = None
     ):  # a model file's content; its name
-        "ValueError when `data` is no model, or one whose first pieces are not ours."
+        "ValueError when `data` is no model, or one that has no end of a document."
         try:
             self._model = sentencepiece.SentencePieceProcessor(
                 model_proto=data or b"empty"
             )
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model") from None
+        model = self._model
         self.path = path
         self.hash = sha256(data)
-        self.vocab_size = self._model.vocab_size()
-        self.pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
+        self.vocab_size = model.vocab_size()
+        self.pieces = [model.id_to_piece(i) for i in range(self.vocab_size)]
         self._data = data
+        controls = [p for i, p in enumerate(self.pieces) if model.is_control(i)]
+        self._controls = "|".join(map(re.escape, controls))
 
-        expected = ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"]
-        if self.pieces[: len(expected)] != expected:
-            found = self.pieces[: len(expected)]
-            raise ValueError(
-                f"{path}: expected the first pieces {expected}, found {found}"
-            )
+        ours = ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"]
+        self.ours = self.pieces[: len(ours)] == ours
+        # of BPE the last piece has minus the number of those before it as its score
+        last = BYTES + 256 + 1 - self.vocab_size
+        self.merges = self.ours and model.get_score(self.vocab_size - 1) == last
+        self.pad_id, self.bos_id, self.eos_id, self.unk_id = PAD, BOS, EOS, UNK
+        self.end_ids = (EOS,)
+        self.front = ()
+        if not self.ours:
+            vocabulary = {piece: i for i, piece in enumerate(self.pieces)}
+            own = dict(eos=model.eos_id(), bos=model.bos_id())
+            own |= dict(pad=model.pad_id(), unk=model.unk_id())
+            found = special_ids(path, vocabulary, own)
+            self.eos_id, self.bos_id, self.pad_id, self.unk_id, self.end_ids = found
+            if not model.is_control(
+                self.eos_id
+            ):  # guard: data: end that a text can spell
+                piece = self.pieces[self.eos_id]
+                why = "is no control piece: a text that spells it would end there"
+                raise ValueError(f"{path}: the end of a document, {piece!r}, {why}")
+            said = read_object(path.with_name("tokenizer_config.json")) if path else {}
+            if said.get("add_bos_token") and self.bos_id is not None:
+                self.front = (self.bos_id,)
 
     def __reduce__(self):
         return type(self), (self._data, self.path)  # to another process
@@ -124,17 +143,22 @@ class SentencePieceTokenizer:
         self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False
     ) -> list[int]:
         "Ids of one text; ValueError for an unpaired surrogate."
-        parts = re.split("(<pad>|<s>|</s>)", text) if special else [text]
+        if bos and self.bos_id is None:
+            raise ValueError(f"{self.path}: no piece that begins a text")
+        parts = re.split(f"({self._controls})", text) if special else [text]
         ids = self.encode_batch(parts)
         for n in range(1, len(parts), 2):
             ids[n] = [self.pieces.index(parts[n])]
-        return [BOS] * bos + [i for part in ids for i in part] + [EOS] * eos
+        ids = [i for part in ids for i in part]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         "Ids of many texts, without BOS and EOS, on all cores; ValueError for a surrogate."
         batch = self._model.encode([utf8(text) for text in texts], num_threads=-1)
         for n, text in enumerate(texts):
-            if "▁" in text:  # would come back as a space: spell it in bytes
+            if (
+                self.ours and "▁" in text
+            ):  # would come back as a space: spell it in bytes
                 first, *rest = self._model.encode(text.split("▁"))
                 spelled = [BYTES + byte for byte in utf8("▁")]
                 batch[n] = first + [i for part in rest for i in spelled + part]
@@ -142,7 +166,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         "Text of ids, broken UTF-8 as U+FFFD, PAD, BOS and EOS as nothing; ValueError out of range."
-        return self._model.decode(_plain_ids(ids, self.vocab_size))
+        silent = (self.pad_id, *self.end_ids)  # an end may be a piece of text elsewhere
+        ids = _plain_ids(ids, self.vocab_size)
+        return self._model.decode([i for i in ids if i not in silent])
 
     def __repr__(self) -> str:
         return f"SentencePieceTokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
@@ -169,13 +195,13 @@ def train_tokenizer(
     path: str | Path,  # the .model file to write
     cfg: TokenizerConfig = TokenizerConfig(),
 ) -> Tokenizer:
-    "Train a SentencePiece BPE model; ValueError for no text, or too little for cfg.vocab_size."
+    "Train a SentencePiece model; ValueError for no text, or too little for cfg.vocab_size."
     path = Path(path)
     chunks = list(training_chunks(texts, cfg.max_text_bytes))
     if not any(chunk.strip() for chunk in chunks):
         raise ValueError(f"{path}: no text to train a tokenizer on")
     settings = dict(
-        model_type="bpe",
+        model_type=cfg.model_type,
         vocab_size=cfg.vocab_size,
         character_coverage=cfg.character_coverage,
         byte_fallback=True,
@@ -227,9 +253,16 @@ def train_tokenizer(
             reason += f" --tokenizer.character-coverage {cfg.character_coverage:g}"
         raise ValueError(f"{path}: vocab_size={cfg.vocab_size}: {reason}")
     write_atomic(path, model.getvalue())
-    return SentencePieceTokenizer(model.getvalue(), path)
+    tokenizer = SentencePieceTokenizer(model.getvalue(), path)
+    rows = []  # as SentencePiece lists them, one piece a line
+    for i, piece in enumerate(tokenizer.pieces):
+        for space, name in (("\n", "\\n"), ("\t", "\\t"), ("\r", "\\r")):
+            piece = piece.replace(space, name)
+        rows.append(f"{piece}\t{tokenizer._model.get_score(i):g}\n")
+    write_atomic(path.with_suffix(".vocab"), "".join(rows).encode())
+    return tokenizer
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c035
+# %% ../../nbs/data/24_tokenizer.ipynb #c037
 SPECIAL_NAMES = {  # how published vocabularies call them; the first that is there counts
     "eos": (
         "<|endoftext|>",
@@ -260,10 +293,15 @@ class SpecialIds(NamedTuple):
     ends: tuple[int, ...]  # of an answer, eos first
 
 
-def special_ids(path: Path | None, vocabulary: dict[str, int]) -> SpecialIds:
+def special_ids(
+    path: Path | None,
+    vocabulary: dict[str, int],
+    own: dict[str, int] | None = None,  # what the file itself says; below 0 = none
+) -> SpecialIds:
     "Ids with a meaning; ValueError without an end, or for one that is no piece."
     said = special_pieces(path.parent) if path else {}
-    told = {}  # what is said in ids; the last file counts
+    # what is said in ids; the last file counts
+    told = {f"{kind}_token_id": i for kind, i in (own or {}).items() if i >= 0}
     for name in ("config.json", MODEL_CONFIG, "generation_config.json"):
         found = read_object(path.with_name(name)) if path else {}
         told |= {key: value for key, value in found.items() if value is not None}
@@ -301,7 +339,7 @@ def special_ids(path: Path | None, vocabulary: dict[str, int]) -> SpecialIds:
         ids["pad"] = eos  # padding is masked wherever it is used
     return SpecialIds(**ids, ends=(eos, *(i for i in ends if i != eos)))
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c038
+# %% ../../nbs/data/24_tokenizer.ipynb #c040
 class HFTokenizer:
     "A `tokenizer.json`: text to ids and back, with the surface of `Tokenizer`."
 
@@ -382,12 +420,13 @@ class HFTokenizer:
     def __repr__(self) -> str:
         return f"HFTokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c040
+# %% ../../nbs/data/24_tokenizer.ipynb #c042
 def load_tokenizer(path: str | Path) -> Tokenizer:
     "Read a .model, a tokenizer.json or the folder that holds one; errors name the file."
     path = Path(path)
     if path.is_dir():
-        path = path / "tokenizer.json"
+        found = [path / "tokenizer.json", path / "tokenizer.model"]
+        path = next((file for file in found if file.is_file()), found[0])
     if path.suffix not in (".model", ".json"):
         raise ValueError(f"{path}: expected a .model or a .json file")
     if not path.is_file():  # guard: data: a pipe as tokenizer
@@ -396,7 +435,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(path.read_bytes(), path)
     return HFTokenizer(path.read_bytes(), path)
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c049
+# %% ../../nbs/data/24_tokenizer.ipynb #c051
 COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -421,12 +460,12 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
     ):  # of a model: a run has its own by this name
         write_atomic(Path(target) / MODEL_CONFIG, config.read_bytes())
 
-# %% ../../nbs/data/24_tokenizer.ipynb #c051
+# %% ../../nbs/data/24_tokenizer.ipynb #c053
 def as_tokenizer_json(
     tokenizer: SentencePieceTokenizer,
     front: Sequence[int] = (),  # special ids that belong before every text
 ) -> tokenizers.Tokenizer:
-    "The same pieces, ids and texts in the format of `tokenizers`."
+    "The same pieces, ids and texts in the format of `tokenizers`; of a model with merges."
     pieces = [piece.replace("▁", " ") for piece in tokenizer.pieces]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     text_pieces = set(pieces[BYTES + 256 :])

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 from tqdm import tqdm
@@ -24,14 +24,9 @@ from tqdm import tqdm
 from ..core.configs import check_that, claim, from_json, to_json
 from ..core.files import read_json, write_atomic, write_json
 from ..core.text import Tokenizer
-from nash_lab.data.corpus import (
-    CorpusConfig,
-    CorpusReport,
-    PackedTokens,
-    documents,
-    pack,
-)
+from ..data.corpus import CorpusConfig, PackedTokens, documents
 from ..data.loader import LoaderConfig
+from ..data.stream import CorpusDocuments, Documents, pack_stream
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from ..discover.archive import archive_from_json
 from nash_lab.discover.consolidate import (
@@ -147,21 +142,26 @@ def stage(name: str) -> Iterator[Callable[[str], None]]:
 
 # %% ../../nbs/lab/84_demo.ipynb #c012
 def pack_split(
-    corpus: CorpusConfig,
+    docs: Documents | CorpusDocuments,
     split: str,  # train or validation
     tokenizer: Tokenizer,
-    folder: Path,  # gets train.bin or validation.bin
+    folder: Path,  # gets train.bin or validation.bin, or their shards
+    **how: Any,  # as in `pack_stream`
 ) -> str:
     "Pack one split with a progress bar; says what was packed and what was left out."
-    report = CorpusReport()
-    docs = tqdm(
-        documents(corpus, split, report), desc=split, unit=" documents", disable=None
-    )
-    meta = pack(docs, tokenizer, folder / f"{split}.bin", split=split, report=report)
-    return (
+    path = folder / f"{split}.bin"
+    meta = pack_stream(docs, tokenizer, path, split=split, **how)
+    said = (
         f"{split}: {meta.documents:,} documents, {meta.tokens:,} tokens of "
-        f"{meta.text_bytes / meta.tokens:.2f} bytes, skipped {dict(report.skipped) or 'none'}"
+        f"{meta.text_bytes / meta.tokens:.2f} bytes, skipped {meta.skipped or 'none'}"
     )
+    if how.get("shard_tokens"):
+        said += f", in {len(meta.source_hashes)} shards {folder}/{split}-*.bin"
+    for name, counts in meta.counts.items():
+        share = counts.get("bytes", 0) / meta.text_bytes
+        causes = {k: n for k, n in counts.items() if k not in ("documents", "bytes")}
+        said += f"\n  {name}: {100 * share:.1f} % of the bytes, {causes}"
+    return said
 
 # %% ../../nbs/lab/84_demo.ipynb #c014
 PROBES = (
@@ -218,19 +218,19 @@ def demo(cfg: DemoConfig) -> Path:
 
     with stage("tokenizer") as say:
         if not path.exists():
-            found = tqdm(
-                documents(cfg.corpus), desc="tokenizer", unit=" files", disable=None
-            )
+            shown = dict(desc="tokenizer", unit=" files", disable=None)
+            found = tqdm(documents(cfg.corpus), **shown)
             train_tokenizer((document.text for document in found), path, cfg.tokenizer)
         tokenizer = load_tokenizer(path)
         say(f"{tokenizer.vocab_size} pieces")
 
     with stage("pack") as say:
         for split in ("train", "validation"):
+            docs = CorpusDocuments(cfg.corpus, split)
             if (data / f"{split}.bin.json").exists():
                 say(f"{split}: there already")
             else:
-                say(pack_split(cfg.corpus, split, tokenizer, data))
+                say(pack_split(docs, split, tokenizer, data))
 
     for baseline in (None, "plain", "identity"):
         with stage(baseline or "pretrain") as say:

@@ -115,7 +115,8 @@ class OptimConfig:
     # update rule; muon: the blocks' matrices, AdamW for the rest
     name: Literal["adamw", "muon", "adafactor"] = "adamw"
     learning_rate: float = 2e-3  # peak; 2e-3 suits 1M to 5M parameters, 3e-4 about 1B
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # shape after warm-up
+    # shape after warm-up
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     # steps of linear rise to the peak; None: 50, or a tenth of steps too few for 50
     warmup_steps: int | None = None
     decay_fraction: float = 0.2  # wsd only: share of all steps spent in the final decay
@@ -195,6 +196,8 @@ def schedule(cfg: OptimConfig, steps: int) -> Callable:
         pieces.append(
             optax.cosine_decay_schedule(peak, steps - warm, alpha=cfg.final_scale)
         )
+    elif cfg.schedule == "linear":
+        pieces.append(optax.linear_schedule(peak, final, steps - warm))
     else:
         pieces.append(optax.constant_schedule(peak))
     if cfg.schedule == "wsd":

@@ -66,6 +66,7 @@ from nash_lab.train.parallel import (
     shard_step,
     state_shardings,
 )
+from .settings import misaligned
 from nash_lab.train.step import (
     batch_shapes,
     fresh_state,
@@ -643,7 +644,7 @@ def compile_program(
         flops=counted.flops / mesh.size,
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c053
+# %% ../../nbs/train/45_preflight.ipynb #c055
 def worker():
     "The other process: a config on stdin, its programs or an error on the last line of stdout."
     job = json.load(sys.stdin)
@@ -664,7 +665,7 @@ def worker():
         answer = {"error": str(error)}
     print("\n" + json.dumps(answer))
 
-# %% ../../nbs/train/45_preflight.ipynb #c055
+# %% ../../nbs/train/45_preflight.ipynb #c057
 def chip_of(target: str) -> Chip:
     "Peaks of one chip of a target; `local` is the first device of this machine."
     if target in TARGETS:
@@ -765,7 +766,7 @@ def preflight(cfg: PreflightConfig) -> PreflightReport:
     programs = [from_json(Program, program) for program in answer["programs"]]
     return PreflightReport(cfg, chip, tuple(programs))
 
-# %% ../../nbs/train/45_preflight.ipynb #c059
+# %% ../../nbs/train/45_preflight.ipynb #c061
 class Estimate(NamedTuple):
     "GiB on each chip and seconds of a train step, without compiling."
 
@@ -790,7 +791,7 @@ def kept_bytes(
     state = jax.eval_shape(optimizer(optim, 10**6).init, params)
     return tree_bytes(params), tree_bytes(state)
 
-# %% ../../nbs/train/45_preflight.ipynb #c060
+# %% ../../nbs/train/45_preflight.ipynb #c062
 # How often an array crosses the memory. Activations: written, read, the same in the backward
 # pass, and once or twice more for what is computed again.
 ACTIVATION_CROSSINGS = {"none": 4, "dots": 5, "block": 6}
@@ -856,7 +857,7 @@ def estimate(
         seconds=chip.seconds(flops, moved) + linked / chip.link,
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c066
+# %% ../../nbs/train/45_preflight.ipynb #c068
 def candidate_settings(
     cfg: PreflightConfig,
 ) -> list[tuple[PreflightConfig, Estimate]]:
@@ -915,7 +916,7 @@ def first_that_fits(
             return found, tried
     return None, tried
 
-# %% ../../nbs/train/45_preflight.ipynb #c070
+# %% ../../nbs/train/45_preflight.ipynb #c072
 def setting_flags(
     cfg: PreflightConfig,  # a setting
 ) -> str:
@@ -1043,7 +1044,8 @@ def preflight_text(
     "Exit code of `nash_lab preflight`, 0 where it fits, and its text; ValueError as `preflight`."
     if not cfg.search:
         found = preflight(cfg)
-        return int(not found.fits), report_text(found)
+        notes = [] if cfg.target == "local" else misaligned(cfg.model, cfg.seq_len)
+        return int(not found.fits), "\n".join([report_text(found), *notes])
     best, tried = first_that_fits(cfg)
     lines = []
     for setting, guess, needed in tried:

@@ -66,6 +66,7 @@ from nash_lab.train.settings import (
     claim_run,
     copy_tokenizer,
     joined_position,
+    misaligned,
     open_data,
     own_position,
     own_tokenizer,
@@ -249,6 +250,9 @@ def pretrain(cfg: TrainConfig, *, hooks: Iterable[Callable] = ()) -> "Result":
         graphdef, key, at, notes = start(cfg, mesh, batches, checkpoints, guard.ledger)
         outputs = []
         if main:
+            if jax.default_backend() == "tpu":
+                for note in misaligned(cfg.model, cfg.loader.seq_len):
+                    print(note, file=sys.stderr)
             if mesh.size > 1:
                 for path, why in unsharded(at.state.params, RULES, mesh).items():
                     print(f"{path}: {why}", file=sys.stderr)
@@ -260,9 +264,8 @@ def pretrain(cfg: TrainConfig, *, hooks: Iterable[Callable] = ()) -> "Result":
                 write_json(folder / "config.json", to_json(cfg))
             # a line that is due comes again
             first = at.step if at.due is None else at.step - 1
-            log = stack.enter_context(
-                closing(MetricsLog(folder / "metrics.jsonl", first))
-            )
+            log = MetricsLog(folder / "metrics.jsonl", first)
+            stack.enter_context(closing(log))
             trackers = stack.enter_context(Trackers(cfg.trackers, folder, to_json(cfg)))
             outputs = [log.write, trackers]
 
@@ -449,6 +452,9 @@ def step_line(run: Run, step: int, metrics: dict, logged: tuple[int, float]) -> 
     if peak is not None:
         flops = flops_per_token(cfg.model, cfg.loader.seq_len)
         line["mfu"] = flops * speed / (peak * run.mesh.size)
+    memory = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+    if "peak_bytes_in_use" in memory:
+        line["peak_memory"] = memory["peak_bytes_in_use"]
     run.bar.set_postfix_str(
         f"loss {line['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False
     )
