@@ -191,6 +191,8 @@ def test_extraction_is_exact_at_full_rank():
     adapter, _ = extract_adapter(lm, other, cfg)
     merged = merge_adapter(lm, adapter, cfg.scale)
     for (path, a), b in zip(linear_layers(merged).items(), linear_layers(other).values()):
+        if path == "embedding":  # no target
+            continue
         np.testing.assert_allclose(a.weight[...], b.weight[...], atol=1e-6, err_msg=path)
 
 
@@ -212,7 +214,7 @@ def test_extraction_is_exact_at_full_rank():
         (dict(init_lora_weights="pissa_niter_4"), "which may change the base"),
         (dict(init_lora_weights="loftq"), "which may change the base"),
         (dict(target_modules=["q_proj"]), "belongs to no linear layer that is adapted"),
-        (dict(target_modules=["lm_head"]), "belongs to no linear layer that is adapted"),
+        (dict(target_modules=["lm_head"]), "lm_head.lora_A.weight is missing"),
         (dict(target_modules=3), "target_modules is 3, expected str or list"),
         (
             dict(exclude_modules=["layers.1.mlp.up_proj"]),
@@ -299,6 +301,8 @@ def pair():
     ):
         ln.gain[...] = jnp.stack([tensor(f"model.layers.{i}.{name}.weight") for i in range(2)])
     for path, m in linear_layers(ours).items():
+        if path == "embedding":
+            continue
         rows = [
             tensor(f"{peft_name(path, (i,)).removeprefix('base_model.model.')}.weight").T
             for i in range(2)

@@ -8,7 +8,8 @@ __all__ = ['TENSORS', 'LENGTH', 'YARN_OTHERS', 'ROPES', 'ROPE_COMMON', 'NO_NUMBE
            'FAMILIES', 'BEYOND', 'SIZES', 'READ_KEYS', 'HARMLESS_KEYS', 'MATHEMATICS', 'WRAPPERS',
            'OLD_BUFFERS', 'QUANTISED', 'FLOATS', 'FOREIGN', 'TensorName', 'flat_shape',
            'rearrange', 'RopeKeys', 'read_rope', 'Family', 'read_config', 'write_config', 'Stored',
-           'open_tensors', 'named_weights', 'load_hf', 'write_tokenizer', 'save_hf', 'import_run']
+           'open_tensors', 'named_weights', 'load_hf', 'write_tokenizer', 'save_hf', 'hub_folder',
+           'base_config', 'open_model', 'import_run']
 
 # %% ../../nbs/adapt/60_hf.ipynb #c003
 import math
@@ -17,6 +18,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..core.files import read_json, write_json
+from ..core.files import first_line, read_json, write_json
 from ..core.text import read_object
 from ..data.loader import LoaderConfig
 from nash_lab.data.tokenizer import (
@@ -42,7 +44,7 @@ from ..model.block import ModelConfig
 from ..model.chat import chat_text as chat_text
 from ..model.layers import RopeConfig
 from ..model.transformer import LM, model_shapes
-from ..train.pretrain import fresh_run, write_run
+from ..train.pretrain import fresh_run, load_run, write_run
 from nash_lab.train.settings import (
     TOKENIZERS,
     TrainConfig,
@@ -664,36 +666,90 @@ def save_hf(
     return folder
 
 # %% ../../nbs/adapt/60_hf.ipynb #c022
+def hub_folder(name: str) -> Path:
+    "A folder as it is; `owner/name` of the hub as the folder of its files, cached or fetched."
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        return Path(name)
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    files = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+    deeper = [f"*/{pattern}" for pattern in files if pattern != "*.jinja"]
+    missing = f"{name}: no such folder, and as a name of the hub"
+    try:
+        found = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=list(files),
+            ignore_patterns=deeper,
+        )
+    except LocalEntryNotFoundError:
+        why = "the hub does not answer"
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set"
+        raise FileNotFoundError(
+            f"{missing} it is not in {constants.HF_HUB_CACHE}; {why}, "
+            f"`hf download {repository}` fetches it where there is a network"
+        ) from None
+    except (HfHubHTTPError, ValueError) as error:
+        raise ValueError(f"{missing} it is refused: {first_line(error)}") from None
+    return Path(found)
+
+
+def base_config(where: str | Path) -> TrainConfig:
+    "The settings of a run; of a folder of transformers those that a run of it would have."
+    where = Path(where)
+    path = where / "config.json"
+    if "model_type" not in read_object(path):
+        cfg = saved_config(where)
+        return replace(cfg, tokenizer=str(own_tokenizer(where) or cfg.tokenizer))
+    try:
+        model = read_config(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    own = ""
+    for name in reversed(TOKENIZERS):  # tokenizer.json first
+        if not own and (where / name).is_file():
+            own = str(where / name)
+    if own.endswith(".model"):
+        try:
+            load_tokenizer(own)
+        except ValueError as error:
+            said = f"{error}; read without it, a tokenizer.json would do"
+            warnings.warn(said, stacklevel=2)
+            own = ""
+    rows = LoaderConfig(seq_len=min(1024, model.max_len), documents="mask")
+    given = dict(model=model, train_bin="", val_bin="", tokenizer=own, loader=rows)
+    return TrainConfig(run=str(where), **given)
+
+
+def open_model(
+    where: str | Path,  # run directory, or folder of transformers
+    step: int | None = None,  # a saved step of a run; the newest if None
+    tokenizer: str | Path | None = None,  # to be used with a run; its own if None
+) -> tuple[LM, TrainConfig]:
+    "Model and settings of a run or a folder. OSError or ValueError says what is wrong."
+    if "model_type" not in read_object(Path(where) / "config.json"):
+        return load_run(where, step, tokenizer)
+    if step is not None:
+        raise ValueError(f"{where}: a folder of transformers has no step {step}")
+    return load_hf(where), base_config(where)
+
+
 def import_run(
-    folder: str | Path,
+    folder: str | Path,  # of transformers, or a name of the hub
     run: str | Path,
     dtype: str = "float32",
     change: Callable[[LM], LM] | None = None,  # of the model that was read
 ) -> Path:
     "A run with weights and tokenizer of a folder. ValueError when there is a run already."
     run = fresh_run(run)
+    source = hub_folder(str(folder))
     left_out = []
-    lm = load_hf(folder, dtype, left_out)
+    lm = load_hf(source, dtype, left_out)
     if change is not None:
         lm = change(lm)
-    own = ""
-    for name in reversed(TOKENIZERS):  # tokenizer.json first
-        if not own and (Path(folder) / name).is_file():
-            own = str(Path(folder) / name)
-    if own.endswith(".model"):
-        try:
-            load_tokenizer(own)
-        except ValueError as error:
-            said = f"{error}; imported without it, a tokenizer.json would do"
-            warnings.warn(said, stacklevel=2)
-            own = ""
-    cfg = TrainConfig(
-        run=str(run),
-        model=lm.cfg,
-        train_bin="",
-        val_bin="",
-        tokenizer=own,
-        loader=LoaderConfig(seq_len=min(1024, lm.cfg.max_len), documents="mask"),
-    )
+    cfg = replace(base_config(source), run=str(run), model=lm.cfg)
     notes = {"imported.json": {"folder": str(folder), "left_out": left_out}}
-    return write_run(lm, cfg, run, tokenizer=own or None, notes=notes)
+    return write_run(lm, cfg, run, tokenizer=cfg.tokenizer or None, notes=notes)

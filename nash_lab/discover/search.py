@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from ..adapt.lora import write_peft
+from ..adapt.instruct import with_adapters
+from ..adapt.lora import LoRAConfig, combine, read_adapters, write_peft
 from ..core.configs import check_that, claim
 from ..core.files import write_json
 from ..core.text import Tokenizer
@@ -127,9 +128,14 @@ def discover(
                     write_json(folder / "archive.json", data)
                     if cfg.parts.train:
                         adapter = folder / f"adapters/{search.step}"
-                        write_peft(
-                            adapter, search.learned.params, cfg.lora, lm, cfg.run
-                        )
+                        learned = search.learned.params
+                        own = cfg.lora
+                        if cfg.adapter:  # a folder for the run as it is
+                            given = (read_adapters(lm, cfg.adapter), 1.0)
+                            learned = combine([given, (learned, own.scales(learned))])
+                            rank = max(f.a.shape[-1] for f in learned.values())
+                            own = LoRAConfig(rank=rank, alpha=float(rank))
+                        write_peft(adapter, learned, own, lm, cfg.run)
                     facts = {
                         "archive": data,
                         "step": search.step,
@@ -172,5 +178,6 @@ def discover_run(cfg: DiscoverConfig) -> DiscoverResult:
     problem = problem_by_name(cfg.problem, **cfg.problem_options())
     check_that(cfg, "run", cfg.run != "", "the run directory of a base model")
     lm, _ = load_run(cfg.run)
+    lm = with_adapters(lm, cfg.adapter)
     folder = cfg.out or Path("runs/discover") / problem.name
     return discover(problem, lm, run_tokenizer(cfg.run), cfg, folder)

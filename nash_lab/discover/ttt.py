@@ -155,6 +155,9 @@ class DiscoverConfig:
     problem: str = "erdos"  # key of discover.problems.PROBLEMS, or package.module:name
     options: str = "{}"  # JSON object of that problem's settings
     run: str = ""  # run directory of the base model
+    adapter: tuple[
+        str, ...
+    ] = ()  # PEFT folders, summed into its weights before the search
     out: str = ""  # folder of this search; runs/discover/<problem> when empty
     # parts of the method
     arm: Literal[
@@ -336,7 +339,7 @@ def policy_step(
         lm = attach(
             nnx.merge(graphdef, weights),
             adapter,
-            lora.scale,
+            lora.scales(adapter),
             rate=lora.dropout,
             key=key,
         )
@@ -362,7 +365,7 @@ def update_policy(
     "One step on all rollouts, and its numbers. OffPolicy when another adapter sampled them."
     # one policy in sampler and learner: compared on a few rows
     few = rollouts.tokens[:8]
-    policy = attach(base, state.params, cfg.lora.scale)
+    policy = attach(base, state.params, cfg.lora.scales(state.params))
     gaps = np.asarray(_score(policy, few)) - rollouts.sampled[:8]
     mismatch = float(np.abs(np.where(rollouts.drawn[:8], gaps, 0.0)).max())
     most = TOLERANCE[base.cfg.compute_dtype]
@@ -497,7 +500,8 @@ def ttt_round(
     # rollouts of the current policy, all groups in one batch
     policy = base
     if cfg.parts.train:
-        policy = attach(base, search.learned.params, cfg.lora.scale)
+        learned = search.learned.params
+        policy = attach(base, learned, cfg.lora.scales(learned))
     encode = encoder(tokenizer, cfg.lead or "none")
     tally = DraftTally(base) if cfg.drafts else None
     rollouts = sample_rollouts(

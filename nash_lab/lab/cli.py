@@ -74,10 +74,18 @@ VERBS = {
         device=False,
     ),
     "hf import": Verb(
-        "lab.jobs:ImportJob", "make a run of a LLaMA, Qwen2 or Qwen3 folder", to="run"
+        "lab.jobs:ImportJob",
+        "make a run of a LLaMA, Qwen2 or Qwen3 folder or hub name",
+        to="run",
     ),
     "hf export": Verb(
         "lab.jobs:ExportHFJob", "write a run as a folder for transformers", to="folder"
+    ),
+    "lora train": Verb(
+        "adapt.instruct:LoRATrainConfig",
+        "train an adapter on questions and answers, or resume",
+        WORK,
+        "run",
     ),
     "lora apply": Verb(
         "lab.jobs:ApplyJob", "continue prompts with adapters beside the weights"

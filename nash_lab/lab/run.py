@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from ..adapt.hf import base_config, open_model
+from ..adapt.instruct import with_adapters
 from ..core.keys import named_key
 from ..core.text import Tokenizer, continuation, known_ids
 from ..data.corpus import PackedTokens
@@ -29,8 +31,8 @@ from ..model.generate import SampleConfig, sampling_rules, unpad
 from ..model.mhc import Routing
 from ..model.speculative import DraftTally, draw_rows
 from ..model.transformer import LM, parameter_count
-from ..train.pretrain import load_run, read_metrics
-from ..train.settings import TrainConfig, own_tokenizer
+from ..train.pretrain import read_metrics
+from ..train.settings import TrainConfig
 from ..train.step import batch_fields
 
 # %% ../../nbs/lab/81_run.ipynb #c008
@@ -86,7 +88,9 @@ class Model:
         front = ()
         if cfg.loader.documents == "cross":
             front = (self.tokenizer.eos_id,)
-        elif not (cfg.train_bin or cfg.data or cfg.stream.sources):  # trained elsewhere
+        elif cfg.train_bin.endswith(".jsonl") or not (
+            cfg.train_bin or cfg.data or cfg.stream.sources
+        ):  # trained elsewhere
             front = self.tokenizer.front
         ids = [*front, *self.tokenizer.encode(text)]
         return known_ids(self.tokenizer, ids, self.lm.cfg.vocab_size)
@@ -219,14 +223,17 @@ class Model:
 
 # %% ../../nbs/lab/81_run.ipynb #c011
 def load(
-    run_dir: str | Path,
+    run_dir: str | Path,  # or a folder that transformers wrote
     step: int | None = None,  # a saved step; the newest if None
     *,
     tokenizer: str | Path | None = None,  # a `.model` file; the run's own copy if None
+    adapters: Sequence[str | Path] = (),  # PEFT folders, summed into the weights
+    weights: Sequence[float] = (),  # of each in the sum; all 1 when empty
 ) -> Model:
     "The model of a run, every byte verified. FileNotFoundError or ValueError says what is wrong."
-    lm, config = load_run(run_dir, step, tokenizer)
-    path = tokenizer or own_tokenizer(run_dir) or config.tokenizer
+    lm, config = open_model(run_dir, step, tokenizer)
+    lm = with_adapters(lm, adapters, weights)
+    path = tokenizer or base_config(run_dir).tokenizer
     if not path:
         raise ValueError(
             f"{run_dir}: the run has no tokenizer, expected tokenizer=FILE"

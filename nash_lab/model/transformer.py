@@ -70,7 +70,7 @@ class LM(nnx.Module):
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         "Embeddings in the compute type."
-        return self.embedding[...][tokens].astype(self.cfg.compute_dtype)
+        return self.embedding[tokens].astype(self.cfg.compute_dtype)
 
     def unembedding(self) -> Float[Array, "d v"]:
         "The matrix that turns hidden states into logits."

@@ -153,7 +153,8 @@ LOGICAL = (  # pattern of a path, meaning of its last axes; the first that fits 
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     "What each axis of a parameter means; all None where the table says nothing."
     path = path.removesuffix("/value")  # the end of every path in an nnx.State
-    path = path.replace("/base/", "/")  # of a layer with an adapter beside it
+    # of a layer or a table with an adapter beside it
+    path = path.replace("/base/", "/").removesuffix("/base")
     layers = ("layers",) if in_stack(path) else ()
     for pattern, axes in LOGICAL:
         if len(layers + axes) == ndim and fnmatchcase(path, pattern):

@@ -210,7 +210,12 @@ def own_settings() -> Iterator[None]:
         yield
 
 
-def pretrain(cfg: TrainConfig, *, hooks: Iterable[Callable] = ()) -> "Result":
+def pretrain(
+    cfg: TrainConfig,
+    *,
+    hooks: Iterable[Callable] = (),  # called with each line and the state
+    open_base: Callable | None = None,  # for `start_from`; None: `load_run`
+) -> "Result":
     "Train `cfg` in its run directory, or resume there. ValueError or OSError for bad input."
     folder = Path(cfg.run)
     cfg = replace(cfg, optim=with_warmup(cfg.optim, cfg.steps))  # config.json says it
@@ -247,7 +252,8 @@ def pretrain(cfg: TrainConfig, *, hooks: Iterable[Callable] = ()) -> "Result":
             if finished.step == cfg.steps:
                 return finished
 
-        graphdef, key, at, notes = start(cfg, mesh, batches, checkpoints, guard.ledger)
+        own = (batches, checkpoints, guard.ledger, open_base or load_run)
+        graphdef, key, at, notes = start(cfg, mesh, *own)
         outputs = []
         if main:
             if jax.default_backend() == "tpu":
@@ -318,6 +324,7 @@ def start(
     batches: Any,  # moved to the position of the checkpoint
     checkpoints: Checkpoints,  # of this run alone
     ledger: Ledger,  # takes over the account of earlier processes
+    open_base: Callable,  # (path, tokenizer=) -> model and config of `start_from`
 ) -> tuple[nnx.GraphDef, PRNGKeyArray, Progress, list[str]]:
     "Model, dropout key and progress, fresh or of the newest checkpoint; notes of what did not fit."
     abstract = place_rows(nnx.eval_shape(lambda: training_model(cfg)), mesh)
@@ -336,7 +343,7 @@ def start(
     if not checkpoints.take_over():
         due = {"step": 0, "tokens": 0, "time_s": 0.0}  # step 0 is validated
         if cfg.start_from:
-            first, theirs = load_run(cfg.start_from, tokenizer=cfg.tokenizer or None)
+            first, theirs = open_base(cfg.start_from, tokenizer=cfg.tokenizer or None)
             changes = []
             for change in config_changes(to_json(theirs.model), to_json(cfg.model)):
                 if change.split(":")[0].split(".")[-1] not in LOOSE:
@@ -639,6 +646,7 @@ def load_run(
     tokenizer: str
     | Path
     | None = None,  # to be used with it; the run's own copy if None
+    merge: bool = True,  # into the weights, what the run trains beside them
 ) -> tuple[LM, TrainConfig]:
     "Model and config of a run, every byte verified. FileNotFoundError, or ValueError if damaged."
     cfg = saved_config(Path(run))
@@ -654,7 +662,7 @@ def load_run(
     with closing(Checkpoints(Path(run) / "checkpoints")) as checkpoints:
         saved = checkpoints.restore(step, template=template, facts=facts)
     lm = nnx.merge(graphdef, kept_weights(saved["model"], saved.get("optimizer")))
-    if cfg.tune != "full":
+    if merge and cfg.tune != "full":
         lm = merge_adapter(lm, None)
     return lm, cfg
 

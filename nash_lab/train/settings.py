@@ -6,10 +6,11 @@ validates on documents kept out of its training, wherever they come from"""
 # %% auto #0
 __all__ = ['FREE', 'TOKENIZERS', 'SHARED', 'TILE', 'TrainConfig', 'claim_run', 'take_back',
            'saved_config', 'copy_tokenizer', 'own_tokenizer', 'run_tokenizer', 'tokenizer_facts',
-           'open_data', 'joined_position', 'own_position', 'misaligned']
+           'open_examples', 'open_data', 'joined_position', 'own_position', 'misaligned']
 
 # %% ../../nbs/train/43_settings.ipynb #c003
 import shutil
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from ..core.files import first_line, read_json, write_atomic, write_json
 from ..core.processes import ProcessConfig, barrier, is_main_process
 from ..core.text import Tokenizer
 from ..data.corpus import PackedTokens
-from ..data.loader import LoaderConfig, loader
+from ..data.loader import Examples, LoaderConfig, loader
 from nash_lab.data.stream import (
     StreamConfig,
     merge_states,
@@ -41,6 +42,7 @@ from ..data.tokenizer import copy_companions, load_tokenizer
 from ..model.transformer import ModelConfig
 from ..run.checkpoint import numbered
 from ..run.rundir import TRACKERS, WandbConfig, environment, read_metrics
+from .examples import read_examples
 from .optim import OptimConfig, schedule
 from .parallel import MeshConfig, check_rows, data_shard
 from .tune import LoRAConfig, Tune
@@ -51,9 +53,11 @@ class TrainConfig:
     "A pretraining run; ValueError when the parts do not fit together."
 
     run: str = "runs/pretrain"  # run directory; the same directory again resumes
-    # packed training tokens: a file, or a glob of shards in quotes
+    # packed training tokens: a file, or a glob of shards in quotes; or a .jsonl of
+    # instructions, whose answers alone are learned
     train_bin: str = "data/train.bin"
-    val_bin: str = "data/validation.bin"  # packed validation tokens; "" for none
+    # packed validation tokens, or a .jsonl of instructions; "" for none
+    val_bin: str = "data/validation.bin"
     # that of the packed files; "" skips the check
     tokenizer: str = "data/tokenizer.model"
     steps: int = 1000  # updates
@@ -63,6 +67,8 @@ class TrainConfig:
     # what a row of a .txt file of `data` is
     sample_by: Literal["document", "paragraph", "line"] = "document"
     separator: str = ""  # what stands between two rows of a .txt file, in its place
+    # questions and answers of a .jsonl are turns of a chat, in the base's template
+    chat: bool = False
     # of a stream, held out and packed into a val_bin that is missing
     val_documents: int = 256
     # micro-batches per update, divides loader.batch_size; more need less memory
@@ -272,6 +278,20 @@ SHARED = (
 )  # loader's, for both
 
 # %% ../../nbs/train/43_settings.ipynb #c019
+def open_examples(path: str, cfg: TrainConfig, tokenizer: Tokenizer | None) -> Examples:
+    "The instructions of a file as a run reads them; ValueError or OSError names what is wrong."
+    if tokenizer is None:
+        raise ValueError(f"TrainConfig.tokenizer='': {path} has to be encoded")
+    data = cfg.loader
+    how = dict(chat=cfg.chat, vocab_size=cfg.model.vocab_size)
+    examples = read_examples(path, tokenizer, data.seq_len, data.documents, **how)
+    for why, count in examples.meta.skipped.items():
+        if count and is_main_process():
+            kept = examples.meta.documents
+            print(f"{path}: {count} left out, {why}; {kept} kept", file=sys.stderr)
+    return examples
+
+
 def open_data(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, PackedTokens | None]:
     "Training batches and validation tokens; ValueError or OSError when something does not fit."
     check_rows(cfg.loader.batch_size // cfg.accumulate, mesh)
@@ -300,7 +320,10 @@ def open_data(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, PackedTokens | None]:
         barrier("the held-out file is written")
         batches = stream_loader(stream, tokenizer, shard=shard, shards=shards)
     else:
-        packed = PackedTokens.open(cfg.train_files, **checks)
+        if cfg.train_bin.endswith(".jsonl") and not cfg.data:
+            packed = open_examples(cfg.train_bin, cfg, tokenizer)
+        else:
+            packed = PackedTokens.open(cfg.train_files, **checks)
         batches = loader(packed, cfg.loader, shard=shard, shards=shards)
         if batches.batches < cfg.steps:
             have = f"loader.epochs={cfg.loader.epochs} give {batches.batches} batches"
@@ -308,6 +331,8 @@ def open_data(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, PackedTokens | None]:
 
     if not cfg.val_bin:
         return batches, None
+    if cfg.val_bin.endswith(".jsonl"):
+        return batches, open_examples(cfg.val_bin, cfg, tokenizer)
     held_out = PackedTokens.open(cfg.val_bin, **checks)
     if len(held_out) < 2:
         found = f"{len(held_out)} tokens, nothing to predict"
