@@ -206,20 +206,17 @@ class GenerateJob:
     def __call__(self):
         how = dict(adapters=self.adapter, weights=self.weights)
         model = load(self.run, self.step, **how)
-        sampling = to_json(self)
-        for name in (
-            "run",
-            "prompt",
-            "chat",
-            "system",
-            "step",
-            "adapter",
-            "weights",
-            "drafts",
-        ):
-            del sampling[name]
         tally = DraftTally(model.lm) if self.drafts else None
-        sampling["tally"] = tally
+        sampling = {"tally": tally}
+        for name in (
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "seed",
+        ):
+            sampling[name] = getattr(self, name)
         for prompt in self.prompt:
             if self.chat:
                 print(model.chat(prompt, system=self.system, **sampling))

@@ -299,7 +299,7 @@ def attach(
 
 # %% ../../nbs/train/38_tune.ipynb #c030
 def detach(lm: LM) -> tuple[LM, Adapter, dict[str, float]]:
-    "A model without what stands beside its layers; that as an adapter; and the scale of each layer."
+    "A model without what stands beside its layers; that as an adapter; the scale of each layer."
     lm = nnx.clone(lm)
     adapter = {}
     scales = {}
