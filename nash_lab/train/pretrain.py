@@ -234,12 +234,8 @@ def pretrain(
         changes = []
         if main:
             stack.enter_context(run_lock(folder))
-        checkpoints = Checkpoints(
-            folder / "checkpoints",
-            keep=cfg.keep,
-            facts=facts,
-            dtype=cfg.checkpoint_dtype,
-        )
+        kept = dict(keep=cfg.keep, facts=facts, dtype=cfg.checkpoint_dtype)
+        checkpoints = Checkpoints(folder / "checkpoints", **kept)
         stack.enter_context(closing(checkpoints))
         if main:
             fresh = not (folder / "config.json").exists()
