@@ -21,6 +21,8 @@ from nash_lab.adapt.lora import (
 )
 from nash_lab.data.loader import LoaderConfig
 from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+from nash_lab.discover.search import discover_run
+from nash_lab.discover.ttt import DiscoverConfig
 from nash_lab.lab.cli import main
 from nash_lab.model.block import ModelConfig
 from nash_lab.model.transformer import LM
@@ -28,7 +30,7 @@ from nash_lab.train.examples import example_ids, read_examples
 from nash_lab.train.optim import OptimConfig
 from nash_lab.train.pretrain import load_run, write_run
 from nash_lab.train.settings import TrainConfig
-from nash_lab.train.tune import target_shapes
+from nash_lab.train.tune import linear_layers, target_shapes
 
 TINY = ModelConfig.tiny(residual="plain", vocab_size=320, init_std=0.2, max_len=64)
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
@@ -371,6 +373,35 @@ def test_eval_and_generate_with_an_adapter(home, done, capsys):
         assert main(["--quiet", *given.split(), *sampling]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and said[0].startswith("the sun is")
+
+
+def test_a_search_begins_with_an_adapter(home):
+    "What it leaves is one folder for the run as it is: the given change, and what was learned after"
+    lm, _ = load_run(home / "own")
+    cfg = LoRAConfig(rank=2, targets=("*/q", "embedding"))
+    given = filled(init_adapter(lm, cfg, jax.random.key(0)))
+    folder = write_peft(home / "given", given, cfg, lm)
+    search = DiscoverConfig(
+        problem="string",
+        options='{"target": "e", "prompt": "the sun"}',
+        run=str(home / "own"),
+        adapter=(str(folder),),
+        out=str(home / "search"),
+        steps=1,
+        groups=1,
+        rollouts=4,
+        max_new_tokens=2,
+        lora=LoRAConfig(rank=2, targets=("*/q",)),
+    )
+    discover_run(search)
+    config = json.loads((home / "search/adapters/1/adapter_config.json").read_text())
+    assert config["r"] == 4 and config["base_model_name_or_path"] == str(home / "own")
+    base, before, after = (
+        linear_layers(with_adapters(lm, folders))["blocks/attention/q"].weight[...]
+        for folders in ([], [folder], [home / "search/adapters/1"])
+    )
+    np.testing.assert_allclose(after, before, atol=1e-3)
+    assert np.abs(before - base).max() > 0.05
 
 
 def test_names_of_the_hub(home, tmp_path, monkeypatch, capsys):
