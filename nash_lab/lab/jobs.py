@@ -184,6 +184,7 @@ class GenerateJob:
     # each prompt is a question to a chat model, in the form of its chat template
     chat: bool = False
     system: str = ""  # instructions before the question, with --chat
+    precision: Literal["float32", "int8"] = "float32"  # of linear layers, in memory
     max_new_tokens: int = 64  # tokens to add at most
     temperature: float = 0.7  # 0 takes the most likely token every time
     top_p: float = 0.95  # smallest set of tokens with this probability; 1 is off
@@ -205,7 +206,7 @@ class GenerateJob:
 
     def __call__(self):
         how = dict(adapters=self.adapter, weights=self.weights)
-        model = load(self.run, self.step, **how)
+        model = load(self.run, self.step, precision=self.precision, **how)
         tally = DraftTally(model.lm) if self.drafts else None
         sampling = {"tally": tally}
         for name in (
@@ -294,6 +295,7 @@ class EvalJob:
     step: int | None = None  # a saved step of the run; the newest when None
     adapter: tuple[str, ...] = ()  # PEFT folders, summed into the weights
     weights: tuple[float, ...] = ()  # of each adapter in the sum; all 1 when empty
+    precision: Literal["float32", "int8"] = "float32"  # of linear layers, in memory
     # packed tokens, or a .jsonl of instructions; the run's own validation file when empty
     data: str = ""
     batches: int = 0  # batches to score; 0 for the whole file
@@ -325,7 +327,7 @@ class EvalJob:
             print(describe(compare(*self.compare)))
             return
         how = dict(adapters=self.adapter, weights=self.weights)
-        model = load(self.run, self.step, **how)
+        model = load(self.run, self.step, precision=self.precision, **how)
         if not self.tasks:
             cfg = model.config
             data = self.data or cfg.val_bin

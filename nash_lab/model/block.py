@@ -25,6 +25,7 @@ from ..core.keys import named_key
 from ..maths.flash import NAME
 from ..maths.mhc_kernels import LANES
 from ..maths.mhc_kernels import NAME as CROSSING
+from ..maths.precision import PRODUCT, QuantConfig
 from .attention import GQA, KVCache
 from .diff import DIFF1, DIFF2, DiffConfig
 from .layers import FFNS, RMSNorm, RopeConfig, dropout
@@ -82,6 +83,8 @@ class ModelConfig:
     remat: Literal["none", "block", "dots"] = "none"
     # activations; weights stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    # products of linear layers in 8 bits
+    quant: QuantConfig = field(default_factory=QuantConfig)
     # layers in one turn of the scan; more compile longer and run a little faster
     unroll: int = 1
     # tokens of all rows whose logits exist at once, at least 256 of them: a product of
@@ -131,6 +134,8 @@ class ModelConfig:
             self.maha.check_scales(**shape)
         if self.ffn == "moe":
             self.moe.width_of(self.ffn_width)
+            plain = self.quant.forward == "none"
+            check_that(self, "quant", plain, "none: experts multiply in groups")
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -414,12 +419,12 @@ class Block(nnx.Module):
 # what attention over long rows leaves for its backward pass is small, and dear to repeat
 _attention = jax.checkpoint_policies.save_only_these_names(NAME)
 # what a crossing of streams shows to a sublayer is a fraction of the streams
-_both = jax.checkpoint_policies.save_only_these_names(NAME, CROSSING)
+_kept = jax.checkpoint_policies.save_only_these_names(NAME, CROSSING, PRODUCT)
 REMATS = {
     "none": None,
     "block": _attention,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _both
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _kept
     ),
 }
 

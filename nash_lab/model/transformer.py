@@ -5,7 +5,7 @@ sees the future, and every preset has the number of weights its source promises.
 
 # %% auto #0
 __all__ = ['LM', 'row_positions', 'target_weights', 'gates', 'set_gate', 'set_gates', 'draft',
-           'model_shapes', 'parameter_count', 'flops_per_token']
+           'int8_weights', 'model_shapes', 'parameter_count', 'flops_per_token']
 
 # %% ../../nbs/model/20_transformer.ipynb #c003
 import re
@@ -29,7 +29,14 @@ from nash_lab.model.block import (
     run_stack,
     stacked,
 )
-from .layers import RMSNorm, dropout, normal_init
+from ..maths.precision import QuantConfig
+from nash_lab.model.layers import (
+    QuantizedLinear,
+    RMSNorm,
+    dropout,
+    eight_bit_layers,
+    normal_init,
+)
 from .mhc import Routing, gate_logit, to_public
 from .mtp import MTPHead, ahead_targets, head_at, look_ahead
 from .residuals import RESIDUALS
@@ -67,6 +74,9 @@ class LM(nnx.Module):
             )
         else:
             self.mtp = None
+        if cfg.quant.forward != "none":
+            for layer in eight_bit_layers(self, cfg.quant.skip).values():
+                layer.quant = cfg.quant
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         "Embeddings in the compute type."
@@ -302,6 +312,23 @@ def draft(
     return hidden, cache
 
 # %% ../../nbs/model/20_transformer.ipynb #c022
+def int8_weights(lm: LM) -> LM:
+    "The model for serving, linear layers in int8. ValueError for experts or without qwix."
+    QuantConfig("int8")  # refuses where qwix is missing
+    if lm.cfg.ffn == "moe":
+        raise ValueError(
+            "weights='int8': expected a model without experts, found ffn='moe'"
+        )
+    lm = nnx.clone(lm)
+    for path, layer in eight_bit_layers(lm, lm.cfg.quant.skip).items():
+        *above, last = path.split("/")
+        parent = lm
+        for name in above:
+            parent = getattr(parent, name)
+        setattr(parent, last, QuantizedLinear(layer))
+    return lm
+
+# %% ../../nbs/model/20_transformer.ipynb #c025
 def model_shapes(
     cfg: ModelConfig, change: Callable[[LM], LM] = lambda lm: lm
 ) -> tuple[nnx.GraphDef, dict]:

@@ -48,6 +48,7 @@ from nash_lab.core.configs import (
 from nash_lab.model.transformer import (
     ModelConfig,
     flops_per_token,
+    int8_weights,
     model_shapes,
     parameter_count,
 )
@@ -107,7 +108,7 @@ COLLECTIVES = (
 )
 ITEM_BYTES = {
     **dict.fromkeys(("s4", "u4"), 0.5),
-    **dict.fromkeys(("pred", "s8", "u8"), 1),
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
     **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
     **dict.fromkeys(("s32", "u32", "f32"), 4),
     **dict.fromkeys(("s64", "u64", "f64"), 8),
@@ -450,6 +451,7 @@ class PreflightConfig:
     documents: Literal["cross", "mask"] = "cross"
     prompt_len: int = 1024  # tokens of a prompt in prefill
     serve_rows: int = 8  # rows of prefill and decode
+    weights: Literal["float32", "int8"] = "float32"  # of linear layers in these two
     search: bool = False  # look for the fastest setting that fits
     tries: int = 4  # compilations a search may spend
     timeout_s: int = 3600  # seconds after which the compiler is stopped
@@ -480,7 +482,13 @@ def sharded_program(
     mesh: jax.sharding.Mesh,
 ) -> tuple[Callable, tuple, int]:
     "A jitted program of a run, the shapes of its arguments, and the tokens of one call."
-    graphdef, params = model_shapes(cfg.model, lambda lm: place_rows(lm, mesh))
+
+    def prepare(lm):
+        if name != "train" and cfg.weights == "int8":
+            lm = nnx.eval_shape(int8_weights, lm)
+        return place_rows(lm, mesh)
+
+    graphdef, params = model_shapes(cfg.model, prepare)
     if name == "train":
         tx = optimizer(cfg.optim, 10**6)
         state = jax.eval_shape(lambda p: fresh_state(p, tx), params)
