@@ -483,12 +483,12 @@ def sharded_program(
 ) -> tuple[Callable, tuple, int]:
     "A jitted program of a run, the shapes of its arguments, and the tokens of one call."
 
-    def prepare(lm):
+    def as_served(lm):
         if name != "train" and cfg.weights == "int8":
             lm = nnx.eval_shape(int8_weights, lm)
         return place_rows(lm, mesh)
 
-    graphdef, params = model_shapes(cfg.model, prepare)
+    graphdef, params = model_shapes(cfg.model, as_served)
     if name == "train":
         tx = optimizer(cfg.optim, 10**6)
         state = jax.eval_shape(lambda p: fresh_state(p, tx), params)
