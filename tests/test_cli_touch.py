@@ -199,7 +199,7 @@ def test_help_fits_the_terminal(columns):
         ("import", "hf import?"),
         ("lora-merge", "lora merge?"),
         ("hf_import --folder x", "hf import?"),
-        ("lora mrege", "expected one of lora apply, lora merge, lora export; did you mean merge?"),
+        ("lora mrege", "expected one of lora train, lora apply, lora merge, lora export; did you mean merge?"),
         ("study ablaton", "ablation?"),
         ("fly", "expected one of tokenizer, pack"),
         ("--steps 3", "a verb comes first"),
