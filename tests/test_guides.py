@@ -56,6 +56,8 @@ READ = {
     "nash_lab discover": "takes minutes; tests/test_cli.py runs it",
     "nash_lab consolidate": "takes minutes; tests/test_cli.py runs it",
     "nash_lab probe": "needs a trained run; tests/test_cli.py runs it",
+    "nash_lab gates": "needs a trained run; tests/test_gates.py runs it",
+    "nash_lab pretrain --preset gpt-d12": "needs a GPU",
     "nash_lab study": "takes hours",
     "nash_lab pretrain --preset gpt-d12 --run": "needs a GPU",
     "nash_lab pretrain --preset gpt-d12-mhc --run": "needs a GPU",
