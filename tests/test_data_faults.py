@@ -354,7 +354,7 @@ class Failing:
     def __len__(self):
         return self.n
 
-    def __array__(self, dtype=None, copy=None):
+    def __getitem__(self, index):
         raise OSError("[Errno 5] Input/output error")
 
 

@@ -248,8 +248,8 @@ def loader(
         raise ValueError(f"{shard=} must be in [0, {shards})")
     if cfg.batch_size % shards:
         raise ValueError(f"batch_size={cfg.batch_size} is not divisible by {shards=}")
-    # refuses what no batch can be made of
-    file_batch(packed, np.zeros(1, int), cfg.seq_len, cfg.documents)
+    if not packed.meta.eos:  # refused now where documents need a border
+        file_batch(packed, np.zeros(1, int), cfg.seq_len, cfg.documents)
     return Loader(packed, cfg, shard, shards)
 
 # %% ../../nbs/data/28_loader.ipynb #c028

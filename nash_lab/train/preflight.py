@@ -1050,9 +1050,9 @@ def preflight_text(
     cfg: PreflightConfig,
 ) -> tuple[int, str]:
     "Exit code of `nash_lab preflight`, 0 where it fits, and its text; ValueError as `preflight`."
+    notes = [] if cfg.target == "local" else misaligned(cfg.model, cfg.seq_len)
     if not cfg.search:
         found = preflight(cfg)
-        notes = [] if cfg.target == "local" else misaligned(cfg.model, cfg.seq_len)
         return int(not found.fits), "\n".join([report_text(found), *notes])
     best, tried = first_that_fits(cfg)
     lines = []
@@ -1060,6 +1060,6 @@ def preflight_text(
         sizes = f"{guess.memory:.1f} GiB by estimate, {needed:.1f} compiled"
         lines.append(f"tried {setting_flags(setting)}: {sizes}")
     if best is not None:
-        return 0, "\n".join([*lines, "", report_text(best)])
+        return 0, "\n".join([*lines, "", report_text(best), *notes])
     lines.append("does not fit; what to change:")
     return 1, "\n".join([*lines, *(f"  {line}" for line in advice(cfg))])
