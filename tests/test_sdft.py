@@ -15,6 +15,7 @@ from nash_lab.adapt.continual import (
     SkillGate,
     Suite,
     decide,
+    demonstration_nats,
     evaluate_suite,
     gated_update,
     load_suite,
@@ -29,6 +30,7 @@ from nash_lab.adapt.sdft import (
     SDFTResult,
     distil,
     divergence,
+    encoder,
     loss_mask,
     plan_batches,
     reverse_kl,
@@ -204,6 +206,64 @@ def test_distil(lm, changes):
         assert not equal(*maps)
 
 
+def test_a_killed_block_goes_on(lm, tmp_path):
+    "killed behind a checkpoint, and before the first: the same weights to the bit; another block is refused"
+    suite = probes(lm)
+    cfg = replace(CFG, base_weight=0.5, teacher="ema")
+    run = partial(gated_update, lm, Symbols(), EXAMPLES, cfg, suite, None, save_every=1)
+    straight, _ = run(tmp_path / "straight")
+    assert not (tmp_path / "straight/sdft").exists()  # decided
+    rows = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(1 <= r["shortest"] <= r["answer_tokens"] <= r["longest"] <= 8 for r in rows)
+    assert rows[0]["lr"] == pytest.approx(3e-3) and rows[2]["lr"] < rows[1]["lr"]
+
+    def killed(*given, hooks, **how):
+        def kill(record, now):
+            if record["step"] == 2:
+                raise KeyboardInterrupt
+
+        return distil(*given, hooks=[*hooks, kill], **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", update=killed)
+    assert [p.name for p in (tmp_path / "cut/sdft").iterdir()] == ["1"]
+    with pytest.raises(ValueError, match="sdft: of a block with other settings"):
+        gated_update(
+            lm, Symbols(), EXAMPLES[1:], cfg, suite, None, tmp_path / "cut", save_every=1
+        )
+    again, _ = run(tmp_path / "cut")
+    assert equal(params(again), params(straight))
+    assert [json.loads(line) for line in (tmp_path / "cut/metrics.jsonl").open()] == rows
+
+
+def test_the_base_holds_the_student(lm):
+    "KL to the untouched model: its weight changes the first gradient only through the model's own motion"
+    moved = {}
+    for weight in (0.0, 30.0):
+        out = distil(lm, Symbols(), EXAMPLES, replace(CFG, base_weight=weight, steps=3))
+        start, end = params(lm), params(out.lm)
+        steps = jax.tree.map(lambda a, b: float(((a - b) ** 2).sum()), start, end)
+        moved[weight] = sum(jax.tree.leaves(steps))
+        first = out.metrics[0]["loss"]
+        assert weight == 0 or first == pytest.approx(loss, rel=1e-5)  # nothing moved yet
+        loss = first
+    assert moved[30.0] < moved[0.0]
+
+
+def test_several_demonstrations():
+    one = Example("ab", "c", also=("d", "e"))
+    assert from_row(Example, {"prompt": "ab", "demonstration": "c", "also": ["d", "e"]}) == one
+    encode = lambda text: seen.append(text) or [1]
+    seen = []
+    model = LM(ModelConfig.tiny(vocab_size=Symbols.vocab_size, max_len=32))
+    plan_batches(model, [one], None, CFG, encode, np.random.default_rng(0))
+    assert seen == ["ab", "c\n\nd\n\ne|ab"]
+    for bad in (("",), ("d", " ")):
+        with pytest.raises(ValueError, match="Example.also"):
+            Example("ab", "c", also=bad)
+
+
 def test_bad_steps_change_nothing(lm):
     state = fresh_state(params(lm), tx := optimizer(CFG.optim, 3))
     grads = jax.tree.map(jnp.ones_like, state.params)
@@ -254,6 +314,32 @@ def test_buffer(tmp_path):
         for k in b.kept:
             counts[k.arrival] += 1
     assert counts.sum() == 1800 and counts.min() > 30 and counts.max() < 95  # mean 60, deviation 7
+
+
+def test_replay_by_surprise(lm, tmp_path):
+    "what the model finds surprising is kept and drawn; the measure is the demonstration's own nats"
+    nats = demonstration_nats(lm, Symbols(), EXAMPLES, Symbols().encode)
+    for example, found in list(zip(EXAMPLES, nats))[:2]:
+        ids = Symbols().encode(example.prompt + example.demonstration)
+        n = len(Symbols().encode(example.demonstration))
+        logprobs = jax.nn.log_softmax(lm(jnp.array([ids])))[0]
+        own = -np.array([logprobs[i - 1, ids[i]] for i in range(len(ids) - n, len(ids))])
+        assert found == pytest.approx(own.mean(), rel=1e-4)
+    buffer = ReplayBuffer(capacity=3, policy="surprise")
+    some = [Example(f"p{i}", "a") for i in range(5)]
+    buffer.remember(some, [0.5, 2.0, 0.1, 0.0, 1.0])
+    assert [k.surprise for k in buffer.kept] == [0.5, 2.0, 1.0]
+    assert buffer.chances() == pytest.approx(np.array([0.51, 2.01, 1.01]) / 3.53)
+    buffer.write_to(tmp_path / "replay.json")
+    assert read_as(ReplayBuffer, tmp_path / "replay.json") == buffer
+    for bad in (np.nan, -1.0, np.inf):
+        with pytest.raises(ValueError, match="surprise"):
+            buffer.remember(some[:1], [bad])
+    learned = ReplayBuffer(policy="surprise")
+    gated_update(lm, Symbols(), EXAMPLES, CFG, probes(lm), learned, tmp_path / "b", update=keep)
+    assert [k.surprise for k in learned.kept] == pytest.approx(
+        demonstration_nats(lm, Symbols(), EXAMPLES, encoder(Symbols())), rel=1e-5
+    )
 
 
 def test_a_buffer_above_the_limit_of_one_json_value(tmp_path):

@@ -272,7 +272,9 @@ def test_sampler_must_use_the_adapter(base, monkeypatch):
 
 
 def timeless(path):
-    return [{k: v for k, v in row.items() if k != "time_s"} for row in read_metrics(path)]
+    return [
+        {k: v for k, v in row.items() if k not in ("time_s", "time")} for row in read_metrics(path)
+    ]
 
 
 def test_resume_is_exact_and_the_base_untouched(base, tmp_path):
@@ -330,6 +332,7 @@ def test_resume_is_exact_and_the_base_untouched(base, tmp_path):
     )
     for row in rows:
         assert TASK.reward(State(row["state"])) == row["reward"]
+    assert read_metrics(tmp_path / "straight/metrics.jsonl")[-1]["adapter"] == "adapters/4"
     result = json.loads((tmp_path / "straight" / "result.json").read_text())
     assert result["reward"] == max(row["reward"] for row in rows) == straight.reward
 
@@ -620,3 +623,93 @@ def test_arms_study_in_seconds(tmp_path):
     for wrong in (dict(arms=()), dict(arms=("half",)), dict(seeds=0), dict(objective="x")):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))[:3]}"):
             ArmsConfig(**wrong)
+
+
+# --- episodes of several turns, and prompts that show the archive ---
+
+
+class Spell:
+    "A letter a turn; only the whole word has a reward. It has just the four functions of a problem."
+
+    name = "spell"
+
+    def initial_state(self, seed=0):
+        return State("")
+
+    def context(self, state):
+        return f"Guess\n{state.solution}\n"
+
+    def transition(self, state, action):
+        letter = action.strip()[:1]
+        if letter not in tuple("abcdefgh"):
+            return State(None, "ValueError: no letter")
+        return State(state.solution + letter)
+
+    def reward(self, state):
+        word = state.solution or ""
+        return sum(a == b for a, b in zip(word, "fe")) / 2 if len(word) == 2 else 0.0
+
+
+def test_an_episode_has_one_reward_at_its_end(base, monkeypatch):
+    task = Spell()
+    cfg = replace(CFG, turns=2, groups=2, rollouts=16, max_new_tokens=2, accumulate=4)
+    seen = {}
+    update = ttt.update_policy
+
+    def spy(base, state, rollouts, advantages, cfg):
+        seen.update(rollouts=rollouts, advantages=advantages)
+        return update(base, state, rollouts, advantages, cfg)
+
+    monkeypatch.setattr(ttt, "update_policy", spy)
+    search = ttt.new_search(task, base, cfg)
+    record, rows = ttt.ttt_round(task, base, WORDS, search, cfg)
+    drawn = seen["rollouts"].drawn.any(1).reshape(2, 32)
+    assert drawn[0].all() and np.array_equal(seen["advantages"][:32], seen["advantages"][32:])
+    assert record["skipped"] == 0 and record["problem"] == "spell" and record["parents"] == [0, 0]
+    assert record["reward_std"] == pytest.approx(np.std([row["reward"] for row in rows]))
+    both = 0
+    for i, row in enumerate(rows):
+        assert task.reward(State(row["state"])) == row["reward"] and not row["copy"]
+        if "earlier" not in row:  # the first letter was none
+            assert row["state"] is None and not drawn[1, i] and row["prompt"] == "Guess\n\n"
+            continue
+        (prompt, first), *more = row["earlier"]
+        assert prompt == "Guess\n\n" and not more and drawn[1, i]
+        assert row["prompt"] == f"Guess\n{first.strip()[:1]}\n"
+        if row["valid"]:
+            assert row["state"] == first.strip()[:1] + row["completion"].strip()[:1]
+        both += 1
+    assert both and sum(row["tokens"] for row in rows) == seen["rollouts"].drawn.sum()
+    with pytest.raises(ValueError, match=r"shown=1: spell has no context_from_archive"):
+        ttt.new_search(task, base, replace(cfg, shown=1))
+
+
+def test_prompts_show_the_best_answers(base, tmp_path):
+    cfg = replace(CFG, shown=1, arm="reuse-only", steps=2, max_new_tokens=2, save_every=1)
+    straight = discover(TASK, base, WORDS, cfg, tmp_path / "straight")
+    rows = read_metrics(tmp_path / "straight/discovery_log.jsonl")
+    first = [row for row in rows if row["step"] == 1]
+    later = [row["prompt"] for row in rows if row["step"] == 2]
+    best = max(row["reward"] for row in first)
+    assert "Earlier" not in "".join(row["prompt"] for row in first)
+    assert best > 0 and all(f"Earlier answer, reward {best:.9g}: " in prompt for prompt in later)
+    assert all(prompt.count("Earlier") == 1 and prompt.count("Guess\n") == 1 for prompt in later)
+    found = [node for node in straight.search.archive.live() if node.parent is not None]
+    assert found and {node.action for node in found} <= {row["completion"] for row in rows}
+    assert {"time", "version"} <= rows[0].keys()
+
+    def kill(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        discover(TASK, base, WORDS, cfg, tmp_path / "cut", [kill])
+    discover(TASK, base, WORDS, cfg, tmp_path / "cut")
+    assert timeless(tmp_path / "cut/discovery_log.jsonl") == timeless(
+        tmp_path / "straight/discovery_log.jsonl"
+    )
+
+
+def test_settings_of_episodes_are_refused():
+    for wrong, match in ((dict(turns=0), "turns=0"), (dict(shown=-1), "shown=-1")):
+        with pytest.raises(ValueError, match=match):
+            replace(CFG, **wrong)

@@ -9,13 +9,14 @@ every time (three seeds, [studies/learning](../studies/91_learning.ipynb))."""
 __all__ = ['Policy', 'PROBES', 'REJECTED', 'Kept', 'read_as', 'ReplayBuffer', 'paired_change',
            'CodeProbe', 'is_right', 'TextGate', 'SkillGate', 'Suite', 'load_suite', 'TextScore',
            'SkillScore', 'SuiteReport', 'evaluate_suite', 'Rejected', 'Check', 'GateDecision',
-           'decide', 'gated_update', 'ContinualConfig', 'continual']
+           'decide', 'demonstration_nats', 'gated_update', 'ContinualConfig', 'continual']
 
 # %% ../../nbs/adapt/63_continual.ipynb #c003
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from nash_lab.adapt.sdft import (
     SDFTConfig,
     distil,
     encoder,
+    join_answers,
 )
 from nash_lab.core.configs import (
     check_choices,
@@ -55,15 +57,21 @@ from nash_lab.evals.scores import (
     weights_hash,
     wilson,
 )
-from ..model.generate import generate, sampling_rules, unpad
+from nash_lab.model.generate import (
+    generate,
+    sampling_rules,
+    sequence_logprobs,
+    unpad,
+)
 from ..model.transformer import LM
+from ..run.checkpoint import Checkpoints
 from ..run.guard import run_lock
 from ..run.rundir import MetricsLog
 from ..train.pretrain import load_run
 from ..train.settings import run_tokenizer
 
 # %% ../../nbs/adapt/63_continual.ipynb #c006
-Policy = Literal["reservoir", "recency"]
+Policy = Literal["reservoir", "recency", "surprise"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ class Kept:
 
     example: Example
     arrival: int  # how many had come before it
+    # nats a token of its demonstration for the model that had learned it; 1 where not measured
+    surprise: float = 1.0
 
 
 def read_as(cls: type, path: str | Path) -> Any:
@@ -88,7 +98,7 @@ class ReplayBuffer:
     "Old examples in bounded memory. ValueError for bad settings."
 
     capacity: int = 50_000  # examples kept: some 50 MB of text
-    # what is kept and drawn: evenly, or newer examples more often
+    # what is kept and drawn: evenly, newer examples more often, or surprising ones
     policy: Policy = "reservoir"
     # recency: an example that many arrivals older is drawn half as often
     half_life: int = 1000
@@ -109,15 +119,28 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def remember(self, examples: Sequence[Example]) -> None:
+    def remember(
+        self,
+        examples: Sequence[Example],
+        surprises: Sequence[float] = (),  # of each, see `demonstration_nats`
+    ) -> None:
         "Take examples in, in the order they came (Vitter 1985, algorithm R; or a window)."
-        for example in examples:
-            item = Kept(example, self.seen)
+        for i, example in enumerate(examples):
+            surprise = float(surprises[i]) if len(surprises) else 1.0
+            if not 0 <= surprise < np.inf:
+                raise ValueError(
+                    f"ReplayBuffer: a surprise of {surprise}, expected 0 or more"
+                )
+            item = Kept(example, self.seen, surprise)
             self.seen += 1
             if len(self) < self.capacity:
                 self.kept.append(item)
             elif self.policy == "recency":
                 self.kept = [*self.kept[1:], item]
+            elif self.policy == "surprise":
+                place = min(range(len(self)), key=lambda i: self.kept[i].surprise)
+                if surprise > self.kept[place].surprise:
+                    self.kept[place] = item
             else:
                 rng = np.random.default_rng((self.seed, self.seen))
                 place = int(rng.integers(self.seen))
@@ -125,11 +148,14 @@ class ReplayBuffer:
                     self.kept[place] = item
 
     def chances(self) -> Float[np.ndarray, "m"]:
-        "Probability of each kept example in a draw: even, or halved with every half-life of age."
+        "Probability of each kept example in a draw: even, by age, or by surprise."
         age = self.seen - np.array([k.arrival for k in self.kept], float)
         raw = np.ones(len(age))
         if self.policy == "recency":
             raw = np.exp2(-(age - age.min()) / self.half_life)
+        if self.policy == "surprise":
+            # what is known by heart is still drawn, if seldom
+            raw = np.array([k.surprise for k in self.kept]) + 0.01
         return raw / raw.sum()
 
     def write_to(self, path: str | Path) -> None:
@@ -500,6 +526,33 @@ def decide(before: SuiteReport, after: SuiteReport, suite: Suite) -> GateDecisio
     )
 
 # %% ../../nbs/adapt/63_continual.ipynb #c035
+def demonstration_nats(
+    lm: LM,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    encode: Callable[[str], list[int]],  # of prompts
+    batch_size: int = 16,
+) -> Float[np.ndarray, "n"]:
+    "Mean nats a token of each demonstration behind its prompt: what the model finds surprising."
+    prompts = [encode(e.prompt) for e in examples]
+    answers = []
+    for prompt, e in zip(prompts, examples):
+        answers.append(
+            tokenizer.encode(e.demonstration)[: lm.cfg.max_len - len(prompt)]
+        )
+    longest = max(len(x) + len(y) for x, y in zip(prompts, answers))
+    rows, last = join_answers(
+        prompts, answers, min(8 * -(-longest // 8), lm.cfg.max_len)
+    )
+    means = []
+    for start in range(0, len(rows), batch_size):
+        some = slice(start, start + batch_size)
+        nats = -np.asarray(sequence_logprobs(lm, rows[some]))
+        for of_row, first, answer in zip(nats, last[some] + 1, answers[some]):
+            means.append(of_row[first : first + max(len(answer), 1)].mean())
+    return np.array(means)
+
+# %% ../../nbs/adapt/63_continual.ipynb #c036
 def gated_update(
     lm: LM,  # untouched
     tokenizer: Tokenizer,
@@ -513,6 +566,7 @@ def gated_update(
     update: Callable = distil,  # how to learn: the signature and the result of `distil`
     encode: Callable[[str], list[int]] | None = None,  # prompt -> ids, as in `distil`
     documents: str = "cross",  # as in `evaluate_suite`
+    save_every: int = 0,  # updates between checkpoints in folder/sdft; 0: none
 ) -> tuple[LM, GateDecision]:
     "The model that goes on, and why. ValueError for data, suite or folder that cannot be used."
     folder = Path(folder)
@@ -522,11 +576,20 @@ def gated_update(
     before = evaluate_suite(lm, tokenizer, suite, documents)
     write_json(folder / "eval_before.json", to_json(before))
 
-    with closing(MetricsLog(folder / "metrics.jsonl")) as log:
+    with ExitStack() as stack:
+        resumed = {}
+        done = 0
+        if save_every:
+            checkpoints = Checkpoints(
+                folder / "sdft", keep=1, best=None, asynchronous=False
+            )
+            stack.enter_context(closing(checkpoints))
+            resumed = {"checkpoints": checkpoints, "save_every": save_every}
+            done = checkpoints.latest() or 0
+        log = stack.enter_context(closing(MetricsLog(folder / "metrics.jsonl", done)))
         hooks = [lambda record, current_model: log.write(record)]
-        result = update(
-            lm, tokenizer, examples, cfg, buffer=buffer, hooks=hooks, encode=encode
-        )
+        given = dict(buffer=buffer, hooks=hooks, encode=encode, **resumed)
+        result = update(lm, tokenizer, examples, cfg, **given)
 
     after = evaluate_suite(result.lm, tokenizer, suite, documents)
     write_json(folder / "eval_after.json", to_json(after))
@@ -537,10 +600,15 @@ def gated_update(
         raise ValueError(f"{folder}: the update has changed the weights it was given")
     write_json(folder / "gate_decision.json", to_json(decision))
     if decision.accepted and buffer is not None:
-        buffer.remember(examples)
+        surprises = ()
+        if buffer.policy == "surprise":
+            prompt_ids = encode or encoder(tokenizer, cfg.before)
+            surprises = demonstration_nats(kept, tokenizer, examples, prompt_ids)
+        buffer.remember(examples, surprises)
+    shutil.rmtree(folder / "sdft", ignore_errors=True)  # the block is decided
     return kept, decision
 
-# %% ../../nbs/adapt/63_continual.ipynb #c047
+# %% ../../nbs/adapt/63_continual.ipynb #c048
 @dataclass(frozen=True)
 class ContinualConfig:
     "One block of learning behind gates. ValueError when it would write over its own start."
@@ -553,11 +621,14 @@ class ContinualConfig:
     buffer: str = ""
     capacity: int = 50_000  # of a new buffer
     policy: Policy = "reservoir"  # of a new buffer
+    # updates between checkpoints, from which an interrupted block goes on; 0: it starts anew
+    save_every: int = 25
     sdft: SDFTConfig = field(default_factory=SDFTConfig)  # how to learn
 
     def __post_init__(self):
         other = Path(self.run).absolute() != Path(self.out).absolute()
         check_that(self, "out", other, f"another directory than run={self.run!r}")
+        check_range(self, "save_every", at_least=0)
 
 
 def continual(cfg: ContinualConfig) -> GateDecision:
@@ -583,12 +654,16 @@ def continual(cfg: ContinualConfig) -> GateDecision:
     tokenizer = run_tokenizer(cfg.run)
 
     with run_lock(out):
+        if settings.exists() and read_json(settings) != to_json(cfg):
+            shutil.rmtree(out / "sdft", ignore_errors=True)  # of other settings: anew
         write_json(settings, to_json(cfg))
         (out / "gate_decision.json").unlink(
             missing_ok=True
         )  # of a block that was interrupted
         given = (lm, tokenizer, examples, cfg.sdft, suite, buffer, out)
-        kept, decision = gated_update(*given, documents=rows.documents)
+        kept, decision = gated_update(
+            *given, documents=rows.documents, save_every=cfg.save_every
+        )
         buffer.write_to(out / "replay.json")
     save_merged(
         cfg.run, out, kept, {"continual": to_json(cfg), "accepted": decision.accepted}

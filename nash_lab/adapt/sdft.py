@@ -9,9 +9,11 @@ much (three seeds, [studies/learning](../studies/91_learning.ipynb))."""
 __all__ = ['TEMPLATE', 'Divergence', 'LogProbs', 'Logits', 'AnswerMask', 'PromptStart',
            'teacher_prompt', 'divergence', 'loss_mask', 'answer_means', 'reverse_kl',
            'join_answers', 'answer_states', 'SDFTConfig', 'Learner', 'model_with', 'sdft_update',
-           'Example', 'encoder', 'Prompts', 'plan_batches', 'SDFTResult', 'distil']
+           'Example', 'encoder', 'Prompts', 'plan_batches', 'numbered_leaves', 'resume_block',
+           'SDFTResult', 'distil']
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c003
+import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,13 +29,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
-from ..core.configs import check_choices, check_range, check_that
+from ..core.configs import check_choices, check_range, check_that, to_json
+from ..core.files import sha256
 from ..core.keys import named_key
 from ..core.text import Tokenizer, known_ids
+from ..evals.scores import weights_hash
 from ..model.block import map_chunks
 from ..model.generate import SampleConfig, sampling_rules, unpad
 from ..model.speculative import DraftTally, draw_rows
 from ..model.transformer import LM
+from ..run.checkpoint import Checkpoints
 from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer, schedule, with_warmup
 from nash_lab.train.step import (
@@ -207,6 +212,8 @@ class SDFTConfig:
     author: Literal["student", "teacher"] = "student"
     skip_tokens: int = 3  # first tokens of an answer that are not scored
     skip_share: float = 0.1  # but at most this share of it; 1 is the released code
+    # of KL(student, model before the first update) in each token's loss; 0: no such term
+    base_weight: float = 0.0
     # largest ratio of learner to sampler; 0 leaves the correction out
     ratio_cap: float = 2.0
     # share of each batch that comes from a buffer, if there is one
@@ -233,7 +240,8 @@ class SDFTConfig:
         check_range(
             self, "steps", "batch_size", "accumulate", "max_new_tokens", at_least=1
         )
-        check_range(self, "top_k", "skip_tokens", "ratio_cap", at_least=0)
+        zeros = ("top_k", "skip_tokens", "base_weight", "ratio_cap")
+        check_range(self, *zeros, at_least=0)
         check_range(self, "mix", above=0, below=1)
         check_range(self, "temperature", above=0)
         check_range(self, "ema_rate", "skip_share", at_least=0, at_most=1)
@@ -285,6 +293,8 @@ def sdft_update(
     base: dict,  # as in `model_with`
     batch: dict[str, Array],  # rows, answers and mask, as `distil` makes them
     key: PRNGKeyArray,  # of an adapter's dropout
+    anchor: dict
+    | None = None,  # the parameters before the first update, for `base_weight`
     *,
     graphdef: nnx.GraphDef,
     cfg: SDFTConfig,
@@ -306,8 +316,15 @@ def sdft_update(
             teacher, rows["teacher"], rows["teacher_last"], a
         )
 
+        states = [student_states, jax.lax.stop_gradient(teacher_states)]
+        if cfg.base_weight:
+            first = model_with(graphdef, base, anchor, cfg)
+            states.append(
+                answer_states(first, rows["student"], rows["student_last"], a)
+            )
+
         def score_part(part):
-            student_part, teacher_part, answer = part
+            answer, student_part, teacher_part, *first_part = part
             logits = student.logits(student_part)
             teacher_logits = teacher.logits(teacher_part)
             s = jax.nn.log_softmax(logits / cfg.temperature)
@@ -316,12 +333,15 @@ def sdft_update(
                 logits
             )  # as the sampler reports them, at temperature 1
             drawn = jnp.take_along_axis(logprobs, answer[..., None], -1)
-            return divergence(s, t, cfg.divergence, cfg.mix, cfg.top_k), drawn[..., 0]
+            distance = divergence(s, t, cfg.divergence, cfg.mix, cfg.top_k)
+            if cfg.base_weight:
+                u = jax.nn.log_softmax(first.logits(first_part[0]) / cfg.temperature)
+                distance += cfg.base_weight * divergence(s, u, "reverse")
+            return distance, drawn[..., 0]
 
-        parts = (student_states, jax.lax.stop_gradient(teacher_states), rows["answer"])
-        distances, logprobs = map_chunks(
-            score_part, parts, student.cfg.chunk_steps(len(rows["mask"]))
-        )
+        parts = (rows["answer"], *states)
+        steps = student.cfg.chunk_steps(len(rows["mask"]))
+        distances, logprobs = map_chunks(score_part, parts, steps)
 
         # eq. 1: mean over an answer, then over answers
         means, counted = answer_means(distances, rows["mask"])
@@ -346,8 +366,10 @@ def sdft_update(
     # after the optimizer: phi <- alpha theta + (1 - alpha) phi
     if cfg.teacher == "ema":
         phi = optax.incremental_update(train.params, phi, cfg.ema_rate)
+    step = learner.train.step.astype(jnp.float32)
     metrics = {
         "loss": loss,
+        "lr": schedule(cfg.fitted.optim, cfg.steps)(step),
         "grad_norm": norm,
         "answers": count,
         "skipped": train.skipped,
@@ -362,12 +384,14 @@ class Example:
     prompt: str  # x
     demonstration: str  # c
     shown: str = ""  # the teacher's whole prompt, where the template does not fit
+    also: tuple[str, ...] = ()  # further good answers, shown below the first
     # further keys of its row, such as source, tags and reward
     more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         for name in ("prompt", "demonstration"):
             check_that(self, name, bool(getattr(self, name).strip()), "some text")
+        check_that(self, "also", all(c.strip() for c in self.also), "texts, none empty")
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c057
 def encoder(
@@ -409,7 +433,8 @@ def plan_batches(
     def encode_all(some):
         encoded = []
         for n, e in enumerate(some, 1):
-            shown = e.shown or teacher_prompt(e.prompt, e.demonstration, cfg.template)
+            demonstrations = "\n\n".join((e.demonstration, *e.also))
+            shown = e.shown or teacher_prompt(e.prompt, demonstrations, cfg.template)
             both = Prompts(encode(e.prompt), encode(shown))
             student = len(both.student)
             teacher = len(both.teacher)
@@ -452,7 +477,38 @@ def plan_batches(
         widths[who] = min(rounded + cfg.max_new_tokens, lm.cfg.max_len)
     return batches, replayed, widths
 
-# %% ../../nbs/adapt/62_sdft.ipynb #c062
+# %% ../../nbs/adapt/62_sdft.ipynb #c063
+def numbered_leaves(tree: Any) -> dict[str, Array]:
+    "The arrays of a tree by number."
+    return {str(i): x for i, x in enumerate(jax.tree.leaves(tree))}
+
+
+def resume_block(
+    learner: Learner,  # of a new block
+    checkpoints: Checkpoints | None,
+    lm: LM,  # before the first update
+    examples: Sequence[Example],
+    cfg: SDFTConfig,
+) -> tuple[Learner, int, str]:
+    "The newest learner, its updates, and the block's hash. ValueError: saved by another block."
+    if checkpoints is None:
+        return learner, 0, ""
+    given = [to_json(cfg), to_json(tuple(examples)), weights_hash(lm)]
+    block = sha256(json.dumps(given, sort_keys=True).encode())
+    if not checkpoints.take_over():
+        return learner, 0, block
+    template = {"learner": numbered_leaves(learner), "sdft": None}
+    found = checkpoints.restore(template=template, repair=True)
+    if found["sdft"]["block"] != block:
+        raise ValueError(
+            f"{checkpoints.folder}: of a block with other settings, examples or weights, "
+            "expected the same; remove this folder to start anew"
+        )
+    arrays = [found["learner"][str(i)] for i in range(len(found["learner"]))]
+    learner = jax.tree.unflatten(jax.tree.structure(learner), arrays)
+    return learner, found["sdft"]["step"], block
+
+# %% ../../nbs/adapt/62_sdft.ipynb #c064
 class SDFTResult(NamedTuple):
     "A trained model and how it came about."
 
@@ -474,8 +530,14 @@ def distil(
         Callable
     ] = (),  # after an update: (record, function that gives the model)
     encode: Callable[[str], list[int]] | None = None,  # None: `encoder` with cfg.before
+    checkpoints: Checkpoints
+    | None = None,  # where to go on from, and save; None: nowhere
+    save_every: int = 25,  # updates between them
 ) -> SDFTResult:
-    "Self-distillation (2601.19897, Algorithm 1). ValueError for examples that do not fit."
+    """Self-distillation (2601.19897, Algorithm 1).
+
+    ValueError for examples that do not fit, or checkpoints of another block.
+    """
     if cfg.teacher == "live":
         warnings.warn(
             "teacher='live' chases its own changes; the paper's fails", stacklevel=2
@@ -507,6 +569,10 @@ def distil(
     phi = jax.tree.map(jnp.copy, theta)
     tx = optimizer(cfg.fitted.optim, cfg.steps)
     learner = Learner(fresh_state(theta, tx), phi)
+    anchor = jax.tree.map(jnp.copy, theta) if cfg.base_weight else None
+
+    # an interrupted block goes on behind its last checkpoint
+    learner, done, block = resume_block(learner, checkpoints, lm, examples, cfg)
 
     def current_model() -> LM:
         if cfg.tune != "full":
@@ -518,9 +584,8 @@ def distil(
     dropout_key = named_key(key, "dropout")
     static_cfg = replace(cfg, seed=0)  # runs that differ in the seed share the program
     records = []
-    for step, chosen in enumerate(
-        tqdm(batches, desc="sdft", unit="step", disable=None), 1
-    ):
+    rest = list(enumerate(batches, 1))[done:]
+    for step, chosen in tqdm(rest, desc="sdft", unit="step", disable=None):
         # y ~ student(x): the demonstration is not visible
         params = learner.teacher if cfg.author == "teacher" else learner.train.params
         author = model_with(graphdef, base, params, cfg)
@@ -538,7 +603,9 @@ def distil(
             rows, last = join_answers([getattr(p, who) for p in chosen], answers, width)
             batch |= {who: rows, f"{who}_last": last}
         learner, metrics = sdft_update(
-            learner, base, batch, dropout_key, graphdef=graphdef, cfg=static_cfg
+            *(learner, base, batch, dropout_key, anchor),
+            graphdef=graphdef,
+            cfg=static_cfg,
         )
 
         ended = [row[-1] in sampling.ends for row in answers]
@@ -546,6 +613,8 @@ def distil(
             "step": step,
             **jax.device_get(metrics),
             "answer_tokens": float(drawn.lengths.mean()),
+            "shortest": int(drawn.lengths.min()),
+            "longest": int(drawn.lengths.max()),
             "ended": float(np.mean(ended)),
             "replayed": replayed,
         }
@@ -554,6 +623,9 @@ def distil(
         records.append(as_record(record))
         for hook in hooks:
             hook(records[-1], current_model)
+        if checkpoints is not None and step % save_every == 0:
+            facts = {"block": block, "step": step}
+            checkpoints.save(step, {"learner": numbered_leaves(learner), "sdft": facts})
     adapter = None
     if "lora" in cfg.tune:
         part = learner.train.params

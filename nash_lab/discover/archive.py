@@ -103,6 +103,7 @@ class Node:
     visits: int = 0  # n
     best: float | None = None  # m; None: no child had a solution
     live: bool = True  # False: has left
+    action: str = ""  # the answer that made it, where answers are kept
 
 
 def solution_key(solution: Any) -> str:
@@ -191,6 +192,7 @@ class Archive:
         children: Sequence[
             tuple[State, float]
         ],  # each rollout's state and reward, failures too
+        actions: Sequence[str] = (),  # the answer of each, to be kept beside its state
     ) -> list[int]:  # ids of what was stored and stayed, best first
         "Record one expansion. ValueError for an unknown parent."
         if not 0 <= parent < len(self.nodes):
@@ -201,21 +203,22 @@ class Archive:
             self.nodes[id].visits += step
 
         valid = []
-        for state, reward in children:
+        for i, (state, reward) in enumerate(children):
             if state.solution is not None:
-                valid.append((state, reward))
+                valid.append((state, reward, actions[i] if actions else ""))
         valid.sort(key=lambda child: -child[1])
 
         stored = []
-        for state, reward in valid:
+        for state, reward, action in valid:
             if len(stored) == self.cfg.children:
                 break
             id = self._insert(state, reward, parent)
             if id is not None:
+                self.nodes[id].action = action
                 stored.append(id)
 
         if valid:
-            _, best = valid[0]
+            _, best, _ = valid[0]
             node = self.nodes[parent]
             if node.best is None or best > node.best:
                 node.best = best
@@ -234,6 +237,7 @@ class Archive:
             )
             if crowded or room == 0:
                 node.state = State()
+                node.action = ""
                 node.live = False
             else:
                 room -= 1

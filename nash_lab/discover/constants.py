@@ -187,7 +187,10 @@ class Kakeya(Constant):
     slopes: int = 1  # 1: C_3b, 2: C_3c
     width = 3
     most = 300
-    records: ClassVar = {(1,): 1.77898884, (2,): 1.6747338950208249}
+    records: ClassVar = {
+        (1,): 1.77898884,
+        (2,): 1.6747338950208249,
+    }
     source = "C_3b and C_3c; Mosaic Intelligence 2026, 13 and 95 points"
 
     def __post_init__(self):
@@ -221,7 +224,10 @@ class SquareFreeDifferences(Constant):
     possible."""
 
     modulus: int = 205
-    records: ClassVar = {(65,): 0.733077, (205,): 0.733412}
+    records: ClassVar = {
+        (65,): 0.733077,
+        (205,): 0.733412,
+    }
     source = "C_4b; Ruzsa 1984 (7 of 65), Lewko 2015 (12 of 205)"
 
     def __post_init__(self):
@@ -249,7 +255,13 @@ class CyclePower(Constant):
 
     cycle: int = 7
     length: int = 5
-    records: ClassVar = {(7, 2): 10, (7, 3): 33, (7, 4): 108, (7, 5): 367, (11, 4): 754}
+    records: ClassVar = {
+        (7, 2): 10,
+        (7, 3): 33,
+        (7, 4): 108,
+        (7, 5): 367,
+        (11, 4): 754,
+    }
     source = "C_9; Baumert 1971, Vesel and Zerovnik 2002, Polak and Schrijver 2018; FunSearch 2023"
 
     def __post_init__(self):
@@ -312,7 +324,12 @@ class PowerSum(Constant):
     whole = False
     distinct = False
     minimise = True
-    records: ClassVar = {(2,): 0.874033, (3,): 0.824784, (4,): 0.797872, (8,): 0.752785}
+    records: ClassVar = {
+        (2,): 0.874033,
+        (3,): 0.824784,
+        (4,): 0.797872,
+        (8,): 0.752785,
+    }
     source = "C_42, found here; for large n at most 0.69368 (Harcos, in Biró 2000)"
 
     def __post_init__(self):
@@ -349,7 +366,10 @@ class Packing(Constant):
     circles: int = 32
     width = 3
     whole = False
-    records: ClassVar = {(26,): 2.635983084919, (32,): 2.939572771206}
+    records: ClassVar = {
+        (26,): 2.635983084919,
+        (32,): 2.939572771206,
+    }
     source = "packomania.com/csqv; AlphaEvolve and TTT-Discover 2026 for the shape"
 
     def __post_init__(self):
@@ -442,7 +462,10 @@ class DistanceRatio(Constant):
     dimensions: int = 2
     whole = False
     minimise = True
-    records: ClassVar = {(16, 2): 12.889266113, (14, 3): 4.165849768}
+    records: ClassVar = {
+        (16, 2): 12.889266113,
+        (14, 3): 4.165849768,
+    }
     source = "AlphaEvolve 2025, B.8; 12.89 and 4.168 before"
 
     def __post_init__(self):

@@ -270,6 +270,15 @@ class Problem:
         "The prompt in a state."
         return self.ask(state, self.reward(state))
 
+    def context_from_archive(
+        self, state: State, best: Sequence[tuple[State, str, float]]
+    ) -> str:
+        "The prompt in a state, after the actions that made the best states, and their rewards."
+        shown = []
+        for _, action, reward in best:
+            shown.append(f"Earlier answer, reward {reward:.9g}: {action.strip()}\n")
+        return "".join(shown) + self.context(state)
+
     def transition(self, state: State, action: str) -> State:
         "The state after an answer; without solution, and with the complaint, when it is no good."
         try:

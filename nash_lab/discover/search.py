@@ -10,6 +10,7 @@ __all__ = ['FREE', 'resume_search', 'DiscoverResult', 'discover', 'discover_run'
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import jax
@@ -96,8 +97,10 @@ def discover(
         if folder is not None:
             folder = Path(folder)
             stack.enter_context(run_lock(folder))
+            made_with = environment()
+            version = made_with["git"] or made_with["versions"]["nash_lab"]
             if not (folder / "config.json").exists():
-                write_json(folder / "environment.json", environment())
+                write_json(folder / "environment.json", made_with)
             claim(folder / "config.json", cfg, free=FREE)
             checkpoints = Checkpoints(
                 folder / "checkpoints", keep=2, best=None, asynchronous=False
@@ -120,14 +123,18 @@ def discover(
         while search.step < cfg.steps:
             record, rows = ttt_round(problem, lm, tokenizer, search, cfg)
             if folder is not None:
+                saves = search.step % cfg.save_every == 0 or search.step == cfg.steps
+                if saves and cfg.parts.train:
+                    record["adapter"] = f"adapters/{search.step}"
+                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 for row in rows:
-                    log.write(row)
-                rounds.write(record)
-                if search.step % cfg.save_every == 0 or search.step == cfg.steps:
+                    log.write(row | {"time": now, "version": version})
+                rounds.write(record | {"time": now})
+                if saves:
                     data = archive_to_json(search.archive)
                     write_json(folder / "archive.json", data)
                     if cfg.parts.train:
-                        adapter = folder / f"adapters/{search.step}"
+                        adapter = folder / record["adapter"]
                         learned = search.learned.params
                         own = cfg.lora
                         if cfg.adapter:  # a folder for the run as it is

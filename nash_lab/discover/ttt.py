@@ -8,15 +8,15 @@
 __all__ = ['LN2', 'STEEPEST', 'ARMS', 'TOLERANCE', 'unit_rewards', 'tilt_kl', 'solve_beta',
            'entropic_advantages', 'Arm', 'steady_adam', 'DiscoverConfig', 'Rollouts',
            'sample_rollouts', 'policy_loss', 'OffPolicy', 'policy_step', 'update_policy', 'Judged',
-           'judge_rollout', 'group_advantages', 'Search', 'new_search', 'ttt_round', 'best_node',
-           'round_report']
+           'judge_rollout', 'group_advantages', 'play_episodes', 'Search', 'new_search',
+           'ttt_round', 'best_node', 'round_report']
 
 # %% ../../nbs/discover/72_ttt.ipynb #c003
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -172,6 +172,9 @@ class DiscoverConfig:
     groups: int = 8  # states a round starts from
     rollouts: int = 64  # of each group
     beginnings: int = 1  # initial states: seeds 0, 1, ... of the problem
+    # answers of an episode, each in the state that the one before made; one reward, at its end
+    turns: int = 1
+    shown: int = 0  # best states so far whose answers stand before each prompt
     # False: a rollout that repeats its parent counts 0 for the update
     copies_earn: bool = True
     max_new_tokens: int = 64  # of a rollout
@@ -198,6 +201,7 @@ class DiscoverConfig:
             "steps",
             "groups",
             "beginnings",
+            "turns",
             "max_new_tokens",
             "accumulate",
             "save_every",
@@ -205,7 +209,7 @@ class DiscoverConfig:
         check_range(self, *ones, at_least=1)
         check_range(self, "rollouts", at_least=4 if self.parts.train else 1)
         check_range(self, "think_tokens", at_least=0, below=self.max_new_tokens)
-        check_range(self, "kl_weight", at_least=0)
+        check_range(self, "kl_weight", "shown", at_least=0)
         rows = self.groups * self.rollouts
         check_that(
             self,
@@ -408,6 +412,8 @@ class Judged(NamedTuple):
     reward: float  # recomputed from the state
     copy: bool = False  # the parent's solution again
     lost: bool = False  # its judge failed, so nobody can say what it is worth
+    # [prompt, answer] of each turn, the judged one last
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 def judge_rollout(problem: Problem, parent: State, text: str) -> Judged:
@@ -452,6 +458,62 @@ def group_advantages(
     return advantages, beta
 
 # %% ../../nbs/discover/72_ttt.ipynb #c040
+def play_episodes(
+    problem: Problem,
+    policy: LM,
+    tokenizer: Tokenizer,
+    states: Sequence[State],  # one a group
+    prompt_in: Callable[[State], str],
+    cfg: DiscoverConfig,
+    key: Array,
+    tally: DraftTally | None = None,  # of drafts by the policy's own heads
+) -> tuple[list[Judged], Rollouts]:
+    "How each episode of each group ended, and its rows: all first turns, all second ones, ..."
+    encode = encoder(tokenizer, cfg.lead or "none")
+    starts = [state for state in states for _ in range(cfg.rollouts)]
+    prompts = [prompt_in(state) for state in states]  # one a group, read once
+    ends = [Judged("", start, 0.0) for start in starts]
+    made = []
+    for turn in range(cfg.turns):
+        drawn = sample_rollouts(
+            policy,
+            tokenizer,
+            [encode(prompt) for prompt in prompts],
+            len(starts) // len(prompts),
+            jax.random.fold_in(key, turn) if turn else key,
+            tally=tally,
+            max_new_tokens=cfg.max_new_tokens,
+            think_tokens=cfg.think_tokens,
+            force=cfg.force,
+        )
+        made.append(drawn)
+        each = len(starts) // len(prompts)
+        for i, (start, text) in enumerate(zip(starts, drawn.texts)):
+            before = ends[i]
+            if (
+                turn and before.state.solution is None
+            ):  # over; what was sampled is nothing
+                drawn.drawn[i] = False
+                drawn.sampled[i] = 0
+                continue
+            now = judge_rollout(problem, before.state, text)
+            same = solution_key(now.state.solution) == solution_key(start.solution)
+            ends[i] = now._replace(
+                copy=same and now.state.solution is not None,
+                turns=(*before.turns, (prompts[i // each], text)),
+            )
+        if turn + 1 < cfg.turns:
+            prompts = [prompt_in(end.state) for end in ends]
+
+    width = max(drawn.tokens.shape[1] for drawn in made)
+    columns = []
+    for name in ("tokens", "drawn", "sampled"):
+        parts = [getattr(drawn, name) for drawn in made]
+        wide = [np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in parts]
+        columns.append(np.concatenate(wide))
+    return ends, Rollouts(*columns, [text for drawn in made for text in drawn.texts])
+
+# %% ../../nbs/discover/72_ttt.ipynb #c042
 @dataclass
 class Search:
     "What changes from round to round."
@@ -464,6 +526,10 @@ class Search:
 
 def new_search(problem: Problem, base: LM, cfg: DiscoverConfig) -> Search:
     "The initial states in an archive, and an adapter that changes nothing yet. ValueError."
+    if cfg.shown and not hasattr(problem, "context_from_archive"):
+        raise ValueError(
+            f"DiscoverConfig.shown={cfg.shown}: {problem.name} has no context_from_archive"
+        )
     archive = Archive(cfg.archive)
     for seed in range(cfg.beginnings):
         state = problem.initial_state(seed)
@@ -473,7 +539,7 @@ def new_search(problem: Problem, base: LM, cfg: DiscoverConfig) -> Search:
     )
     return Search(archive, fresh_state(adapter, optimizer(cfg.optim, cfg.steps)))
 
-# %% ../../nbs/discover/72_ttt.ipynb #c042
+# %% ../../nbs/discover/72_ttt.ipynb #c044
 def ttt_round(
     problem: Problem,
     base: LM,  # frozen
@@ -495,63 +561,60 @@ def ttt_round(
         parents = [node.id for node in search.archive.nodes if node.parent is None]
     parents = [parents[g % len(parents)] for g in range(cfg.groups)]
     states = [search.archive.nodes[parent].state for parent in parents]
-    contexts = [problem.context(state) for state in states]
+    best = []
+    if cfg.shown:
+        found = [node for node in search.archive.live() if node.action]
+        found.sort(key=lambda node: (-node.reward, node.id))
+        best = [(node.state, node.action, node.reward) for node in found[: cfg.shown]]
 
-    # rollouts of the current policy, all groups in one batch
+    def prompt_in(state):
+        return (
+            problem.context_from_archive(state, best)
+            if best
+            else problem.context(state)
+        )
+
+    # episodes of the current policy, recomputed rewards at their ends
     policy = base
     if cfg.parts.train:
         learned = search.learned.params
         policy = attach(base, learned, cfg.lora.scales(learned))
-    encode = encoder(tokenizer, cfg.lead or "none")
     tally = DraftTally(base) if cfg.drafts else None
-    rollouts = sample_rollouts(
-        policy,
-        tokenizer,
-        [encode(context) for context in contexts],
-        cfg.rollouts,
-        key,
-        tally=tally,
-        max_new_tokens=cfg.max_new_tokens,
-        think_tokens=cfg.think_tokens,
-        force=cfg.force,
+    episodes, rollouts = play_episodes(
+        problem, policy, tokenizer, states, prompt_in, cfg, key, tally
     )
-
-    # rewards, recomputed by the problem
-    groups = []
-    for g, state in enumerate(states):
-        texts = rollouts.texts[g * cfg.rollouts : (g + 1) * cfg.rollouts]
-        groups.append([judge_rollout(problem, state, text) for text in texts])
-    if all(judged.lost for group in groups for judged in group):
-        note = groups[0][0].state.note
+    size = cfg.rollouts
+    groups = [episodes[g * size : (g + 1) * size] for g in range(cfg.groups)]
+    if all(judged.lost for judged in episodes):
+        note = episodes[0].state.note
         raise OSError(
             f"{problem.name}: no answer of round {search.step} could be judged: {note}"
         )
 
     # learning: one step of the entropic policy gradient on all groups
     numbers = {} if tally is None else tally.stats.record()
-    advantages = [None] * len(rollouts.texts)
+    advantages = [None] * len(episodes)
     if cfg.parts.train:
         estimates = [group_advantages(group, cfg) for group in groups]
         advantages = np.concatenate([of_group for of_group, _ in estimates])
         numbers["beta"] = float(np.median([beta for _, beta in estimates]))
+        of_rows = np.tile(advantages, cfg.turns)
         search.learned, made = update_policy(
-            base, search.learned, rollouts, advantages, cfg
+            base, search.learned, rollouts, of_rows, cfg
         )
         numbers |= made
 
     # the archive keeps the best of each group
     for parent, group in zip(parents, groups):
-        search.archive.update(
-            parent, [(judged.state, judged.reward) for judged in group]
-        )
+        children = [(judged.state, judged.reward) for judged in group]
+        actions = [judged.text for judged in group] if cfg.shown else ()
+        search.archive.update(parent, children, actions)
 
     search.time_s += time.perf_counter() - started
-    record, rows = round_report(
-        problem, search, contexts, parents, groups, rollouts, advantages
-    )
+    record, rows = round_report(problem, search, parents, groups, rollouts, advantages)
     return record | as_record(numbers), rows
 
-# %% ../../nbs/discover/72_ttt.ipynb #c044
+# %% ../../nbs/discover/72_ttt.ipynb #c046
 def best_node(archive: Archive) -> Node:
     "The best state so far, the oldest of equals."
     return max(archive.live(), key=lambda node: (node.reward, -node.id))
@@ -560,8 +623,7 @@ def best_node(archive: Archive) -> Node:
 def round_report(
     problem: Problem,
     search: Search,  # after the round
-    contexts: Sequence[str],  # one a group, as are the next two
-    parents: Sequence[int],
+    parents: Sequence[int],  # one a group, as is the next
     groups: Sequence[Sequence[Judged]],
     rollouts: Rollouts,
     advantages: Sequence,  # one a rollout, None without training
@@ -572,6 +634,7 @@ def round_report(
     solutions = set()
     failures = Counter()
     ties = []
+    count = sum(map(len, groups))
     for g, group in enumerate(groups):
         rewards = np.array([judged.reward for judged in group])
         ties.append(np.mean(rewards == rewards.max()))
@@ -593,11 +656,11 @@ def round_report(
                 "group": g,
                 "rollout": n,
                 "problem": problem.name,
-                "prompt": contexts[g],
+                "prompt": judged.turns[-1][0],
                 "parent": parents[g],
                 "advantage": advantages[i],
-                "tokens": int(rollouts.drawn[i].sum()),
-                "logprob": rollouts.sampled[i].sum(),
+                "tokens": int(rollouts.drawn[i::count].sum()),
+                "logprob": rollouts.sampled[i::count].sum(),
                 "completion": judged.text,
                 "state": None,
                 "note": judged.state.note,
@@ -607,17 +670,23 @@ def round_report(
                 "copy": judged.copy,
                 "lost": judged.lost,
             }
-            rows.append(as_record(row) | {"state": solution})
+            row = as_record(row) | {"state": solution}
+            if len(judged.turns) > 1:
+                row["earlier"] = judged.turns[:-1]
+            rows.append(row)
 
     best = best_node(search.archive)
     units, exponent = unit_rewards(known)
     record = {
         "step": search.step,
+        "problem": problem.name,
+        "parents": list(parents),
         "rollouts": search.step * len(rows),
         "best": best.reward,
         "best_value": value_of(problem, best.state),
         "round_best": max(known),
         "mean_reward": np.ldexp(units.mean(), exponent),
+        "reward_std": np.ldexp(units.std(), exponent),
         "valid": (len(rows) - failures.total()) / len(rows),
         "distinct": len(solutions) / len(rows),
         "copies": np.mean([row["copy"] for row in rows]),
