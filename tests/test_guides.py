@@ -61,7 +61,6 @@ READ = {
     "nash_lab study": "takes hours",
     "nash_lab pretrain --preset gpt-d12 --run": "needs a GPU",
     "nash_lab pretrain --preset gpt-d12-mhc --run": "needs a GPU",
-    "nash_lab gates": "takes minutes; tests/test_gates.py runs it",
     "nash_lab bench --what accelerator": "needs a GPU or TPU",
     "nash_lab preflight": "needs the TPU compiler; tests/test_preflight.py runs it",
     "make": "installs; its targets are looked up",

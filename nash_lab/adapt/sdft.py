@@ -523,15 +523,11 @@ def distil(
     examples: Sequence[Example],
     cfg: SDFTConfig,
     *,
-    key: PRNGKeyArray
-    | None = None,  # of order, answers and adapter; None: from cfg.seed
+    key: PRNGKeyArray | None = None,  # of every draw; None: from cfg.seed
     buffer: Any = None,  # of old examples, as in `plan_batches`
-    hooks: Sequence[
-        Callable
-    ] = (),  # after an update: (record, function that gives the model)
+    hooks: Sequence[Callable] = (),  # each: (record, function that gives the model)
     encode: Callable[[str], list[int]] | None = None,  # None: `encoder` with cfg.before
-    checkpoints: Checkpoints
-    | None = None,  # where to go on from, and save; None: nowhere
+    checkpoints: Checkpoints | None = None,  # where to go on from, and save
     save_every: int = 25,  # updates between them
 ) -> SDFTResult:
     """Self-distillation (2601.19897, Algorithm 1).
@@ -602,11 +598,8 @@ def distil(
         for who, width in widths.items():
             rows, last = join_answers([getattr(p, who) for p in chosen], answers, width)
             batch |= {who: rows, f"{who}_last": last}
-        learner, metrics = sdft_update(
-            *(learner, base, batch, dropout_key, anchor),
-            graphdef=graphdef,
-            cfg=static_cfg,
-        )
+        given = learner, base, batch, dropout_key, anchor
+        learner, metrics = sdft_update(*given, graphdef=graphdef, cfg=static_cfg)
 
         ended = [row[-1] in sampling.ends for row in answers]
         record = {

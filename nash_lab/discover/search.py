@@ -102,9 +102,8 @@ def discover(
             if not (folder / "config.json").exists():
                 write_json(folder / "environment.json", made_with)
             claim(folder / "config.json", cfg, free=FREE)
-            checkpoints = Checkpoints(
-                folder / "checkpoints", keep=2, best=None, asynchronous=False
-            )
+            kept = dict(keep=2, best=None, asynchronous=False)
+            checkpoints = Checkpoints(folder / "checkpoints", **kept)
             stack.enter_context(closing(checkpoints))
             search = resume_search(search, checkpoints, lm)
             rounds = MetricsLog(folder / "metrics.jsonl", search.step)
@@ -112,13 +111,8 @@ def discover(
             log = MetricsLog(folder / "discovery_log.jsonl", search.step)
             stack.enter_context(closing(log))
 
-        bar = tqdm(
-            total=cfg.steps,
-            desc=problem.name,
-            unit=" rounds",
-            initial=search.step,
-            disable=None,
-        )
+        shown = dict(total=cfg.steps, desc=problem.name, unit=" rounds")
+        bar = tqdm(initial=search.step, disable=None, **shown)
         stack.enter_context(closing(bar))
         while search.step < cfg.steps:
             record, rows = ttt_round(problem, lm, tokenizer, search, cfg)
