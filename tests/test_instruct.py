@@ -429,3 +429,6 @@ def test_names_of_the_hub(home, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "HF_HUB_OFFLINE is set, `hf download maker/other`" in said[0]
     assert not (tmp_path / "never").exists()
+    with pytest.raises(ValueError, match="as a name of the hub it is refused") as error:
+        hub_folder("maker/a--b")
+    assert "\n" not in str(error.value)
