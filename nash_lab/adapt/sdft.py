@@ -340,8 +340,9 @@ def sdft_update(
             return distance, drawn[..., 0]
 
         parts = (rows["answer"], *states)
-        steps = student.cfg.chunk_steps(len(rows["mask"]))
-        distances, logprobs = map_chunks(score_part, parts, steps)
+        distances, logprobs = map_chunks(
+            score_part, parts, student.cfg.chunk_steps(len(rows["mask"]))
+        )
 
         # eq. 1: mean over an answer, then over answers
         means, counted = answer_means(distances, rows["mask"])
@@ -523,11 +524,15 @@ def distil(
     examples: Sequence[Example],
     cfg: SDFTConfig,
     *,
-    key: PRNGKeyArray | None = None,  # of every draw; None: from cfg.seed
+    key: PRNGKeyArray
+    | None = None,  # of order, answers and adapter; None: from cfg.seed
     buffer: Any = None,  # of old examples, as in `plan_batches`
-    hooks: Sequence[Callable] = (),  # each: (record, function that gives the model)
+    hooks: Sequence[
+        Callable
+    ] = (),  # after an update: (record, function that gives the model)
     encode: Callable[[str], list[int]] | None = None,  # None: `encoder` with cfg.before
-    checkpoints: Checkpoints | None = None,  # where to go on from, and save
+    checkpoints: Checkpoints
+    | None = None,  # where to go on from, and save; None: nowhere
     save_every: int = 25,  # updates between them
 ) -> SDFTResult:
     """Self-distillation (2601.19897, Algorithm 1).
@@ -563,8 +568,7 @@ def distil(
         params = trained_part(lm, cfg.tune, cfg.lora, named_key(key, "adapter"))
     theta = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     phi = jax.tree.map(jnp.copy, theta)
-    tx = optimizer(cfg.fitted.optim, cfg.steps)
-    learner = Learner(fresh_state(theta, tx), phi)
+    learner = Learner(fresh_state(theta, optimizer(cfg.fitted.optim, cfg.steps)), phi)
     anchor = jax.tree.map(jnp.copy, theta) if cfg.base_weight else None
 
     # an interrupted block goes on behind its last checkpoint
@@ -598,17 +602,19 @@ def distil(
         for who, width in widths.items():
             rows, last = join_answers([getattr(p, who) for p in chosen], answers, width)
             batch |= {who: rows, f"{who}_last": last}
-        given = learner, base, batch, dropout_key, anchor
-        learner, metrics = sdft_update(*given, graphdef=graphdef, cfg=static_cfg)
+        learner, metrics = sdft_update(
+            *(learner, base, batch, dropout_key, anchor),
+            graphdef=graphdef,
+            cfg=static_cfg,
+        )
 
-        ended = [row[-1] in sampling.ends for row in answers]
         record = {
             "step": step,
             **jax.device_get(metrics),
             "answer_tokens": float(drawn.lengths.mean()),
             "shortest": int(drawn.lengths.min()),
             "longest": int(drawn.lengths.max()),
-            "ended": float(np.mean(ended)),
+            "ended": float(np.mean([row[-1] in sampling.ends for row in answers])),
             "replayed": replayed,
         }
         if tally is not None:

@@ -466,7 +466,7 @@ def play_episodes(
     prompt_in: Callable[[State], str],
     cfg: DiscoverConfig,
     key: Array,
-    tally: DraftTally | None = None,  # of drafts by the policy's own heads
+    tally: DraftTally | None = None,  # drafts by the policy's own MTP heads
 ) -> tuple[list[Judged], Rollouts]:
     "How each episode of each group ended, and its rows: all first turns, all second ones, ..."
     encode = encoder(tokenizer, cfg.lead or "none")
