@@ -783,6 +783,8 @@ class StreamLoader(Batches):
             # to empty a queue is to read it; a program that ends may have no more threads
             with suppress(ChildProcessError, RuntimeError):
                 watch.outcome(end)
+            for child in watch.workers:
+                child.kill()  # those that Grain would wait for
 
         # ends the thread or the workers once, at the latest with the program
         self.close = weakref.finalize(self, end_workers)
