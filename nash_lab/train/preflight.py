@@ -451,7 +451,7 @@ class PreflightConfig:
     documents: Literal["cross", "mask"] = "cross"
     prompt_len: int = 1024  # tokens of a prompt in prefill
     serve_rows: int = 8  # rows of prefill and decode
-    weights: Literal["float32", "int8"] = "float32"  # of linear layers in these two
+    precision: Literal["float32", "int8"] = "float32"  # of linear layers in these two
     search: bool = False  # look for the fastest setting that fits
     tries: int = 4  # compilations a search may spend
     timeout_s: int = 3600  # seconds after which the compiler is stopped
@@ -484,7 +484,7 @@ def sharded_program(
     "A jitted program of a run, the shapes of its arguments, and the tokens of one call."
 
     def as_served(lm):
-        if name != "train" and cfg.weights == "int8":
+        if name != "train" and cfg.precision == "int8":
             lm = nnx.eval_shape(int8_weights, lm)
         return place_rows(lm, mesh)
 
