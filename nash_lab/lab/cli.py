@@ -61,6 +61,12 @@ VERBS = {
         WORK,
         "run",
     ),
+    "sweep": Verb(
+        "train.sweep:SweepConfig",
+        "train models that differ in a few settings, and compare them",
+        WORK,
+        "run",
+    ),
     "generate": Verb("lab.jobs:GenerateJob", "continue prompts with a trained model"),
     "eval": Verb(
         "lab.jobs:EvalJob",

@@ -9,6 +9,7 @@ __all__ = ['job_documents', 'TokenizerJob', 'PackJob', 'check_weights', 'Generat
            'MergeJob', 'ExportJob', 'perform', 'processor', 'opening']
 
 # %% ../../nbs/lab/86_jobs.ipynb #c003
+import math
 import platform
 import sys
 import warnings
@@ -57,7 +58,7 @@ from .demo import pack_split
 from .explore import write_explore
 from .report import write_report
 from .run import load
-from .viz import cost_plot
+from .viz import cost_plot, sweep_plot
 from ..model.generate import SampleConfig
 from ..model.residuals import RESIDUALS, ResidualConfig
 from ..model.speculative import DraftTally
@@ -65,6 +66,7 @@ from ..model.transformer import parameter_count
 from ..train.preflight import PreflightConfig, preflight_text
 from ..train.pretrain import load_run, pretrain
 from ..train.settings import TrainConfig, open_examples, saved_config
+from ..train.sweep import SweepConfig, measured, sweep, sweep_table
 
 # %% ../../nbs/lab/86_jobs.ipynb #c006
 def job_documents(job: Any, split: str) -> Documents | CorpusDocuments:
@@ -522,6 +524,17 @@ class ExportJob:
 def perform(job: Any) -> None:
     "Do what a configuration asks for and print what came of it. Rejected when a gate refuses."
     match job:
+        case SweepConfig():
+            rows = sweep(job)
+            if is_main_process():
+                print(sweep_table(job, rows))
+                done = [row for row in rows if measured(row) < math.inf]
+                if done:
+                    settings = {n: [row[n] for row in done] for n in job.points()[0]}
+                    drawn = sweep_plot(settings, [measured(row) for row in done])
+                    write_atomic(Path(job.run) / "sweep.png", drawn.png(150))
+                    print(f"{job.run}/results.json, {job.run}/sweep.png")
+
         case TrainConfig():
             done = pretrain(job)
             if not is_main_process():

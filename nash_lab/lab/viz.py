@@ -7,7 +7,7 @@ one style."""
 __all__ = ['WIDTH', 'COLOURS', 'STYLE', 'PANELS', 'Picture', 'new_picture', 'draw_matrix',
            'matrix_plot', 'per_sublayer', 'pick_token', 'matrix_grid', 'routing_heatmaps',
            'composite_heatmaps', 'statistics_of', 'gain_plot', 'drift_plot', 'cost_plot',
-           'stream_usage', 'loss_plot', 'discovery_plot', 'archive_tree', 'arms_plot']
+           'sweep_plot', 'stream_usage', 'loss_plot', 'discovery_plot', 'archive_tree', 'arms_plot']
 
 # %% ../../nbs/lab/80_viz.ipynb #c003
 from collections.abc import Iterator, Mapping, Sequence
@@ -336,6 +336,35 @@ def cost_plot(
     return picture
 
 # %% ../../nbs/lab/80_viz.ipynb #c031
+def sweep_plot(
+    settings: Mapping[str, Sequence],  # field: its value in each run
+    found: Sequence[float],  # of each run; lower is better
+) -> Picture:
+    "What each run reached over each setting. ValueError without a run."
+    if not len(found):
+        raise ValueError(
+            "no run of the sweep was measured, so there is nothing to draw"
+        )
+    with new_picture(min(WIDTH, 1.4 + 2.2 * len(settings)), 2.6) as picture:
+        panels = picture.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+        for ax, (name, values) in zip(panels, settings.items()):
+            kinds = sorted(set(values), key=lambda v: (isinstance(v, str), v))
+            numbers = not isinstance(kinds[-1], str)
+            at = dict(zip(kinds, kinds if numbers else range(len(kinds))))
+            ax.plot([at[v] for v in values], found, "o", color=COLOURS[0], ms=4)
+            best = [
+                min(y for v, y in zip(values, found) if v == kind) for kind in kinds
+            ]
+            ax.plot(list(at.values()), best, color=COLOURS[1], lw=1)
+            if not numbers:
+                ax.set_xticks(range(len(kinds)), kinds)
+            elif kinds[0] > 0 and kinds[-1] / kinds[0] > 3:
+                ax.set_xscale("log")
+            ax.set(xlabel=name)
+        panels[0].set_ylabel("bits per byte")
+    return picture
+
+# %% ../../nbs/lab/80_viz.ipynb #c034
 def stream_usage(
     stats: Mapping[str, Any],
 ) -> Picture:  # usage [sublayer, stream], rows sum to 1
@@ -361,7 +390,7 @@ def stream_usage(
         picture.legend(loc="outside right center", title="stream")
     return picture
 
-# %% ../../nbs/lab/80_viz.ipynb #c035
+# %% ../../nbs/lab/80_viz.ipynb #c038
 def loss_plot(
     runs: Mapping[str, Sequence[Mapping]]
     | Sequence[Mapping],  # lines of metrics.jsonl, by name
@@ -404,7 +433,7 @@ def loss_plot(
         ax.legend()
     return picture
 
-# %% ../../nbs/lab/80_viz.ipynb #c038
+# %% ../../nbs/lab/80_viz.ipynb #c041
 def discovery_plot(
     metrics: Sequence[Mapping],  # records of a search, one a round
     best_known: float | None = None,  # value of others, drawn as a line
@@ -436,7 +465,7 @@ def discovery_plot(
         picture.supxlabel("answers", fontsize=9)
     return picture
 
-# %% ../../nbs/lab/80_viz.ipynb #c041
+# %% ../../nbs/lab/80_viz.ipynb #c044
 def archive_tree(
     nodes: Sequence[Any],
 ) -> Picture:  # with id, parent, reward, visits; or dicts
@@ -480,7 +509,7 @@ def archive_tree(
         )
     return picture
 
-# %% ../../nbs/lab/80_viz.ipynb #c044
+# %% ../../nbs/lab/80_viz.ipynb #c047
 def arms_plot(
     runs: Sequence[Mapping],  # with arm, rollouts, and best_value by round
     best_known: float | None = None,  # value of others, drawn as a line
