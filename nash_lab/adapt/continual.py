@@ -181,7 +181,9 @@ def paired_change(
     p_low, p_high = wilson(int(x.sum()), n, z)
     q_low, q_high = wilson(int(y.sum()), n, z)
 
-    cross = float((x & y).sum() * (~x & ~y).sum() - (x & ~y).sum() * (~x & y).sum())
+    alike = (x & y).sum() * (~x & ~y).sum()
+    apart = (x & ~y).sum() * (~x & y).sum()
+    cross = float(alike - apart)
     if cross > 0:
         cross = max(cross - n / 2, 0.0)  # Newcombe's continuity correction
     counts = [x.sum(), n - x.sum(), y.sum(), n - y.sum()]

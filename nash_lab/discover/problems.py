@@ -110,7 +110,9 @@ def autocorrelation2(a: Float[np.ndarray, "n"]) -> float:
     "Squared 2-norm of f * f over its 1-norm and peak; larger is better. ValueError if infeasible."
     a = _scaled_steps(a)
     y = np.concatenate([[0.0], np.convolve(a, a), [0.0]])
-    square = np.sum(y[:-1] ** 2 + y[:-1] * y[1:] + y[1:] ** 2) / 3
+    left = y[:-1]
+    right = y[1:]
+    square = np.sum(left**2 + left * right + right**2) / 3
     return float(square / (y.sum() * y.max()))
 
 # %% ../../nbs/discover/70_problems.ipynb #c021

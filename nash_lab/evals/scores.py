@@ -244,7 +244,8 @@ def wilson(
     p = passed / total
     shrink = 1 + z * z / total
     middle = p + z * z / (2 * total)
-    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
+    variance = p * (1 - p) / total
+    half = z * math.sqrt(variance + z * z / (4 * total**2))
     return max(0.0, (middle - half) / shrink), min(1.0, (middle + half) / shrink)
 
 # %% ../../nbs/evals/52_scores.ipynb #c040

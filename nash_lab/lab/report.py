@@ -320,7 +320,8 @@ def draw_streams(files: RunFiles) -> None:
         )
         add(files.show("h_res_mean", routing_heatmaps(routing), notice))
 
-        distance = ((routing.res[:, :, 0] - mean[:, :, None]) ** 2).sum((0, 1, 3, 4))
+        apart = routing.res[:, :, 0] - mean[:, :, None]
+        distance = (apart**2).sum((0, 1, 3, 4))
         token = int(distance.argmax())
         words = load_tokenizer(own_tokenizer(files.folder) or config.tokenizer)
         piece = words.pieces[int(tokens[0, token])]

@@ -7,12 +7,12 @@ instead of 108, where the plain residual moves 62."""
 
 # %% auto #0
 __all__ = ['LANES', 'NAME', 'PRECISE', 'Tokens', 'Columns', 'Streams', 'launch', 'per_token',
-           'product', 'Site', 'written', 'read_weights', 'cross_forward', 'cross_backward',
-           'on_chip', 'cross_tokens', 'cross_streams']
+           'product', 'Site', 'written', 'by_columns', 'Read', 'read_streams', 'cross_forward',
+           'cross_backward', 'on_chip', 'cross_tokens', 'cross_streams']
 
 # %% ../../nbs/maths/08_mhc_kernels.ipynb #c003
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,13 +106,38 @@ def written(xs, y, maps, mixes: bool, dtype):
     return after
 
 
-def read_weights(xs, phi, gate, eps: float):
-    "Normalised projection, inverse root and sigmoids of a block of tokens."
+def by_columns(columns, arrays):
+    "The sum of arrays, each by its own column."
+    return sum(columns[:, i : i + 1] * a for i, a in enumerate(arrays))
+
+
+class Read(NamedTuple):
+    "What a sublayer reads of a block of tokens, and what that was made of."
+
+    u: Any  # normalised projection
+    inverse: Any  # root over all streams
+    s: Any  # sigmoids of the projection
+    pre: Any  # read weights
+    r: Any  # rounded as the sublayer would see it without its norm
+    short: Any  # inverse root of its norm
+
+
+def read_streams(xs, maps, phi, gate, site: Site, dtype) -> Read:
+    "Projection, read weights, the streams read by them, and the root of the norm."
+    n = len(xs)
     u = sum(product(x, phi[i], (1, 1)) for i, x in enumerate(xs))
     square = sum(jnp.sum(x * x, 1, keepdims=True) for x in xs)
-    inverse = jax.lax.rsqrt(square / (len(xs) * xs[0].shape[1]) + eps)
+    inverse = jax.lax.rsqrt(square / (n * xs[0].shape[1]) + site.eps)
     u = u * inverse
-    return u, inverse, jax.nn.sigmoid(u * gate[0:1] + gate[1:2])
+    s = jax.nn.sigmoid(u * gate[0:1] + gate[1:2])
+    pre = s + site.lift
+    if site.handed:
+        pre = maps[:, site.handed : site.handed + n]
+    r = by_columns(pre, xs)
+    r = r.astype(dtype).astype(jnp.float32)
+    square = jnp.mean(r * r, 1, keepdims=True)
+    short = jax.lax.rsqrt(square + site.norm_eps)
+    return Read(u, inverse, s, pre, r, short)
 
 
 def cross_forward(
@@ -139,14 +164,10 @@ def cross_forward(
         for out, x in zip(after, xs):
             out[...] = x.astype(dtype)
 
-        u, inverse, s = read_weights(xs, phi, gate, site.eps)
-        pre = maps[:, site.handed : site.handed + n] if site.handed else s + site.lift
-        r = sum(pre[:, i : i + 1] * x for i, x in enumerate(xs))
-        r = r.astype(dtype).astype(jnp.float32)
-        short = jax.lax.rsqrt(jnp.mean(r * r, 1, keepdims=True) + site.norm_eps)
-        seen[...] = (r * short * gain[...]).astype(dtype)
-        lane = jax.lax.broadcasted_iota(jnp.int32, u.shape, 1)
-        columns[...] = jnp.where(lane == rows - 1, inverse, u).T
+        read = read_streams(xs, maps, phi, gate, site, dtype)
+        seen[...] = (read.r * read.short * gain[...]).astype(dtype)
+        lane = jax.lax.broadcasted_iota(jnp.int32, read.u.shape, 1)
+        columns[...] = jnp.where(lane == rows - 1, read.inverse, read.u).T
 
     wide = jax.ShapeDtypeStruct((tokens, d), dtype)
     outs = *[wide] * (n + 1), jax.ShapeDtypeStruct((rows, tokens), jnp.float32)
@@ -191,11 +212,7 @@ def cross_backward(
             before = written(before, earlier, theirs, site.mixes, dtype)
 
         xs = written(before, y, maps, site.mixes, dtype)
-        u, inverse, s = read_weights(xs, phi, gate, site.eps)
-        pre = maps[:, site.handed : site.handed + n] if site.handed else s + site.lift
-        r = sum(pre[:, i : i + 1] * x for i, x in enumerate(xs))
-        r = r.astype(dtype).astype(jnp.float32)
-        short = jax.lax.rsqrt(jnp.mean(r * r, 1, keepdims=True) + site.norm_eps)
+        u, inverse, s, pre, r, short = read_streams(xs, maps, phi, gate, site, dtype)
 
         g = dz * gain[...]
         inner = jnp.mean(g * r, 1, keepdims=True)
@@ -229,8 +246,7 @@ def cross_backward(
         if site.handed:
             found += d_pre
         d_maps[...] = per_token(found, maps.shape[1]).T
-        total = sum(maps[:, i : i + 1] * g for i, g in enumerate(gs))
-        d_y[...] = total.astype(dtype)
+        d_y[...] = by_columns(maps, gs).astype(dtype)
         for j, out in enumerate(outs):
             dx = gs[j]
             if site.mixes:

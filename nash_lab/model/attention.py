@@ -199,7 +199,11 @@ def attend(
     factor = scale * width**0.5
     if abs(factor - 1) >= 1e-12:
         q = q * factor
-    q, k, v = (jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in (q, k, v))
+    padded = []
+    for a in (q, k, v):
+        more = 0, width - a.shape[-1]
+        padded.append(jnp.pad(a, [(0, 0), (0, 0), (0, 0), more]))
+    q, k, v = padded
     return attention(q, k, v, mask)[..., :m]
 
 # %% ../../nbs/model/11_attention.ipynb #c037

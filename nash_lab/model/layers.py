@@ -106,7 +106,9 @@ def rope(
     # widened after the cut and narrowed before the join: compilers store what is cut and joined
     a = wide(a)
     b = wide(b)
-    turned = [(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype)]
+    first = (a * cos - b * sin).astype(x.dtype)
+    second = (b * cos + a * sin).astype(x.dtype)
+    turned = [first, second]
     if interleaved:
         y = jnp.stack(turned, axis=-1).reshape(y.shape)
     else:

@@ -125,7 +125,8 @@ class Latent(nnx.Module):
 def turn_last(y: Split, r: int, positions: Positions, cfg: RopeConfig) -> Split:
     "Rotate the last r numbers of each head, without YaRN's temperature."
     rotary = rope_frequencies(r, cfg)._replace(scale=1.0)
-    return jnp.concatenate([y[..., :-r], rope(y[..., -r:], positions, rotary)], axis=-1)
+    turned = rope(y[..., -r:], positions, rotary)
+    return jnp.concatenate([y[..., :-r], turned], axis=-1)
 
 # %% ../../nbs/model/13_mla.ipynb #c024
 class MLA(nnx.Module):

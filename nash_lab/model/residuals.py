@@ -390,7 +390,9 @@ class IdentitySite(nnx.Module):
         self.eps = cfg.eps
         self.phi = nnx.Param(0.006 * draw)
         self.alpha = nnx.Param(jnp.full(2, cfg.alpha, jnp.float32))
-        self.bias = nnx.Param(jnp.asarray([-log(n - 1)] * n + [0.0] * n, jnp.float32))
+        reads = jnp.full(n, -log(n - 1), jnp.float32)
+        writes = jnp.zeros(n, jnp.float32)
+        self.bias = nnx.Param(jnp.concatenate([reads, writes]))
 
     def read(self, streams: Streams) -> tuple[Float[Array, "b t d"], Routing]:
         "The streams weighted by a sigmoid of their common projection."

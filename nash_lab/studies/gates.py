@@ -334,10 +334,11 @@ def run_study(cfg: Config) -> str:
         found[name] = made
         write_json(folder / f"{name}.json", made)
 
-    names = [f"{name}-{s}" for s in range(cfg.seeds) for name in (*FAMILIES, *VARIANTS)]
-    for name in names:
-        if (folder / f"{name}.json").exists():
-            found[name] = read_json(folder / f"{name}.json")
+    for seed in range(cfg.seeds):
+        for kind in (*FAMILIES, *VARIANTS):
+            path = folder / f"{kind}-{seed}.json"
+            if path.exists():
+                found[path.stem] = read_json(path)
     for seed in range(cfg.seeds):
         for family in FAMILIES:
             if f"{family}-{seed}" not in found:

@@ -38,7 +38,7 @@ class SweepConfig(TrainConfig):
         check_range(self, "samples", "draw_seed", at_least=0)
         check_that(self, "over", bool(self.over), "at least one FIELD=A,B,C")
         for i, point in enumerate(self.points()):
-            self.at(point, i)
+            self.config_of(point, i)
 
     def points(self) -> list[dict[str, Any]]:
         "What each run sets, by field."
@@ -83,7 +83,7 @@ class SweepConfig(TrainConfig):
             points.append(point)
         return points
 
-    def at(self, point: dict[str, Any], number: int) -> TrainConfig:
+    def config_of(self, point: dict[str, Any], number: int) -> TrainConfig:
         "The run of a point, in a folder of its number. ValueError names a field that is none."
         data = to_json(self)
         for f in fields(SweepConfig):
@@ -108,7 +108,7 @@ def sweep(cfg: SweepConfig, say: Callable[[str], None] = print) -> list[dict]:
     points = cfg.points()
     rows = []
     for i, point in enumerate(points):
-        own = cfg.at(point, i)
+        own = cfg.config_of(point, i)
         row = {"run": own.run} | point
         try:
             done = pretrain(own)
