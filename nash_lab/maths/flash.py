@@ -227,7 +227,7 @@ def library_attention(q, k, v, segments, window, implementation="cudnn"):
     width = max(q.shape[-1], v.shape[-1])
     width += -width % 8
     wide = [a.swapaxes(1, 2) for a in (q, k, v)]
-    wide = [jnp.pad(a, [(0, 0)] * 3 + [(0, width - a.shape[-1])]) for a in wide]
+    wide = [widened(a, width) for a in wide]
     mask = None
     if segments is not None:
         mask = segments[:, None, :, None] == segments[:, None, None, :]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..maths.flash import flash_attention
+from ..maths.flash import flash_attention, widened
 from nash_lab.model.layers import (
     Linear,
     RMSNorm,
@@ -199,11 +199,7 @@ def attend(
     factor = scale * width**0.5
     if abs(factor - 1) >= 1e-12:
         q = q * factor
-    padded = []
-    for a in (q, k, v):
-        more = 0, width - a.shape[-1]
-        padded.append(jnp.pad(a, [(0, 0), (0, 0), (0, 0), more]))
-    q, k, v = padded
+    q, k, v = (widened(a, width) for a in (q, k, v))
     return attention(q, k, v, mask)[..., :m]
 
 # %% ../../nbs/model/11_attention.ipynb #c037

@@ -53,8 +53,8 @@ class SweepConfig(TrainConfig):
                 except ValueError:
                     read.append(value)  # a name such as muon
             if ".." in text:
-                ends = len(read) == 2 and all(type(x) in (int, float) for x in read)
-                good = ends and read[0] < read[1] and self.samples > 0
+                kinds = [type(x) in (int, float) for x in read]
+                good = kinds == [True, True] and read[0] < read[1] and self.samples
                 check_that(self, "over", good, f"LOW..HIGH and --samples for {given!r}")
                 read = tuple(read)
             known = name and text and name not in choices
