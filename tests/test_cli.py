@@ -376,6 +376,8 @@ def test_bad_use(tmp_path, capsys):
     )
     fails(capsys, ["fly"], 2, "'fly'", "pretrain")
     fails(capsys, ["pretrain", "--config"], 2, "--config needs a value")
+    twice = ["pretrain", "--preset", "tiny", "--preset=demo"]
+    fails(capsys, twice, 2, "--preset is given twice, expected once")
     (tmp_path / "a.json").write_text('{"modle": 1}')
     fails(
         capsys, ["pretrain", "--config", f"{tmp_path}/a.json"], 2, "a.json", "unknown key 'modle'"

@@ -148,7 +148,8 @@ def bigram_logprobs(
     n = np.bincount(np.minimum(counts, 5), minlength=6).astype(float)
     y = n[1] / max(n[1] + 2 * n[2], 1)
     k = np.arange(1, 4)
-    d = k - (k + 1) * y * n[2:5] / np.maximum(n[1:4], 1)
+    ratio = n[2:5] / np.maximum(n[1:4], 1)
+    d = k - (k + 1) * y * ratio
     d = np.concatenate([[0.0], np.clip(d, 0.1, k - 0.1)])  # tiny texts leave (0, k)
     given_up = d[np.minimum(counts, 3)]
 

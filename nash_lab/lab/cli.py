@@ -314,6 +314,9 @@ prints all settings as JSON and stops, --quiet leaves out the lines before the w
 
 def take_value(args: list[str], flag: str) -> str | None:
     "Remove `flag` and its value from `args`, in place, and return the value, or raise Usage."
+    names = [arg.partition("=")[0] for arg in args]
+    if names.count(flag) > 1:
+        raise Usage(f"{flag} is given twice, expected once")
     for at, arg in enumerate(args):
         if arg.startswith(f"{flag}="):
             return args.pop(at).partition("=")[2]

@@ -45,14 +45,15 @@ class SweepConfig(TrainConfig):
         choices = {}
         for given in self.over:
             name, _, text = given.partition("=")
-            values = text.split("..") if ".." in text else text.split(",")
+            ranged = ".." in text
+            values = text.split(".." if ranged else ",")
             read = []
             for value in values:
                 try:
                     read.append(json.loads(value))
                 except ValueError:
                     read.append(value)  # a name such as muon
-            if ".." in text:
+            if ranged:
                 kinds = [type(x) in (int, float) for x in read]
                 good = kinds == [True, True] and read[0] < read[1] and self.samples
                 check_that(self, "over", good, f"LOW..HIGH and --samples for {given!r}")
@@ -126,7 +127,8 @@ def sweep(cfg: SweepConfig, say: Callable[[str], None] = print) -> list[dict]:
 def measured(row: dict) -> float:
     "What runs are compared by: bits per byte, or the last loss of a run without validation."
     found = row.get("val_bpb")
-    found = row.get("loss") if found is None else found
+    if found is None:
+        found = row.get("loss")
     return math.inf if found is None else found
 
 
