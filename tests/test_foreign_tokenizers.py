@@ -374,7 +374,7 @@ def test_a_sentencepiece_model_of_others(lm, folder, tmp_path, kind):
     foreign(eos_id=-1, user_defined_symbols="<|im_end|>")
     with pytest.raises(ValueError, match="'<.im_end.>', is no control piece"):
         load_tokenizer(folder)
-    with pytest.warns(UserWarning, match="imported without it"):
+    with pytest.warns(UserWarning, match="read without it"):
         run = import_run(folder, tmp_path / "without")
     with pytest.raises(ValueError, match="the run has no tokenizer"):
         load(run)

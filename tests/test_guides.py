@@ -60,7 +60,6 @@ READ = {
     "nash_lab pretrain --preset gpt-d12": "needs a GPU",
     "nash_lab study": "takes hours",
     "nash_lab sweep": "takes minutes; tests/test_sweep.py runs it",
-    "nash_lab pretrain --preset gpt-d12 --run": "needs a GPU",
     "nash_lab pretrain --preset gpt-d12-mhc --run": "needs a GPU",
     "nash_lab bench --what accelerator": "needs a GPU or TPU",
     "nash_lab preflight": "needs the TPU compiler; tests/test_preflight.py runs it",

@@ -501,7 +501,7 @@ def test_from_a_run_directory(base, tmp_path):
         k: v
         for k, v in discover(TASK, base, WORDS, replace(CFG, steps=1)).metrics[0].items()
         if k != "time_s"
-    }
+    } | {"adapter": "adapters/1"}
     with pytest.raises(ValueError, match="run=''"):
         discover_run(replace(cfg, run=""))
 

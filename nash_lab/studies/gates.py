@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..core.configs import check_range, check_that, claim
 from ..core.files import read_json, write_atomic, write_json
 from ..data.corpus import CorpusConfig, PackedTokens, documents
+from ..data.stream import CorpusDocuments
 from ..data.loader import LoaderConfig, loader
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from nash_lab.discover.gates import (
@@ -351,7 +352,8 @@ def run_study(cfg: Config) -> str:
     data = {"words": load_tokenizer(pieces)}
     for split in ("train", "validation"):
         if not (folder / f"{split}.bin.json").exists():
-            print(pack_split(cfg.corpus, split, data["words"], folder), flush=True)
+            docs = CorpusDocuments(cfg.corpus, split)
+            print(pack_split(docs, split, data["words"], folder), flush=True)
         data[split] = PackedTokens.open(folder / f"{split}.bin")
 
     for seed in range(cfg.seeds):

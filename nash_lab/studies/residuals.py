@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..core.configs import check_range, check_that, claim
 from ..core.files import read_json, write_atomic
 from ..data.corpus import CorpusConfig, PackedTokens, documents
+from ..data.stream import CorpusDocuments
 from ..data.loader import LoaderConfig, loader
 from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from ..lab.bench import BenchConfig, TrainTurn, take_turns, write_rows
@@ -259,7 +260,8 @@ def study_data(cfg: Config) -> dict[str, PackedTokens]:
     for split in ("train", "validation"):
         file = folder / f"{split}.bin"
         if not (folder / f"{split}.bin.json").exists():
-            print(pack_split(cfg.corpus, split, tokenizer, folder), flush=True)
+            docs = CorpusDocuments(cfg.corpus, split)
+            print(pack_split(docs, split, tokenizer, folder), flush=True)
         packed[split] = PackedTokens.open(file, tokenizer_hash=tokenizer.hash)
     return packed
 
