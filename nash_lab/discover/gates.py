@@ -168,6 +168,9 @@ class GateEnv(Env):
         reward: Literal["exact", "logprob"] = "logprob",
         max_new_tokens: int = 16,  # of an answer, for the exact reward
         rows: int = 256,  # questions in one program at most: a power of two from 8 on
+        front: Sequence[
+            int
+        ] = (),  # ids before each prompt; a run directory knows its own
     ):
         sizes = {"global": (), "layer": (1,), "sublayer": (1, 2)}
         for name, value, known in (
@@ -177,7 +180,6 @@ class GateEnv(Env):
             if value not in known:
                 expected = " or ".join(known)
                 raise ValueError(f"GateEnv: {name} {value!r}, expected {expected}")
-        front = []
         if isinstance(model, (str, Path)):
             lm, cfg = load_run(model)
             words = load_tokenizer(own_tokenizer(model) or cfg.tokenizer)
@@ -502,13 +504,14 @@ def steer(cfg: GatesConfig) -> str:
     if cfg.reward == "exact":
         room -= cfg.max_new_tokens
     envs = []
+    front = front_of(words, saved.loader.documents)
     for split, count in (("train", cfg.train), ("test", cfg.held_out)):
         asked = read_questions(cfg.questions, split, count, folder=cfg.data)
         asked, left_out = short_enough(asked, words, room)
         if left_out:
             print(f"{split}: {left_out} questions left out, too long for {room} tokens")
         how = (cfg.mode, cfg.reward, cfg.max_new_tokens, cfg.rows)
-        envs.append(GateEnv(cfg.run, asked, *how))
+        envs.append(GateEnv((lm, words), asked, *how, front))
     other = {"ppo": "reinforce", "reinforce": "ppo"}[cfg.policy.algorithm]
     both = [cfg.policy.algorithm, other]
     found = compare_controllers(*envs, cfg.policy, both)
