@@ -539,8 +539,8 @@ class PackProgress:
     finished: bool = False  # False: interrupted, or at work
 
 
-def _open_file(path: Path) -> tuple[np.memmap, PackedMeta]:
-    "One packed file and its description, every byte of them read and checked."
+def _open_file(path: Path, whole: Any = None) -> tuple[np.memmap, PackedMeta]:
+    "One packed file and its description, every byte of them read, checked, and added to a hash."
     description = path.with_name(path.name + ".json")
     if not path.is_file():  # guard: data: a pipe as packed tokens
         raise FileNotFoundError(f"{path}: no packed tokens here")
@@ -572,6 +572,8 @@ def _open_file(path: Path) -> tuple[np.memmap, PackedMeta]:
     for start in range(0, len(tokens), 1 << 22):
         ids = np.asarray(tokens[start : start + (1 << 22)])
         content.update(ids.data)
+        if whole is not None:
+            whole.update(ids.data)
         if ids.max() >= meta.vocab_size:  # guard: data: ids beyond the vocabulary
             at = int(np.argmax(ids >= meta.vocab_size))
             found = f"id {ids[at]} at token {start + at}"
@@ -627,8 +629,10 @@ class PackedTokens:
         stamp = stamps(file for file in files if file.is_file())
         parts = []
         metas = []
+        # of several as if they were one: positions fit both
+        whole = hashlib.sha256() if len(files) > 1 else None
         for file in files:
-            tokens, meta = _open_file(file)
+            tokens, meta = _open_file(file, whole)
             parts.append(tokens)
             metas.append(meta)
             if tokenizer_hash not in (None, meta.tokenizer_hash):
@@ -648,11 +652,8 @@ class PackedTokens:
         if len(files) == 1:
             return cls(parts[0], metas[0], files[0], stamp)
 
-        content = hashlib.sha256()  # as if it were one file: positions fit both
         counts = {}
-        for tokens, meta in zip(parts, metas):
-            for start in range(0, len(tokens), 1 << 22):
-                content.update(np.asarray(tokens[start : start + (1 << 22)]).data)
+        for meta in metas:
             for name, found in meta.counts.items():
                 counts[name] = dict(Counter(counts.get(name, {})) + Counter(found))
         meta = replace(
@@ -660,7 +661,7 @@ class PackedTokens:
             tokens=sum(meta.tokens for meta in metas),
             documents=sum(meta.documents for meta in metas),
             text_bytes=sum(meta.text_bytes for meta in metas),
-            sha256=content.hexdigest(),
+            sha256=whole.hexdigest(),
             source_hashes={str(f): meta.sha256 for f, meta in zip(files, metas)},
             skipped=dict(sum((Counter(meta.skipped) for meta in metas), Counter())),
             counts=counts,
