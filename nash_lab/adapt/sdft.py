@@ -9,8 +9,7 @@ much (three seeds, [studies/learning](../studies/91_learning.ipynb))."""
 __all__ = ['TEMPLATE', 'Divergence', 'LogProbs', 'Logits', 'AnswerMask', 'PromptStart',
            'teacher_prompt', 'divergence', 'loss_mask', 'answer_means', 'reverse_kl',
            'join_answers', 'answer_states', 'SDFTConfig', 'Learner', 'model_with', 'sdft_update',
-           'Example', 'encoder', 'Prompts', 'plan_batches', 'numbered_leaves', 'resume_block',
-           'SDFTResult', 'distil']
+           'Example', 'encoder', 'Prompts', 'plan_batches', 'resume_block', 'SDFTResult', 'distil']
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c003
 import json
@@ -38,7 +37,7 @@ from ..model.block import map_chunks
 from ..model.generate import SampleConfig, sampling_rules, unpad
 from ..model.speculative import DraftTally, draw_rows
 from ..model.transformer import LM
-from ..run.checkpoint import Checkpoints
+from ..run.checkpoint import Checkpoints, from_numbered, numbered_leaves
 from ..run.rundir import as_record
 from ..train.optim import OptimConfig, optimizer, schedule, with_warmup
 from nash_lab.train.step import (
@@ -479,11 +478,6 @@ def plan_batches(
     return batches, replayed, widths
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c063
-def numbered_leaves(tree: Any) -> dict[str, Array]:
-    "The arrays of a tree by number."
-    return {str(i): x for i, x in enumerate(jax.tree.leaves(tree))}
-
-
 def resume_block(
     learner: Learner,  # of a new block
     checkpoints: Checkpoints | None,
@@ -505,8 +499,7 @@ def resume_block(
             f"{checkpoints.folder}: of a block with other settings, examples or weights, "
             "expected the same; remove this folder to start anew"
         )
-    arrays = [found["learner"][str(i)] for i in range(len(found["learner"]))]
-    learner = jax.tree.unflatten(jax.tree.structure(learner), arrays)
+    learner = from_numbered(learner, found["learner"])
     return learner, found["sdft"]["step"], block
 
 # %% ../../nbs/adapt/62_sdft.ipynb #c064

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-import jax
 from tqdm import tqdm
 
 from ..adapt.instruct import with_adapters
@@ -32,7 +31,7 @@ from nash_lab.discover.ttt import (
 )
 from ..evals.scores import weights_hash
 from ..model.transformer import LM
-from ..run.checkpoint import Checkpoints
+from ..run.checkpoint import Checkpoints, from_numbered, numbered_leaves
 from ..run.guard import run_lock
 from ..run.rundir import MetricsLog, environment, read_metrics
 from ..train.pretrain import load_run
@@ -47,22 +46,16 @@ FREE = (
 )  # settings that may differ when a search is resumed
 
 
-def _numbered_arrays(search: Search) -> dict:
-    "Adapter and moments as arrays by number."
-    return {str(i): x for i, x in enumerate(jax.tree.leaves(search.learned))}
-
-
 def resume_search(search: Search, checkpoints: Checkpoints, base: LM) -> Search:
     "The newest checkpoint, or the new `search` without one. ValueError when of another base."
     if not checkpoints.take_over():
         return search
-    template = {"learned": _numbered_arrays(search), "search": None}
+    template = {"learned": numbered_leaves(search.learned), "search": None}
     found = checkpoints.restore(template=template, repair=True)
     facts = found["search"]
     if facts["base"] != weights_hash(base):
         raise ValueError(f"{checkpoints.folder}: the search began with another base")
-    arrays = [found["learned"][str(i)] for i in range(len(found["learned"]))]
-    learned = jax.tree.unflatten(jax.tree.structure(search.learned), arrays)
+    learned = from_numbered(search.learned, found["learned"])
     archive = archive_from_json(facts["archive"], str(checkpoints.folder))
     return Search(archive, learned, facts["step"], facts["time_s"])
 
@@ -105,7 +98,7 @@ def save_search(
         "time_s": search.time_s,
         "base": weights_hash(lm),
     }
-    arrays = _numbered_arrays(search)
+    arrays = numbered_leaves(search.learned)
     checkpoints.save(search.step, {"learned": arrays, "search": facts})
 
 

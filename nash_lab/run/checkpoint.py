@@ -8,7 +8,7 @@ flips and 40 kills were caught."""
 __all__ = ['MANIFEST', 'LEFTOVER', 'LONGEST', 'NUMBERS', 'Damaged', 'plain_files', 'file_table',
            'write_manifest', 'read_manifest', 'verify', 'hashed_ahead', 'numbered', 'steps_in',
            'set_aside', 'metric_values', 'best_step', 'prune', 'refuse_packed', 'array_types',
-           'restore_step', 'Checkpoints']
+           'restore_step', 'numbered_leaves', 'from_numbered', 'Checkpoints']
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c003
 import hashlib
@@ -346,6 +346,17 @@ def restore_step(
         raise ValueError(f"{source}: cannot be read: {reason}") from error
 
 # %% ../../nbs/run/31_checkpoint.ipynb #c025
+def numbered_leaves(tree: Any) -> dict[str, Any]:
+    "The arrays of a tree by number."
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def from_numbered(tree: Any, arrays: dict[str, Any]) -> Any:
+    "A tree of the same shape that holds the arrays of `numbered_leaves`."
+    leaves = [arrays[str(i)] for i in range(len(arrays))]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+# %% ../../nbs/run/31_checkpoint.ipynb #c028
 def _not_orbax(record: logging.LogRecord) -> bool:
     "A filter of absl's logger that drops Orbax's tracebacks of failures that are raised anyway."
     return "orbax" not in record.pathname
@@ -382,7 +393,7 @@ def _identity(folder: Path) -> tuple | None:
         return None
     return found.st_dev, found.st_ino
 
-# %% ../../nbs/run/31_checkpoint.ipynb #c027
+# %% ../../nbs/run/31_checkpoint.ipynb #c030
 class Checkpoints:
     "The checkpoints of one folder, saved one at a time."
 
