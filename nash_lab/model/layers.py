@@ -7,14 +7,15 @@ its trained length."""
 # %% auto #0
 __all__ = ['NORMS', 'normal_init', 'STAY', 'ACTIVATIONS', 'FFNS', 'wide', 'rms_norm', 'RMSNorm',
            'Rotary', 'rope', 'RopeConfig', 'rope_frequencies', 'linear', 'Linear',
-           'eight_bit_layers', 'QuantizedLinear', 'dropout', 'activate', 'SwiGLU', 'FFN']
+           'modules_by_path', 'replace_module', 'eight_bit_layers', 'QuantizedLinear', 'dropout',
+           'activate', 'SwiGLU', 'FFN']
 
 # %% ../../nbs/model/10_layers.ipynb #c003
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +68,16 @@ class RMSNorm(nnx.Module):
             self.gain = None
 
     def __call__(self, x: Float[Array, "*m d"]) -> Float[Array, "*m d"]:
-        if self.gain is None:
-            return rms_norm(x, None, self.eps)
-        gain = self.gain[...]
+        factor = self.factor()
+        if factor is not None:
+            factor = jnp.broadcast_to(factor, x.shape[-1:])
+        return rms_norm(x, factor, self.eps)
+
+    def factor(self) -> Float[Array, "*d"] | None:
+        "What a normed number is multiplied by: g, 1 + g, or None."
         if self.mode == "centred":
-            gain = gain + 1
-        return rms_norm(x, jnp.broadcast_to(gain, x.shape[-1:]), self.eps)
+            return self.gain[...] + 1
+        return None if self.gain is None else self.gain[...]
 
 # %% ../../nbs/model/10_layers.ipynb #c012
 class Rotary(NamedTuple):
@@ -261,14 +266,29 @@ class Linear(nnx.Module):
 STAY = ("*/router", "*_hyper/*", "ends/*", "*/ends/*", "*/k_up", "*/v_up")
 
 
+def modules_by_path(model: nnx.Module, kinds: Any) -> dict[str, nnx.Module]:
+    "The modules of a class, or of one of several, by their paths."
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, kinds):
+            found["/".join(map(str, path))] = module
+    return found
+
+
+def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
+    "Put another module at a path, in place."
+    *above, last = path.split("/")
+    parent = model
+    for name in above:
+        parent = getattr(parent, name)
+    setattr(parent, last, new)
+
+
 def eight_bit_layers(
     model: nnx.Module, skip: tuple[str, ...] = ()
 ) -> dict[str, Linear]:
     "Linear layers by path, without those of STAY and `skip`. ValueError for a pattern of nothing."
-    layers = {}
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
-            layers["/".join(map(str, path))] = module
+    layers = modules_by_path(model, Linear)
     for pattern in skip:
         if not any(fnmatchcase(path, pattern) for path in layers):
             known = ", ".join(layers)

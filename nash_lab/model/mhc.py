@@ -387,10 +387,10 @@ class HyperConnection(nnx.Module):
             res = None if cfg.h_res == "identity" else maps.res
             return streams, y, maps.post, res, maps.pre if self.hands_on else None
 
-        gain = jnp.float32(1) if norm.gain is None else norm.gain[...]
-        if norm.mode == "centred":
-            gain = gain + 1
-        gain = jnp.broadcast_to(gain, y.shape[-1:])
+        factor = norm.factor()
+        if factor is None:
+            factor = jnp.float32(1)
+        gain = jnp.broadcast_to(factor, y.shape[-1:])
         read = self.weighted_phi(), self.alpha[...][0], self.bias[...][: cfg.streams]
         lift = cfg.eps if cfg.convention == "deepseek" else 0.0
         settings = gain, cfg.root_eps, lift, norm.eps

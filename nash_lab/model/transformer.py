@@ -36,6 +36,7 @@ from nash_lab.model.layers import (
     dropout,
     eight_bit_layers,
     normal_init,
+    replace_module,
 )
 from .mhc import Routing, gate_logit, to_public
 from .mtp import MTPHead, ahead_targets, head_at, look_ahead
@@ -317,15 +318,11 @@ def int8_weights(lm: LM) -> LM:
     QuantConfig("int8")  # refuses where qwix is missing
     if lm.cfg.ffn == "moe":
         raise ValueError(
-            "weights='int8': expected a model without experts, found ffn='moe'"
+            "precision='int8': expected a model without experts, found ffn='moe'"
         )
     lm = nnx.clone(lm)
     for path, layer in eight_bit_layers(lm, lm.cfg.quant.skip).items():
-        *above, last = path.split("/")
-        parent = lm
-        for name in above:
-            parent = getattr(parent, name)
-        setattr(parent, last, QuantizedLinear(layer))
+        replace_module(lm, path, QuantizedLinear(layer))
     return lm
 
 # %% ../../nbs/model/20_transformer.ipynb #c025

@@ -24,7 +24,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..core.configs import check_range, check_that
 from ..core.keys import named_key
-from ..model.layers import Linear, dropout, linear
+from nash_lab.model.layers import (
+    Linear,
+    dropout,
+    linear,
+    modules_by_path,
+    replace_module,
+)
 from ..model.moe import ExpertLinear, grouped
 from ..model.transformer import LM
 
@@ -117,10 +123,7 @@ TABLES = ("embedding", "head")  # of a model with tied ones only the first
 
 def linear_layers(lm: LM) -> dict[str, Linear | ExpertLinear | Table]:
     "The linear layers of a model by their paths, then its tables."
-    found = {}
-    for path, module in nnx.iter_modules(lm):
-        if isinstance(module, (Linear, ExpertLinear)):
-            found["/".join(map(str, path))] = module
+    found = modules_by_path(lm, (Linear, ExpertLinear))
     for name in TABLES:
         if isinstance(getattr(lm, name), nnx.Param):
             found[name] = Table(getattr(lm, name))
@@ -284,17 +287,13 @@ def attach(
         a, b = adapter[path]
         own = scale[path] if isinstance(scale, Mapping) else scale
         scaled = Factors(a, own * b)
-        *above, last = path.split("/")
-        parent = lm
-        for name in above:
-            parent = getattr(parent, name)
         if isinstance(layer, Table):
-            setattr(parent, last, AdaptedTable(layer.weight, scaled))
+            replace_module(lm, path, AdaptedTable(layer.weight, scaled))
             continue
         keys = None
         if key is not None and rate > 0:
             keys = jax.random.split(named_key(key, path), layer.weight.shape[0])
-        setattr(parent, last, Adapted(layer, scaled, rate, keys))
+        replace_module(lm, path, Adapted(layer, scaled, rate, keys))
     return lm
 
 # %% ../../nbs/train/38_tune.ipynb #c030
@@ -303,15 +302,10 @@ def detach(lm: LM) -> tuple[LM, Adapter, dict[str, float]]:
     lm = nnx.clone(lm)
     adapter = {}
     scales = {}
-    for path, layer in list(nnx.iter_modules(lm)):
-        if isinstance(layer, (Adapted, AdaptedTable)):
-            parent = lm
-            for name in path[:-1]:
-                parent = getattr(parent, name)
-            setattr(parent, path[-1], layer.base)
-            own = "/".join(map(str, path))
-            adapter[own] = Factors(layer.a[...], layer.b[...])
-            scales[own] = layer.scale
+    for path, layer in modules_by_path(lm, (Adapted, AdaptedTable)).items():
+        replace_module(lm, path, layer.base)
+        adapter[path] = Factors(layer.a[...], layer.b[...])
+        scales[path] = layer.scale
     return lm, adapter, scales
 
 
@@ -394,9 +388,8 @@ def tuned(
     part = trained_part(lm, tune, lora, key)
     adapter = {path: own for path, own in part.items() if isinstance(own, Factors)}
     lm = attach(lm, adapter)
-    for path, layer in nnx.iter_modules(lm):
-        if isinstance(layer, (Adapted, AdaptedTable)):
-            layer.scale = lora.at("/".join(map(str, path))).scale
+    for path, layer in modules_by_path(lm, (Adapted, AdaptedTable)).items():
+        layer.scale = lora.at(path).scale
     return lm
 
 
