@@ -156,22 +156,10 @@ STAGE = 64  # new tokens for which many rows read no longer cache
 
 
 @partial(jax.jit, static_argnames=("graphdef", "room", "copies"))
-def _decode(
-    graphdef,
-    weights,
-    prompt,
-    lengths,
-    active,
-    limit,
-    ends,
-    pad,
-    key,
-    cfg,
-    room,
-    copies=1,
-):
-    "Prefill `prompt` [b t] and decode `copies` rows of each; rows not `active` count as done."
+def _decode(graphdef, weights, batch, room, copies=1):
+    "Prefill a `PromptBatch` and decode `copies` rows of each; rows not active count as done."
     lm = nnx.merge(graphdef, weights)
+    prompt, lengths, active, limit, ends, pad, key, cfg = batch
     b, t = prompt.shape
     rows = b * copies
     layers = range(lm.cfg.layers)
@@ -352,7 +340,7 @@ def rollout(
         raise ValueError(f"{copies=}, expected at least 1")
     batch = prompt_batch(lm, prompts, cfg, key)
     room = bucket(cfg.max_new_tokens, lm.cfg.max_len)
-    out = _decode(*nnx.split(lm), *batch, room=room, copies=copies)
+    out = _decode(*nnx.split(lm), batch, room=room, copies=copies)
     return cut_rollout(out, len(prompts) * copies, cfg)
 
 

@@ -6,8 +6,8 @@ kept, one row decodes 1.15 times as fast and eight rows 0.94 times."""
 
 # %% auto #0
 __all__ = ['probabilities', 'draw_token', 'accept_drafts', 'SpecState', 'read_slots',
-           'write_slots', 'row_chances', 'speculative_round', 'SpecStats', 'speculate',
-           'DraftTally', 'draw_rows', 'draft_overlap']
+           'write_slots', 'row_chances', 'speculative_round', 'SpecStats', 'draft_depths',
+           'speculate', 'DraftTally', 'draw_rows', 'draft_overlap']
 
 # %% ../../nbs/model/22_speculative.ipynb #c003
 from collections.abc import Callable, Sequence
@@ -198,23 +198,10 @@ def speculative_round(
 
 # %% ../../nbs/model/22_speculative.ipynb #c012
 @partial(jax.jit, static_argnames=("graphdef", "room", "copies", "rule"))
-def _speculate(
-    graphdef,
-    weights,
-    prompt,
-    lengths,
-    active,
-    limit,
-    ends,
-    pad,
-    key,
-    cfg,
-    room,
-    copies,
-    rule,
-):
+def _speculate(graphdef, weights, batch, room, copies, rule):
     "Prefill, then rounds until each of `copies` rows of every prompt has ended."
     lm = nnx.merge(graphdef, weights)
+    prompt, lengths, active, limit, ends, pad, key, cfg = batch
     b, t = prompt.shape
     depths = lm.cfg.depths
     slots = t + room + depths + 1
@@ -305,6 +292,13 @@ class SpecStats(NamedTuple):
         return {"drafts_kept": shares, "tokens_per_call": self.tokens_per_call}
 
 
+def draft_depths(lm: LM) -> int:
+    "How many tokens the heads of a model draft. ValueError for a model without heads."
+    if not lm.cfg.depths:
+        raise ValueError("drafts: mtp='none', this model has no heads to draft with")
+    return lm.cfg.depths
+
+
 def speculate(
     lm: LM,  # with MTP heads
     prompts: Sequence[Sequence[int]],  # token ids, of any lengths
@@ -314,12 +308,11 @@ def speculate(
     rule: Callable = accept_drafts,  # another one is for showing that it is wrong
 ) -> tuple[Rollout, SpecStats]:
     "`rollout` by drafting and checking: same tokens if greedy, else the same distribution."
-    if not lm.cfg.depths:
-        raise ValueError("drafts: mtp='none', this model has no heads to draft with")
+    draft_depths(lm)  # refuses a model without heads
     batch = prompt_batch(lm, prompts, cfg, key)
     room = bucket(cfg.max_new_tokens, lm.cfg.max_len)
     how = dict(room=room, copies=copies, rule=rule)
-    out, counts = _speculate(*nnx.split(lm), *batch, **how)
+    out, counts = _speculate(*nnx.split(lm), batch, **how)
     rows = len(prompts) * copies
     drawn = cut_rollout(out, rows, cfg)
     calls, *kept = np.asarray(counts).sum(1).tolist()
@@ -330,11 +323,7 @@ class DraftTally:
     "Asks for drafts, and adds up what they did. ValueError for a model without heads."
 
     def __init__(self, lm: LM):
-        if not lm.cfg.depths:
-            raise ValueError(
-                "drafts: mtp='none', this model has no heads to draft with"
-            )
-        self.stats = SpecStats((0,) * lm.cfg.depths, 0, 0)
+        self.stats = SpecStats((0,) * draft_depths(lm), 0, 0)
 
     def __call__(self, new: SpecStats) -> None:
         "Add what a call did."
