@@ -43,6 +43,7 @@ from nash_lab.train.tune import (
     Adapter,
     Factors,
     LoRAConfig,
+    Shape,
     attach,
     delta as delta,
     detach,
@@ -402,6 +403,7 @@ def read_peft_config(path: Path) -> tuple[dict, LoRAConfig]:
 def read_layer(
     lm: LM,
     path: str,  # of a linear layer
+    shape: Shape,  # of it
     index: tuple[int, ...],  # its block, and expert
     data: dict,  # adapter_config.json
     cfg: LoRAConfig,  # of it
@@ -409,7 +411,6 @@ def read_layer(
     file: Path,  # theirs, for messages
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
     "A, B and scale beyond that of `cfg` of one layer; None where it has no adapter."
-    shape = shape_of(linear_layers(lm)[path])
     sizes = (int(np.prod(shape.inputs)), int(np.prod(shape.outputs)))
     ends = []  # one, or both of a table that is embedding and head
     for key_a, key_b, turned in peft_keys(lm, path, index):
@@ -485,7 +486,7 @@ def read_peft(folder: str | Path, lm: LM) -> tuple[Adapter, LoRAConfig]:
         shape = shape_of(layer)
         blocks = {}  # block (and expert) -> A, B of its own rank, scale beyond cfg's
         for index in np.ndindex(shape.lead):
-            found = read_layer(lm, path, index, data, cfg, tensors, file)
+            found = read_layer(lm, path, shape, index, data, cfg, tensors, file)
             if found is not None:
                 blocks[index] = found
         if blocks:

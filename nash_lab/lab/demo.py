@@ -6,7 +6,7 @@ mixing."""
 
 # %% auto #0
 __all__ = ['Baseline', 'STAGES', 'PROBES', 'PROMPTS', 'DemoConfig', 'stage', 'pack_split',
-           'draw_night', 'demo']
+           'packed_corpus', 'draw_night', 'demo']
 
 # %% ../../nbs/lab/84_demo.ipynb #c003
 import json
@@ -162,6 +162,26 @@ def pack_split(
         causes = {k: n for k, n in counts.items() if k not in ("documents", "bytes")}
         said += f"\n  {name}: {100 * share:.1f} % of the bytes, {causes}"
     return said
+
+
+def packed_corpus(
+    corpus: CorpusConfig, pieces: TokenizerConfig, folder: Path
+) -> tuple[Tokenizer, dict[str, PackedTokens]]:
+    "Tokenizer and both packed splits of a corpus, made where the folder lacks them."
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = (document.text for document in documents(corpus))
+        train_tokenizer(texts, path, pieces)
+    tokenizer = load_tokenizer(path)
+    packed = {}
+    for split in ("train", "validation"):
+        file = folder / f"{split}.bin"
+        if not (folder / f"{split}.bin.json").exists():
+            docs = CorpusDocuments(corpus, split)
+            print(pack_split(docs, split, tokenizer, folder), flush=True)
+        packed[split] = PackedTokens.open(file, tokenizer_hash=tokenizer.hash)
+    return tokenizer, packed
 
 # %% ../../nbs/lab/84_demo.ipynb #c014
 PROBES = (

@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 from ..core.configs import check_range, check_that, claim
 from ..core.files import read_json, write_atomic, write_json
-from ..data.corpus import CorpusConfig, PackedTokens, documents
-from ..data.stream import CorpusDocuments
+from ..data.corpus import CorpusConfig
 from ..data.loader import LoaderConfig, loader
-from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from ..data.tokenizer import TokenizerConfig
 from nash_lab.discover.gates import (
     GateEnv,
     PolicyConfig,
@@ -39,7 +38,7 @@ from nash_lab.discover.gates import (
 )
 from ..discover.problems import character_tokenizer
 from ..evals.compare import EvalConfig, evaluate_tasks
-from ..lab.demo import pack_split
+from ..lab.demo import packed_corpus
 from ..model.generate import generate
 from ..model.mhc import MHCConfig
 from ..model.transformer import LM, ModelConfig, gates, set_gate
@@ -176,7 +175,8 @@ def calculating_model(cfg: Config, family: str, seed: int) -> LM:
             counted[len(question.prompt) : len(ids) + 1] = True
         wide = np.broadcast_to(g.astype(np.float32), (2, 2, count))
         wide = np.moveaxis(wide.reshape(2, 2, turn, -1), 2, 0)
-        batches = rows.reshape(turn, -1, 12), mask.reshape(turn, -1, 12), wide
+        shape = turn, -1, 12
+        batches = rows.reshape(shape), mask.reshape(shape), wide
         weights, moments = many_updates(weights, moments, batches)
     return nnx.merge(graph, weights)
 
@@ -345,17 +345,9 @@ def run_study(cfg: Config) -> str:
             if f"{family}-{seed}" not in found:
                 write_finished(f"{family}-{seed}", steer_family(cfg, family, seed))
 
-    pieces = folder / "tokenizer.model"
-    if not pieces.exists():
-        texts = (document.text for document in documents(cfg.corpus))
-        train_tokenizer(texts, pieces, TokenizerConfig(vocab_size=cfg.model.vocab_size))
-    data = {"words": load_tokenizer(pieces)}
-    for split in ("train", "validation"):
-        if not (folder / f"{split}.bin.json").exists():
-            docs = CorpusDocuments(cfg.corpus, split)
-            print(pack_split(docs, split, data["words"], folder), flush=True)
-        data[split] = PackedTokens.open(folder / f"{split}.bin")
-
+    pieces = TokenizerConfig(vocab_size=cfg.model.vocab_size)
+    words, data = packed_corpus(cfg.corpus, pieces, folder)
+    data["words"] = words
     for seed in range(cfg.seeds):
         if f"baseline-{seed}" not in found:
             lm, made = table_model(cfg, "baseline", seed, data)

@@ -7,7 +7,7 @@ ranking."""
 # %% auto #0
 __all__ = ['CONTROLS', 'VARIANTS', 'TUNING', 'Scores', 'variant_model', 'Config', 'Training',
            'mean_score', 'chosen_rates', 'equal_time', 'plan', 'paired', 'seed_scores',
-           'study_data', 'step_times', 'hours', 'study_rows', 'study_table', 'run_study']
+           'step_times', 'hours', 'study_rows', 'study_table', 'run_study']
 
 # %% ../../nbs/studies/93_residuals.ipynb #c003
 import json
@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 from ..core.configs import check_range, check_that, claim
 from ..core.files import read_json, write_atomic
-from ..data.corpus import CorpusConfig, PackedTokens, documents
-from ..data.stream import CorpusDocuments
+from ..data.corpus import CorpusConfig, PackedTokens
 from ..data.loader import LoaderConfig, loader
-from ..data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from ..data.tokenizer import TokenizerConfig
 from ..lab.bench import BenchConfig, TrainTurn, take_turns, write_rows
-from ..lab.demo import pack_split
+from ..lab.demo import packed_corpus
 from ..model.residuals import RESIDUALS
 from ..model.transformer import LM, ModelConfig, flops_per_token, parameter_count
 from ..run.rundir import as_record, read_metrics
@@ -247,25 +246,6 @@ def seed_scores(
         yield bpb if np.isfinite(bpb) else None
 
 
-def study_data(cfg: Config) -> dict[str, PackedTokens]:
-    "Tokenizer and both packed splits, in the folder of the study; made when missing."
-    folder = Path(cfg.out) / "data"
-    path = folder / "tokenizer.model"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = (document.text for document in documents(cfg.corpus))
-        train_tokenizer(texts, path, cfg.tokenizer)
-    tokenizer = load_tokenizer(path)
-    packed = {}
-    for split in ("train", "validation"):
-        file = folder / f"{split}.bin"
-        if not (folder / f"{split}.bin.json").exists():
-            docs = CorpusDocuments(cfg.corpus, split)
-            print(pack_split(docs, split, tokenizer, folder), flush=True)
-        packed[split] = PackedTokens.open(file, tokenizer_hash=tokenizer.hash)
-    return packed
-
-
 def step_times(cfg: Config) -> dict[str, float]:
     "Milliseconds of a train step of each variant, measured in turns, once a folder."
     path = Path(cfg.out) / "times.json"
@@ -381,7 +361,7 @@ def run_study(cfg: Config) -> str:
     folder = Path(cfg.out)
     free = ("out", "limit_s", "baseline")
     claim(folder / "study.json", cfg, free=free, advice="choose another --out")
-    data = study_data(cfg)
+    _, data = packed_corpus(cfg.corpus, cfg.tokenizer, Path(cfg.out) / "data")
     ms = step_times(cfg)
     path = folder / "trainings.jsonl"
     records = read_metrics(path) if path.exists() else []
