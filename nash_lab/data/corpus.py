@@ -653,7 +653,9 @@ class PackedTokens:
             return cls(parts[0], metas[0], files[0], stamp)
 
         counts = {}
+        skipped = Counter()
         for meta in metas:
+            skipped += Counter(meta.skipped)
             for name, found in meta.counts.items():
                 counts[name] = dict(Counter(counts.get(name, {})) + Counter(found))
         meta = replace(
@@ -663,7 +665,7 @@ class PackedTokens:
             text_bytes=sum(meta.text_bytes for meta in metas),
             sha256=whole.hexdigest(),
             source_hashes={str(f): meta.sha256 for f, meta in zip(files, metas)},
-            skipped=dict(sum((Counter(meta.skipped) for meta in metas), Counter())),
+            skipped=dict(skipped),
             counts=counts,
         )
         return cls(Joined(parts), meta, Path(" ".join(map(str, names))), stamp)

@@ -318,7 +318,9 @@ def train_policy(env: GateEnv, cfg: PolicyConfig):
             w = jax.random.normal(one, (rows, columns)) / np.sqrt(
                 rows, dtype=np.float32
             )
-            layers.append([w if columns != out else 0.1 * w, jnp.zeros((1, columns))])
+            if columns == out:
+                w = 0.1 * w
+            layers.append([w, jnp.zeros((1, columns))])
         return layers
 
     def run_network(layers, x):
@@ -339,14 +341,16 @@ def train_policy(env: GateEnv, cfg: PolicyConfig):
         new = log_prob(params, x, action)
         entropy = cfg.entropy * params["log_spread"].sum()
         if cfg.algorithm == "reinforce":
-            return -(new * (reward - expected)).mean() - entropy
+            surprise = reward - expected
+            return -(new * surprise).mean() - entropy
         value = run_network(params["value"], x)[:, 0]
         advantage = reward - jax.lax.stop_gradient(value)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         ratio = jnp.exp(new - old)
         clipped = jnp.clip(ratio, 1 - cfg.clip, 1 + cfg.clip)
         gain = jnp.minimum(ratio * advantage, clipped * advantage)
-        return ((value - reward) ** 2).mean() / 2 - gain.mean() - entropy
+        missed = (value - reward) ** 2
+        return missed.mean() / 2 - gain.mean() - entropy
 
     @jax.jit
     def learn(params, moments, batch, key):

@@ -219,7 +219,10 @@ def splash_backward(q, k, v, segments, y, logsum, dy, window, interpret=False):
     wide = [widened(a, 64) for a in (q, k, v)]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         found = backward(*wide, segments, widened(y, 64), logsum, widened(dy, 64))
-    return tuple(d[..., : a.shape[-1]] for d, a in zip(found, (q, k, v)))
+    gradients = []
+    for d, a in zip(found, (q, k, v)):
+        gradients.append(d[..., : a.shape[-1]])
+    return tuple(gradients)
 
 # %% ../../nbs/maths/07_flash.ipynb #c020
 def library_attention(q, k, v, segments, window, implementation="cudnn"):

@@ -7,7 +7,7 @@ instead of 108, where the plain residual moves 62."""
 
 # %% auto #0
 __all__ = ['LANES', 'NAME', 'PRECISE', 'Tokens', 'Columns', 'Streams', 'launch', 'per_token',
-           'product', 'Site', 'written', 'by_columns', 'Read', 'read_streams', 'cross_forward',
+           'product', 'Site', 'by_columns', 'written', 'Read', 'read_streams', 'cross_forward',
            'cross_backward', 'on_chip', 'cross_tokens', 'cross_streams']
 
 # %% ../../nbs/maths/08_mhc_kernels.ipynb #c003
@@ -93,6 +93,11 @@ class Site(NamedTuple):
     handed: int  # row of the maps where read weights begin that were handed on, or 0
 
 
+def by_columns(columns, arrays):
+    "The sum of arrays, each by its own column."
+    return sum(columns[:, i : i + 1] * a for i, a in enumerate(arrays))
+
+
 def written(xs, y, maps, mixes: bool, dtype):
     "The next streams of a block of tokens, rounded as they are stored."
     n = len(xs)
@@ -100,15 +105,10 @@ def written(xs, y, maps, mixes: bool, dtype):
     for i, kept in enumerate(xs):
         if mixes:
             of = n + n * i
-            kept = sum(maps[:, of + j : of + j + 1] * x for j, x in enumerate(xs))
+            kept = by_columns(maps[:, of : of + n], xs)
         total = kept + maps[:, i : i + 1] * y
         after.append(total.astype(dtype).astype(jnp.float32))
     return after
-
-
-def by_columns(columns, arrays):
-    "The sum of arrays, each by its own column."
-    return sum(columns[:, i : i + 1] * a for i, a in enumerate(arrays))
 
 
 class Read(NamedTuple):
@@ -235,7 +235,8 @@ def cross_backward(
         d_gain[...] += jnp.sum(dz * r * short, 0, keepdims=True)
         gs = []
         for i, x in enumerate(xs):
-            dx = pre[:, i : i + 1] * dr + product(du, phi[i], (1, 0)) - along * x
+            dx = pre[:, i : i + 1] * dr + product(du, phi[i], (1, 0))
+            dx = dx - along * x
             gs.append(after[i] + dx)
             d_phi[i] += product(turned, x, (1, 0))
 
@@ -250,7 +251,10 @@ def cross_backward(
         for j, out in enumerate(outs):
             dx = gs[j]
             if site.mixes:
-                to = [maps[:, n + n * i + j : n + n * i + j + 1] for i in range(n)]
+                to = []
+                for i in range(n):
+                    at = n + n * i + j
+                    to.append(maps[:, at : at + 1])
                 dx = sum(h * g for h, g in zip(to, gs))
             out[...] = dx.astype(dtype)
 

@@ -162,7 +162,6 @@ def _decode(graphdef, weights, batch, room, copies=1):
     prompt, lengths, active, limit, ends, pad, key, cfg = batch
     b, t = prompt.shape
     rows = b * copies
-    layers = range(lm.cfg.layers)
     fold = partial(jax.random.fold_in, key)
     row_keys = jax.vmap(fold)(jnp.arange(rows))
 
@@ -219,10 +218,10 @@ def _decode(graphdef, weights, batch, room, copies=1):
     stops = [room]
     if together:
         graph, stack = nnx.split(lm.blocks)
-        blocks = []
-        for i in layers:
-            blocks.append(nnx.merge(graph, jax.tree.map(itemgetter(i), stack)))
-        cache = [(cache.k[i].swapaxes(1, 2), cache.v[i].swapaxes(1, 2)) for i in layers]
+        whole = stack, cache.k.swapaxes(2, 3), cache.v.swapaxes(2, 3)  # heads in front
+        layers = [jax.tree.map(itemgetter(i), whole) for i in range(lm.cfg.layers)]
+        blocks = [nnx.merge(graph, own) for own, _, _ in layers]
+        cache = [(keys, values) for _, keys, values in layers]
         while rows >= 16 and stops[0] > STAGE:
             stops.insert(0, stops[0] // 2)
 
@@ -240,8 +239,8 @@ def _decode(graphdef, weights, batch, room, copies=1):
     for stop in stops:
         if together:  # the cache grows between loops
             more = [(0, 0), (0, 0), (0, t + stop - filled), (0, 0)]
-            grown = [(jnp.pad(k, more), jnp.pad(v, more)) for k, v in state.cache]
-            state = state._replace(cache=grown)
+            grow = partial(jnp.pad, pad_width=more)
+            state = state._replace(cache=jax.tree.map(grow, state.cache))
             filled = t + stop
         more_to_come = partial(unfinished, jnp.minimum(limit, stop + 1))
         state = jax.lax.while_loop(more_to_come, one_turn, state)

@@ -141,7 +141,8 @@ def shape_of(layer: Linear | ExpertLinear | Table) -> Shape:
         lead = 2
     else:
         axes = layer.axes
-    return Shape(shape[:lead], shape[lead : lead + axes], shape[lead + axes :])
+    inner = lead + axes
+    return Shape(shape[:lead], shape[lead:inner], shape[inner:])
 
 # %% ../../nbs/train/38_tune.ipynb #c016
 def target_shapes(lm: LM, cfg: LoRAConfig) -> dict[str, Shape]:
