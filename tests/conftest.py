@@ -66,3 +66,22 @@ def few_mappings():
     if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory) -> dict:
+    "Settings of a run on a few lines of Python: a tokenizer of 300 pieces, and both splits"
+    from nash_lab.data.corpus import Document, pack
+    from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
+
+    home = tmp_path_factory.mktemp("packed")
+    text = "def add(a, b):\n    return a + b\n\nclass Point:\n    x = 0\n\n" * 9
+    tokenizer = train_tokenizer([text], home / "t.model", TokenizerConfig(vocab_size=300))
+    for split in ("train", "validation"):
+        docs = [Document(text + split * i, f"{split}{i}.py") for i in range(9)]
+        pack(docs, tokenizer, home / f"{split}.bin", split=split)
+    return dict(
+        train_bin=str(home / "train.bin"),
+        val_bin=str(home / "validation.bin"),
+        tokenizer=str(home / "t.model"),
+    )

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from nash_lab.adapt.lora import LoRAConfig
 from nash_lab.adapt.sdft import Example, SDFTConfig, distil
-from nash_lab.data.corpus import Document, pack
 from nash_lab.data.loader import LoaderConfig
-from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.discover import ttt
 from nash_lab.discover.problems import character_tokenizer, string_match
 from nash_lab.discover.search import discover
@@ -142,25 +140,18 @@ def test_answers_of_an_evaluation(lm):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    home = tmp_path_factory.mktemp("drafts")
-    text = "def add(a, b):\n    return a + b\n\n"
-    tokenizer = train_tokenizer([text * 9], home / "t.model", TokenizerConfig(vocab_size=300))
-    for split in ("train", "validation"):
-        docs = [Document(text * 9 + split * i, f"{split}{i}.py") for i in range(9)]
-        pack(docs, tokenizer, home / f"{split}.bin", split=split)
+def run(packed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drafts") / "run"
     cfg = TrainConfig(
-        run=str(home / "run"),
-        train_bin=str(home / "train.bin"),
-        val_bin=str(home / "validation.bin"),
-        tokenizer=str(home / "t.model"),
+        run=str(folder),
+        **packed,
         steps=2,
         eval_batches=1,
         model=replace(TINY, vocab_size=300, layers=1),
         loader=LoaderConfig(seq_len=16, batch_size=4),
     )
     pretrain(cfg)
-    return home / "run"
+    return folder
 
 
 def test_shares_while_training(run):

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nash_lab.data.corpus import Document, pack
 from nash_lab.data.loader import LoaderConfig
-from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.evals.probe import Intervention, measure_effects
 from nash_lab.lab.viz import PANELS, drift_plot
 from nash_lab.model.mhc import MHCConfig
@@ -22,22 +20,14 @@ from nash_lab.train.optim import OptimConfig
 from nash_lab.train.pretrain import load_run, pretrain, read_metrics
 from nash_lab.train.settings import TrainConfig
 
-TEXT = "def add(a, b):\n    return a + b\n\nclass Point:\n    x = 0\n\n"
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12)
 
 
 @pytest.fixture(scope="module")
-def cfg(tmp_path_factory):
-    home = tmp_path_factory.mktemp("watched")
-    tokenizer = train_tokenizer([TEXT * 9], home / "t.model", TokenizerConfig(vocab_size=300))
-    for split in ("train", "validation"):
-        docs = [Document(TEXT * 9 + split * i, f"{split}{i}.py") for i in range(9)]
-        pack(docs, tokenizer, home / f"{split}.bin", split=split)
+def cfg(packed, tmp_path_factory):
     return TrainConfig(
-        run=str(home / "run"),
-        train_bin=str(home / "train.bin"),
-        val_bin=str(home / "validation.bin"),
-        tokenizer=str(home / "t.model"),
+        run=str(tmp_path_factory.mktemp("watched") / "run"),
+        **packed,
         steps=12,
         log_every=4,
         observe_every=3,

@@ -5,29 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from nash_lab.data.corpus import Document, pack
 from nash_lab.data.loader import LoaderConfig
-from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.lab.cli import main
 from nash_lab.model.transformer import ModelConfig
 from nash_lab.train import sweep as page
 from nash_lab.train.pretrain import pretrain
 from nash_lab.train.sweep import SweepConfig, sweep, sweep_table
 
-TEXT = "def add(a, b):\n    return a + b\n\n"
-
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    home = tmp_path_factory.mktemp("sweep")
-    tokenizer = train_tokenizer([TEXT * 9], home / "t.model", TokenizerConfig(vocab_size=300))
-    for split in ("train", "validation"):
-        pack([Document(TEXT * 40, f"{split}.py")], tokenizer, home / f"{split}.bin", split=split)
+def small(packed, tmp_path_factory):
     return SweepConfig(
-        run=str(home / "runs"),
-        train_bin=str(home / "train.bin"),
-        val_bin=str(home / "validation.bin"),
-        tokenizer=str(home / "t.model"),
+        run=str(tmp_path_factory.mktemp("sweep") / "runs"),
+        **packed,
         steps=4,
         checkpoint_every=2,
         model=ModelConfig.tiny(vocab_size=300, layers=1, residual="plain"),
