@@ -108,8 +108,10 @@ def combine(
             if path in adapter:
                 scale = scale[path] if isinstance(scale, Mapping) else scale
                 own.append((adapter[path], scale))
-        a = jnp.concatenate([factors.a for factors, _ in own], -1)
-        b = jnp.concatenate([scale * factors.b for factors, scale in own], -1)
+        rows = [factors.a for factors, _ in own]
+        columns = [scale * factors.b for factors, scale in own]
+        a = jnp.concatenate(rows, -1)
+        b = jnp.concatenate(columns, -1)
         total[path] = Factors(a, b)
     return total
 
@@ -269,7 +271,9 @@ def write_peft(
         for index in np.ndindex(shape_of(layer).lead):
             if changes and not (a[index].any() or b[index].any()):
                 continue  # a block that has no adapter
-            pair = (a[index].reshape(-1, rank), b[index].reshape(-1, rank) * own)
+            first = a[index].reshape(-1, rank)
+            second = b[index].reshape(-1, rank)
+            pair = (first, second * own)
             for key_a, key_b, turned in peft_keys(lm, path, index):
                 first, second = reversed(pair) if turned else pair
                 tensors[key_a] = np.ascontiguousarray(first.T)  # views are not saved
@@ -491,8 +495,10 @@ def read_peft(folder: str | Path, lm: LM) -> tuple[Adapter, LoRAConfig]:
                 blocks[index] = found
         if blocks:
             rank = max(b.shape[1] for _, b, _ in blocks.values())
-            a = np.zeros((*shape.lead, np.prod(shape.inputs), rank), np.float32)
-            b = np.zeros((*shape.lead, np.prod(shape.outputs), rank), np.float32)
+            inputs = np.prod(shape.inputs)
+            outputs = np.prod(shape.outputs)
+            a = np.zeros((*shape.lead, inputs, rank), np.float32)
+            b = np.zeros((*shape.lead, outputs, rank), np.float32)
             for index, (own_a, own_b, scale) in blocks.items():
                 a[index][:, : own_a.shape[1]] = own_a
                 b[index][:, : own_b.shape[1]] = own_b * np.float32(scale)

@@ -58,7 +58,8 @@ def plain_rows(
         for value in row:
             if isinstance(value, np.generic):
                 value = value.item()
-            good = type(value) is int or (type(value) is float and not whole)
+            kinds = (int,) if whole else (int, float)
+            good = type(value) in kinds
             if not good or not abs(value) <= LARGEST:  # NaN is not
                 kind = type(value).__name__
                 raise ValueError(
@@ -308,9 +309,12 @@ class Kissing(Constant):
         if min(norms) == 0:
             raise ValueError("the zero vector has no direction")
         for i, j in itertools.combinations(range(len(rows)), 2):
-            product = sum(a * b for a, b in zip(rows[i], rows[j]))
-            if product > 0 and 4 * product**2 > norms[i] * norms[j]:
-                raise ValueError(f"{rows[i]} and {rows[j]} are closer than 60 degrees")
+            x = rows[i]
+            y = rows[j]
+            product = sum(a * b for a, b in zip(x, y))
+            square = norms[i] * norms[j]
+            if product > 0 and 4 * product**2 > square:
+                raise ValueError(f"{x} and {y} are closer than 60 degrees")
         return len(rows)
 
 # %% ../../nbs/discover/77_constants.ipynb #c030
@@ -350,10 +354,13 @@ class PowerSum(Constant):
         for k in range(1, self.count + 1):
             for i, (x, y) in enumerate(numbers):
                 u, v = powers[i]
-                powers[i] = (u * x - v * y, u * y + v * x)
+                real = u * x - v * y
+                imaginary = u * y + v * x
+                powers[i] = (real, imaginary)
             real = sum(u for u, _ in powers)
             imaginary = sum(v for _, v in powers)
-            worst = max(worst, Fraction(real**2 + imaginary**2, largest**k))
+            square = real**2 + imaginary**2
+            worst = max(worst, Fraction(square, largest**k))
         ratio = DIGITS.divide(Decimal(worst.numerator), Decimal(worst.denominator))
         return DIGITS.sqrt(ratio)
 
@@ -380,10 +387,12 @@ class Packing(Constant):
             raise ValueError(f"{len(rows)} circles, expected {self.circles}")
         circles = [tuple(map(Fraction, row)) for row in rows]
         for i, (x, y, r) in enumerate(circles):
-            if r < 0 or min(x - r, y - r, 1 - x - r, 1 - y - r) < 0:
+            nearest = min(x, y, 1 - x, 1 - y)  # edge of the square
+            if r < 0 or nearest < r:
                 raise ValueError(f"circle {i} is outside, or its radius below 0")
             for j, (u, v, s) in enumerate(circles[:i]):
-                if (x - u) ** 2 + (y - v) ** 2 < (r + s) ** 2:
+                apart = (x - u) ** 2 + (y - v) ** 2
+                if apart < (r + s) ** 2:
                     raise ValueError(f"circles {j} and {i} overlap")
         return sum(r for _, _, r in circles)
 
@@ -411,7 +420,9 @@ class Heilbronn(Constant):
                 raise ValueError(f"point {i} is outside the triangle")
         shares = []
         for (a, b), (c, d), (e, f) in itertools.combinations(points, 3):
-            shares.append(abs((c - a) * (f - b) - (e - a) * (d - b)))
+            left = (c - a) * (f - b)
+            right = (e - a) * (d - b)
+            shares.append(abs(left - right))
         return min(shares)
 
 # %% ../../nbs/discover/77_constants.ipynb #c041
@@ -478,5 +489,6 @@ class DistanceRatio(Constant):
         points = [tuple(map(Fraction, row)) for row in rows]
         squares = []
         for x, y in itertools.combinations(points, 2):
-            squares.append(sum((a - b) ** 2 for a, b in zip(x, y)))
+            apart = [a - b for a, b in zip(x, y)]
+            squares.append(sum(a * a for a in apart))
         return max(squares) / min(squares)

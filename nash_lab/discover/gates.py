@@ -83,7 +83,8 @@ def arithmetic(
     "Sums and differences, the larger number first, such as 31-7=."
     rng = np.random.default_rng(seed)
     found = []
-    for x, y, kind in rng.integers(0, (top, top, 2), (4 * count + 64, 3)).tolist():
+    draws = rng.integers(0, (top, top, 2), (4 * count + 64, 3))
+    for x, y, kind in draws.tolist():
         x, y = max(x, y), min(x, y)
         value = x + y if kind == 0 else x - y
         prompt = f"{x}{'+-'[kind]}{y}="
@@ -274,8 +275,10 @@ class GateEnv(Env):
 
     def step(self, action: Float[np.ndarray, "k"]):
         "The reward of these gates; the episode is over."
-        earned = self.rewards(np.array([self.at]), np.asarray(action)[None])
-        return self.features[self.at].copy(), float(earned[0]), True, False, {}
+        which = np.array([self.at])
+        earned = self.rewards(which, np.asarray(action)[None])
+        state = self.features[self.at].copy()
+        return state, float(earned[0]), True, False, {}
 
 # %% ../../nbs/discover/76_gates.ipynb #c018
 @dataclass(frozen=True)
@@ -390,7 +393,8 @@ def train_policy(env: GateEnv, cfg: PolicyConfig):
         reward = env.rewards(which, np.asarray(jax.nn.sigmoid(action)))
         curve.append(float(reward.mean()))
         expected = curve[0] if expected is None else 0.99 * expected + 0.01 * curve[-1]
-        batch = x, action, reward, old, np.full(len(which), expected, np.float32)
+        baseline = np.full(len(which), expected, np.float32)
+        batch = x, action, reward, old, baseline
         params, moments = learn(params, moments, batch, jax.random.fold_in(keys[1], i))
 
     def policy(features):
@@ -440,7 +444,8 @@ def compare_controllers(
     rows = []
     for name, earned in rewards.items():
         gain = earned - fixed[best]
-        error = np.std(gain, ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
+        spread = np.std(gain, ddof=1) if len(gain) > 1 else 0.0
+        error = spread / np.sqrt(len(gain))
         row = {"name": name, "reward": float(earned.mean())}
         row |= {"gain": float(gain.mean()), "error": float(error)}
         row["gates"] = settings[name].mean(0).round(3).tolist()

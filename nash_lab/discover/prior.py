@@ -167,7 +167,9 @@ def train_prior(
             row[: len(filled)] = filled
             counts[len(prompt) : len(filled)] = True
 
-        batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "mask": mask[:, 1:]}
+        batch = {"tokens": rows[:, :-1]}
+        batch["targets"] = rows[:, 1:]
+        batch["mask"] = mask[:, 1:]
         state, numbers = step(state, batch, jax.random.key(cfg.seed))
         if (i + 1) % max(1, cfg.updates // 10) == 0:
             losses.append(float(numbers["loss"]))

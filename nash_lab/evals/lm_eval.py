@@ -88,7 +88,8 @@ def target_scores(graphdef, weights, tokens, at, targets):
     def score_position(place):
         hidden, target = place
         z = lm.logits(hidden)
-        return jax.nn.logsumexp(z) - z[target], z.argmax() == target
+        nats = jax.nn.logsumexp(z) - z[target]
+        return nats, z.argmax() == target
 
     places = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
     nats, best = jax.lax.map(score_position, places, batch_size=256)
@@ -156,9 +157,9 @@ def windows(
     pairs = []
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
-        pairs.append(
-            (whole[max(0, end - length) : start + 1], whole[start + 1 : end + 1])
-        )
+        first = max(0, end - length)
+        context = whole[first : start + 1]
+        pairs.append((context, whole[start + 1 : end + 1]))
     return pairs
 
 # %% ../../nbs/evals/53_lm_eval.ipynb #c032
@@ -424,7 +425,8 @@ class Responder:
                 if not live:
                     break
                 room = min(limits[k] - len(new[k]) for k in live)
-                cfg = replace(how, max_new_tokens=min(FIRST << stretch, room))
+                size = min(FIRST << stretch, room)
+                cfg = replace(how, max_new_tokens=size)
                 so_far = [prompts[k] + new[k] for k in live]
                 own = jax.random.fold_in(key, stretch)
                 drawn = draw_rows(self.lm, so_far, cfg, own, tally=self.tally)

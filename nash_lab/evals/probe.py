@@ -156,7 +156,8 @@ class Effects:
             if not what.layers and what.sublayer == "both":
                 everywhere[what.how] = one.cost
             elif len(what.layers) == 1 and what.sublayer != "both":
-                alone.setdefault(what.how, []).append((one.cost, one.low, one.high))
+                numbers = (one.cost, one.low, one.high)
+                alone.setdefault(what.how, []).append(numbers)
         return everywhere, alone
 
     def __str__(self):
@@ -259,8 +260,9 @@ def measure_effects(
     base, mean, gain = run(untouched)
     text_bytes = targets[real] * bytes_per_token
     effects = []
+    maps = nothing if mean is None else mean
     for one in interventions:
-        nats, _, changed = run(one.change(nothing if mean is None else mean, n))
+        nats, _, changed = run(one.change(maps, n))
         extra = (nats - base) / math.log(2)
         cost = float(extra.sum() / text_bytes.sum())
         interval = bootstrap(extra, text_bytes, 200)

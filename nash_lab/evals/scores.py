@@ -120,7 +120,8 @@ def score(rows: Rows) -> Score:
     tokens = int(rows.targets.sum())
     text_bytes = tokens * rows.bytes_per_token
     nats_per_token = float(rows.nats.sum()) / tokens
-    low, high = bootstrap(rows.nats / math.log(2), rows.targets * rows.bytes_per_token)
+    bits = rows.nats / math.log(2)
+    low, high = bootstrap(bits, rows.targets * rows.bytes_per_token)
     return Score(
         tokens=tokens,
         text_bytes=text_bytes,
@@ -139,14 +140,14 @@ def bigram_logprobs(
     tokens: Int[np.ndarray, "m"],  # w
 ) -> Float[np.ndarray, "m"]:
     "Log p(w | u) by modified Kneser-Ney; p_cont(w) after a token that was not seen in training."
-    pairs, counts = np.unique(
-        seen[:-1].astype(np.int64) * vocab_size + seen[1:], return_counts=True
-    )
+    pairs = seen[:-1].astype(np.int64) * vocab_size + seen[1:]
+    pairs, counts = np.unique(pairs, return_counts=True)
     first, second = np.divmod(pairs, vocab_size)
 
     # Discounts of pairs seen 0, 1, 2 and 3 or more times (Chen and Goodman 1998, Eq. 17).
     n = np.bincount(np.minimum(counts, 5), minlength=6).astype(float)
-    y = n[1] / max(n[1] + 2 * n[2], 1)
+    weighed = n[1] + 2 * n[2]
+    y = n[1] / max(weighed, 1)
     k = np.arange(1, 4)
     ratio = n[2:5] / np.maximum(n[1:4], 1)
     d = k - (k + 1) * y * ratio
@@ -154,8 +155,10 @@ def bigram_logprobs(
     given_up = d[np.minimum(counts, 3)]
 
     pair = previous.astype(np.int64) * vocab_size + tokens
-    at = np.minimum(np.searchsorted(pairs, pair), len(pairs) - 1)
-    kept = np.where(pairs[at] == pair, (counts - given_up)[at], 0.0)
+    at = np.searchsorted(pairs, pair)
+    at = np.minimum(at, len(pairs) - 1)
+    left = counts - given_up
+    kept = np.where(pairs[at] == pair, left[at], 0.0)
     total = np.bincount(first, counts, vocab_size)[previous]  # c(u)
     spare = np.bincount(first, given_up, vocab_size)[previous]
     contexts = np.bincount(second, minlength=vocab_size)
@@ -247,7 +250,9 @@ def wilson(
     middle = p + z * z / (2 * total)
     variance = p * (1 - p) / total
     half = z * math.sqrt(variance + z * z / (4 * total**2))
-    return max(0.0, (middle - half) / shrink), min(1.0, (middle + half) / shrink)
+    low = (middle - half) / shrink
+    high = (middle + half) / shrink
+    return max(0.0, low), min(1.0, high)
 
 # %% ../../nbs/evals/52_scores.ipynb #c040
 @dataclass(frozen=True)
@@ -312,9 +317,10 @@ def run_probes(
             raise ValueError(f"{len(answers)} answers to {len(asked)} prompts")
         for probe, answer in zip(asked, answers):
             items.append(ProbeResult(probe, answer, judge(probe, answer)))
+    count = len(items)
     passed = sum(item.passed for item in items)
-    low, high = wilson(passed, len(items))
-    return ProbeReport(passed, len(items), passed / len(items), low, high, tuple(items))
+    low, high = wilson(passed, count)
+    return ProbeReport(passed, count, passed / count, low, high, tuple(items))
 
 # %% ../../nbs/evals/52_scores.ipynb #c046
 def weights_hash(lm: LM) -> str:

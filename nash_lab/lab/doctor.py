@@ -76,10 +76,12 @@ def check_pair(jax: str, flax: str) -> Row:
     both = f"jax {jax}, flax {flax}"
     if numbers(jax) < numbers(PAIRS[0][0]):
         return Row(name, "BROKEN", f"{both}: needs jax {PAIRS[0][0]} or newer")
-    least = [low for known, low in PAIRS if numbers(known) <= numbers(jax)][-1]
+    reached = [low for known, low in PAIRS if numbers(known) <= numbers(jax)]
+    least = reached[-1]
     if numbers(flax) < numbers(least):
         return Row(name, "BROKEN", f"{both}: this jax needs flax {least} or newer")
-    if numbers(jax) > numbers(PAIRS[-1][0]) or numbers(flax) > numbers(FLAX_TRIED):
+    newer = numbers(jax) > numbers(PAIRS[-1][0])
+    if newer or numbers(flax) > numbers(FLAX_TRIED):
         return Row(name, "note", f"{both}: newer than what was tried")
     return Row(name, "ok", f"{both}: known to work")
 
@@ -202,7 +204,8 @@ def check_machine() -> list[Row]:
         text = "not kept: neither a home nor XDG_CACHE_HOME can be written to"
         rows.append(Row("compiled programs", "note", text))
     else:
-        size = sum(p.stat().st_size for p in Path(compiled).rglob("*") if p.is_file())
+        files = [path for path in Path(compiled).rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
         text = f"{hide_home(str(compiled))}, {gib(size)}"
         rows.append(Row("compiled programs", "ok", text))
 

@@ -142,8 +142,9 @@ def matrix_grid(
     "Small heatmaps with one colour scale."
     rows = 1 + max(row for row, _ in places)
     columns = 1 + max(column for _, column in places)
-    size = (WIDTH * max(columns, 2) / 4 + 0.4, 0.7 + 1.22 * rows)
-    with new_picture(*size) as picture:
+    width = WIDTH * max(columns, 2) / 4 + 0.4
+    height = 0.7 + 1.22 * rows
+    with new_picture(width, height) as picture:
         axes = picture.subplots(rows, columns, squeeze=False)
         for ax in axes.flat:
             ax.set_axis_off()
@@ -314,7 +315,8 @@ def cost_plot(
         for i, (name, values) in enumerate(costs.items()):
             cost, low, high = np.array(values, float).T
             largest = max(largest, abs(cost).max())
-            x = np.arange(len(cost)) + 0.08 * (i - len(costs) / 2)
+            beside = 0.08 * (i - len(costs) / 2)
+            x = np.arange(len(cost)) + beside
             label = name
             if name in everywhere:
                 label = f"{name}, {everywhere[name]:+.3f} everywhere"
@@ -351,10 +353,11 @@ def sweep_plot(
             kinds = sorted(set(values), key=lambda v: (isinstance(v, str), v))
             numbers = not isinstance(kinds[-1], str)
             at = dict(zip(kinds, kinds if numbers else range(len(kinds))))
-            ax.plot([at[v] for v in values], found, "o", color=COLOURS[0], ms=4)
-            best = [
-                min(y for v, y in zip(values, found) if v == kind) for kind in kinds
-            ]
+            places = [at[v] for v in values]
+            ax.plot(places, found, "o", color=COLOURS[0], ms=4)
+            best = []
+            for kind in kinds:
+                best.append(min(y for v, y in zip(values, found) if v == kind))
             ax.plot(list(at.values()), best, color=COLOURS[1], lw=1)
             if not numbers:
                 ax.set_xticks(range(len(kinds)), kinds)
@@ -490,7 +493,8 @@ def archive_tree(
             look = dict(color="0.75", lw=0.6, zorder=1)
             if row["id"] in best_line:
                 look = dict(color=COLOURS[5], lw=1.8, zorder=2)
-            ax.plot([parent, row["id"]], [reward[parent], row["reward"]], **look)
+            ends = [reward[parent], row["reward"]]
+            ax.plot([parent, row["id"]], ends, **look)
             lowest = min(lowest, row["reward"])
         visits = [row["visits"] for row in rows]
         dots = ax.scatter(

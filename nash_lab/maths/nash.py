@@ -23,7 +23,8 @@ def simplex_projection(
         x = jnp.where(where, x, -jnp.inf)
     u = jnp.flip(jnp.sort(x, axis=-1), axis=-1)
     k = jnp.arange(1, x.shape[-1] + 1, dtype=x.dtype)
-    quotients = (jnp.cumsum(u, axis=-1) - 1) / jnp.broadcast_to(k, x.shape)
+    over = jnp.cumsum(u, axis=-1) - 1
+    quotients = over / jnp.broadcast_to(k, x.shape)
     theta = jnp.max(quotients, axis=-1, keepdims=True)
     return jax.nn.relu(x - theta)
 

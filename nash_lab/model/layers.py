@@ -39,7 +39,8 @@ def rms_norm(
 ) -> Float[Array, "*m d"]:
     "Root-mean-square norm over the last axis, computed in fp32 (1910.07467, Eq. 4)."
     y = wide(x)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    square = jnp.mean(y * y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(square + eps)
     if gain is not None:
         y = y * jnp.broadcast_to(gain.astype(y.dtype), y.shape)
     return y.astype(x.dtype)
@@ -200,7 +201,8 @@ def rope_frequencies(head_dim: int, cfg: RopeConfig) -> Rotary:
 
 # %% ../../nbs/model/10_layers.ipynb #c030
 def _product(x, weight, axes, precision):
-    inner = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
+    last = range(x.ndim - axes, x.ndim)
+    inner = (tuple(last), tuple(range(axes)))
     return jax.lax.dot_general(
         x, weight.astype(x.dtype), (inner, ((), ())), precision=precision
     )
@@ -210,7 +212,8 @@ def _backward(axes, precision, saved, dy):
     x, weight = saved
     lead = tuple(range(x.ndim - axes))
     outs = weight.ndim - axes
-    outer = (tuple(range(dy.ndim - outs, dy.ndim)), tuple(range(axes, weight.ndim)))
+    last = range(dy.ndim - outs, dy.ndim)
+    outer = (tuple(last), tuple(range(axes, weight.ndim)))
     dot = partial(jax.lax.dot_general, precision=precision)
     dx = dot(
         dy, weight.astype(dy.dtype), (outer, ((), ())), preferred_element_type=x.dtype

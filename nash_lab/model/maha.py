@@ -128,13 +128,15 @@ def next_blocks(
     at = jnp.take_along_axis(positions, last, axis=1, mode="clip")
 
     # each reads the entries up to its end, within its document
-    windows = end[..., None] - jnp.arange(cfg.taps - 1, -1, -1)[None, None]
+    back = jnp.arange(cfg.taps - 1, -1, -1)
+    windows = end[..., None] - back[None, None]
     inside = windows >= pick(start, end, fill_value=n)[..., None]
     inside = inside & (end < n)[..., None]
     windows = jnp.where(inside, windows, n)
 
     # each token reads the last block at or before it, if that is of its document
-    done = last[:, None] <= jnp.arange(t)[None, :, None]
+    tokens = jnp.arange(t)
+    done = last[:, None] <= tokens[None, :, None]
     latest = done.sum(-1) - 1
     theirs = jnp.take_along_axis(own, jnp.maximum(latest, 0), axis=1, mode="clip")
     latest = jnp.where((latest >= 0) & (theirs == segments), latest, -1)
@@ -145,7 +147,8 @@ def indexed(
     array: Array, slots: Int[Array, "b ..."], layer: Int[Array, ""] | None = None
 ):
     "`array.at[...]` of these slots in each row (and layer); a negative slot is out of bounds."
-    rows = jnp.expand_dims(jnp.arange(slots.shape[0]), tuple(range(1, slots.ndim)))
+    rows = jnp.arange(slots.shape[0])
+    rows = jnp.expand_dims(rows, tuple(range(1, slots.ndim)))
     if layer is None:
         slots = jnp.where(slots < 0, array.shape[1], slots)
         return array.at[rows, slots]
@@ -161,10 +164,13 @@ def windows_of(
         return indexed(x, blocks.windows, layer).get(mode="fill", fill_value=0)
     b, n, *channels = x.shape
     m = n // cfg.stride  # entries after the last whole block are left out
+    whole = m * cfg.stride
     if cfg.taps == cfg.stride:
-        return x[:, : m * cfg.stride].reshape(b, m, cfg.stride, *channels)
-    x = jnp.pad(x, ((0, 0), (cfg.taps - cfg.stride, 0)) + ((0, 0),) * len(channels))
-    taps = [x[:, i : i + m * cfg.stride : cfg.stride] for i in range(cfg.taps)]
+        return x[:, :whole].reshape(b, m, cfg.stride, *channels)
+    before = (cfg.taps - cfg.stride, 0)
+    same = ((0, 0),) * len(channels)
+    x = jnp.pad(x, ((0, 0), before, *same))
+    taps = [x[:, i : i + whole : cfg.stride] for i in range(cfg.taps)]
     return jnp.stack(taps, axis=2)
 
 
@@ -183,13 +189,14 @@ def up(
 ) -> Float[Array, "b t h k"]:
     "What the latest complete block says; zeros for tokens that have none."
     if blocks.windows is None:  # evenly spaced
-        later = jnp.pad(
-            jnp.repeat(y, size, axis=1), ((0, 0), (size - 1, 0), (0, 0), (0, 0))
-        )
-        return later[:, : blocks.latest.shape[1]]
+        tokens = blocks.latest.shape[1]
+        repeated = jnp.repeat(y, size, axis=1)
+        later = jnp.pad(repeated, ((0, 0), (size - 1, 0), (0, 0), (0, 0)))
+        return later[:, :tokens]
     index = jnp.maximum(blocks.latest, 0)[..., None, None]
     got = jnp.take_along_axis(y, index, axis=1, mode="clip")
-    return jnp.where((blocks.latest >= 0)[..., None, None], got, 0)
+    there = blocks.latest >= 0
+    return jnp.where(there[..., None, None], got, 0)
 
 # %% ../../nbs/model/14_maha.ipynb #c025
 class MAHACache(NamedTuple):

@@ -86,9 +86,8 @@ def explicit(
     c, shared = jnp.split(latent, [k_up.shape[0]], axis=-1)
     content = jnp.einsum("bsc,chk->bshk", c, k_up.astype(c.dtype))
     v = jnp.einsum("bsc,chm->bshm", c, v_up.astype(c.dtype))
-    shared = jnp.broadcast_to(
-        shared[:, :, None], (*content.shape[:3], shared.shape[-1])
-    )
+    each = (*content.shape[:3], shared.shape[-1])  # every head has the same
+    shared = jnp.broadcast_to(shared[:, :, None], each)
     k = jnp.concatenate([content, shared], axis=-1)
     return attend(q, k, v, mask, scale=scale, **rows)
 
@@ -178,7 +177,8 @@ class MLA(nnx.Module):
         compressed = x if self.q_latent is None else self.q_latent(x)
         q = turn_last(self.q(compressed), r, positions, self.rope)
         latent = jnp.concatenate([self.kv_latent(x), self.key(x)], axis=-1)
-        latent = turn_last(latent[:, :, None], r, positions, self.rope)[:, :, 0]
+        latent = turn_last(latent[:, :, None], r, positions, self.rope)
+        latent = latent[:, :, 0]
         k_up = self.k_up.weight[...]
         v_up = self.v_up.weight[...]
         if cache is None:
@@ -194,7 +194,8 @@ class MLA(nnx.Module):
         # which form takes fewer products, over many more slots than new tokens?
         c, _, k = k_up.shape
         m = v_up.shape[2]
-        if x.shape[1] * (2 * c - k - m) <= c * (k + m):
+        more = x.shape[1] * (2 * c - k - m)
+        if more <= c * (k + m):
             y = absorbed(q, latent, k_up, v_up, mask, self.scale)
         else:
             y = explicit(q, latent, k_up, v_up, mask, self.scale)

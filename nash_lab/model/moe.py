@@ -79,7 +79,8 @@ def route(
 
 # %% ../../nbs/model/15_moe.ipynb #c014
 def _ragged(x, weight, sizes):
-    dims = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+    inner = (((1,), (1,)), ((), ()))
+    dims = jax.lax.RaggedDotDimensionNumbers(inner, [0], [0])
     out = x.dtype
     weight = weight.astype(out)
     return jax.lax.ragged_dot_general(
@@ -90,7 +91,8 @@ def _ragged(x, weight, sizes):
 def _ragged_backward(saved, dy):
     x, weight, sizes = saved
     dx = _ragged(dy, weight.swapaxes(1, 2), sizes)
-    per_group = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    rows = (((0,), (0,)), ((), ()))
+    per_group = jax.lax.RaggedDotDimensionNumbers(rows, [0], [])
     out = weight.dtype
     dw = jax.lax.ragged_dot_general(x, dy, sizes, per_group, preferred_element_type=out)
     return dx, dw, None
@@ -186,12 +188,14 @@ class MoE(nnx.Module):
         # one row for each assignment, sorted by expert
         chosen = routes.experts.reshape(-1)
         order = jnp.argsort(chosen, stable=True)
-        rows = x.reshape(-1, x.shape[-1])[order // cfg.top_k]
+        tokens = x.reshape(-1, x.shape[-1])
+        rows = tokens[order // cfg.top_k]
         sizes = jnp.bincount(chosen, length=cfg.experts)
         share = sizes.astype(jnp.float32) / chosen.size
 
         # each expert's SwiGLU on its own rows
-        hidden = jax.nn.silu(self.gate(rows, sizes)) * self.up(rows, sizes)
+        gated = jax.nn.silu(self.gate(rows, sizes))
+        hidden = gated * self.up(rows, sizes)
         y = self.down(hidden, sizes)
 
         # back to the tokens, summed over their experts in fp32

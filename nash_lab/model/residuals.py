@@ -168,11 +168,14 @@ def dynamic_maps(
     site: nnx.Module, parts: Streams
 ) -> tuple[Float[Array, "n m b t"], Float[Array, "n b t"]]:
     "alpha and beta of every stream or fraction, from its own norm: a row for each that is left."
-    raw = [jnp.tanh(linear(wide(site.norm(x)), site.phi[...])) for x in parts]
+    normed = [wide(site.norm(x)) for x in parts]
+    raw = [jnp.tanh(linear(x, site.phi[...])) for x in normed]
     raw = jnp.moveaxis(jnp.stack(raw), -1, 1)  # [n, columns of alpha and beta, b, t]
     s = site.scale[...].astype(raw.dtype)
-    alpha = s[0] * raw[:, :-1] + site.alpha[...][..., None, None].astype(raw.dtype)
-    beta = s[1] * raw[:, -1] + site.beta[...][:, None, None].astype(raw.dtype)
+    static_alpha = site.alpha[...].astype(raw.dtype)
+    static_beta = site.beta[...].astype(raw.dtype)
+    alpha = s[0] * raw[:, :-1] + static_alpha[..., None, None]
+    beta = s[1] * raw[:, -1] + static_beta[:, None, None]
     return alpha, beta
 
 
@@ -193,8 +196,9 @@ class HCSite(nnx.Module):
     def read(self, streams: Streams) -> tuple[Float[Array, "b t d"], Routing]:
         "The sum of the streams weighted by column 0 of alpha."
         alpha, beta = dynamic_maps(self, streams)
+        pre = alpha[:, 0]
         carry = jnp.swapaxes(alpha[:, 1:], 0, 1)  # to the new stream from the old
-        return merge_streams(streams, alpha[:, 0]), Routing(alpha[:, 0], beta, carry)
+        return merge_streams(streams, pre), Routing(pre, beta, carry)
 
     def write(self, streams: Streams, y: Float[Array, "b t d"], maps: Routing):
         "The carried streams, plus beta times the output."
@@ -206,9 +210,11 @@ class FracSite(nnx.Module):
 
     def __init__(self, width: int, cfg: ResidualConfig, index: int = 0, *, rngs):
         m = cfg.streams
+        size = width // m
+        columns = 2 * m + 1  # of the reads, of the carries, and beta
         eye = jnp.eye(m, dtype=jnp.float32)
-        self.norm = RMSNorm(width // m, 1e-6)
-        self.phi = nnx.Param(jnp.zeros((width // m, 2 * m + 1), jnp.float32))
+        self.norm = RMSNorm(size, 1e-6)
+        self.phi = nnx.Param(jnp.zeros((size, columns), jnp.float32))
         self.scale = nnx.Param(jnp.full(2, cfg.alpha, jnp.float32))
         self.alpha = nnx.Param(jnp.concatenate([eye, eye], 1))  # read | carry
         self.beta = nnx.Param(jnp.ones(m, jnp.float32))
@@ -223,12 +229,14 @@ class FracSite(nnx.Module):
 
     def write(self, parts: Streams, y: Float[Array, "b t d"], maps: Routing):
         "The carried fractions, plus beta times the fraction of the output."
+        outputs = jnp.split(y, len(parts), -1)
         after = []
-        for carry, beta, own in zip(maps.res, maps.post, jnp.split(y, len(parts), -1)):
-            kept = sum(c[..., None] * h.astype(c.dtype) for c, h in zip(carry, parts))
-            after.append(
-                (kept + beta[..., None] * own.astype(beta.dtype)).astype(y.dtype)
-            )
+        for carry, beta, own in zip(maps.res, maps.post, outputs):
+            kept = 0
+            for share, part in zip(carry, parts):
+                kept += share[..., None] * part.astype(share.dtype)
+            written = beta[..., None] * own.astype(beta.dtype)
+            after.append((kept + written).astype(y.dtype))
         return tuple(after)
 
 
@@ -340,7 +348,8 @@ class LiteSite(nnx.Module):
         rngs,
     ):
         n = cfg.streams
-        own = 2 * jax.nn.one_hot(index % n, n, dtype=jnp.float32) - 1
+        own = jax.nn.one_hot(index % n, n, dtype=jnp.float32)
+        own = 2 * own - 1
         near = near or [0.0] + [-8.0] * (factorial(n) - 1)
         res = jnp.asarray(near, jnp.float32)
         self.bias = nnx.Param(jnp.concatenate([own, own, res]))
@@ -356,10 +365,13 @@ class LiteSite(nnx.Module):
         u = project(streams, phi, 1e-12)
         a = self.alpha[...].astype(u.dtype)
         b = self.bias[...].astype(u.dtype)[:, None, None]
-        pre = jax.nn.sigmoid(a[0] * u[:n] + b[:n])
-        post = 2 * jax.nn.sigmoid(a[1] * u[n : 2 * n] + b[n : 2 * n])
+        u_pre, u_post, u_res = jnp.split(u, (n, 2 * n))
+        b_pre, b_post, b_res = jnp.split(b, (n, 2 * n))
+        pre = jax.nn.sigmoid(a[0] * u_pre + b_pre)
+        post = 2 * jax.nn.sigmoid(a[1] * u_post + b_post)
+        logits = a[2] * u_res + b_res
         # softmax is a corner long before; a quick exp of -1e9 may be no number
-        logits = jnp.clip(a[2] * u[2 * n :] + b[2 * n :], -1e4, 1e4)
+        logits = jnp.clip(logits, -1e4, 1e4)
         res = self.mixing(logits, n)
         return merge_streams(streams, pre), Routing(pre, post, res)
 
@@ -386,7 +398,8 @@ class IdentitySite(nnx.Module):
 
     def __init__(self, width: int, cfg: ResidualConfig, index: int = 0, *, rngs):
         n = cfg.streams
-        draw = jax.random.normal(rngs.params(), (n * width, 2 * n), jnp.float32)
+        shape = (n * width, 2 * n)
+        draw = jax.random.normal(rngs.params(), shape, jnp.float32)
         self.eps = cfg.eps
         self.phi = nnx.Param(0.006 * draw)
         self.alpha = nnx.Param(jnp.full(2, cfg.alpha, jnp.float32))
@@ -396,12 +409,15 @@ class IdentitySite(nnx.Module):
 
     def read(self, streams: Streams) -> tuple[Float[Array, "b t d"], Routing]:
         "The streams weighted by a sigmoid of their common projection."
-        n = len(streams)
         u = project(streams, self.phi[...], self.norm_eps)
         a = self.alpha[...].astype(u.dtype)
         b = self.bias[...].astype(u.dtype)[:, None, None]
-        pre = jax.nn.sigmoid(a[0] * u[:n] + b[:n]) + self.eps
-        post = self.magnitude * jax.nn.sigmoid(a[1] * u[n:] + b[n:]) + self.eps
+        u_pre, u_post = jnp.split(u, 2)
+        b_pre, b_post = jnp.split(b, 2)
+        pre = jax.nn.sigmoid(a[0] * u_pre + b_pre)
+        post = self.magnitude * jax.nn.sigmoid(a[1] * u_post + b_post)
+        pre = pre + self.eps
+        post = post + self.eps
         return merge_streams(streams, pre), Routing(pre, post, None)
 
     def write(self, streams: Streams, y: Float[Array, "b t d"], maps: Routing):
@@ -445,14 +461,17 @@ class GatedSite(nnx.Module):
         low = jax.nn.silu(linear(side, self.down[...]) / n)
         gate = jax.nn.sigmoid(linear(low, self.up[...]))
         read = sum(jnp.split(gate * side, n, -1)) / n
-        means = [wide(g).mean(-1) / n for g in jnp.split(gate, n, -1)]
+        means = []
+        for own in jnp.split(gate, n, -1):
+            means.append(wide(own).mean(-1) / n)
         return read, jnp.stack(means), side
 
     def read(self, streams: Streams) -> tuple[Float[Array, "b t d"], Routing]:
         "The mean over streams of gate times normed stream."
         n = len(streams)
         read, means, side = self.gated(streams)
-        post = 2 * jax.nn.sigmoid(wide(linear(side, self.inject[...])) / n)
+        logits = wide(linear(side, self.inject[...])) / n
+        post = 2 * jax.nn.sigmoid(logits)
         return read, Routing(means, jnp.moveaxis(post, -1, 0), None)
 
     def write(self, streams: Streams, y: Float[Array, "b t d"], maps: Routing):
@@ -487,7 +506,8 @@ class WideSite(nnx.Module):
         self.post = nnx.Param(jnp.linspace(-0.01, 0.01, n, dtype=jnp.float32))
         if cfg.forget:
             share = min(0.001 / cfg.forget, 0.5)  # a stream keeps 0.999 at first
-            self.keep = nnx.Param(jnp.full(n, log((1 - share) / share), jnp.float32))
+            logit = log((1 - share) / share)
+            self.keep = nnx.Param(jnp.full(n, logit, jnp.float32))
 
     def read(self, streams: Streams) -> tuple[Float[Array, "b t d"], Routing]:
         "The streams weighted by one number each."
@@ -499,7 +519,8 @@ class WideSite(nnx.Module):
         "The streams, faded where they may forget, plus the output."
         if self.forget:
             kept = 1 - self.forget * jax.nn.sigmoid(-self.keep[...])
-            streams = [k.astype(wide(x).dtype) * wide(x) for k, x in zip(kept, streams)]
+            streams = [wide(x) for x in streams]
+            streams = [k.astype(x.dtype) * x for k, x in zip(kept, streams)]
         after = spread_streams(tuple(streams), y, maps.post, None)
         return tuple(x.astype(y.dtype) for x in after)
 
@@ -543,14 +564,16 @@ class AttentionSite(nnx.Module):
         "A softmax over the sources that exist; pre of the result is [k b t]."
         count = state.count[0]
         sources = state.filed
-        there = jnp.arange(sources.shape[2], dtype=count.dtype) <= count // self.block
+        order = jnp.arange(sources.shape[2], dtype=count.dtype)
+        there = order <= count // self.block
         if self.block > 1:
             sources = jnp.concatenate([sources, state.total[:, :, None]], 2)
             there = jnp.concatenate([there, (count % self.block > 0)[None]])
         v = wide(sources)
         q = (self.query[...] * self.gain[...]).astype(v.dtype)
         logits = jnp.einsum("btkd,d->btk", v, q)
-        logits = logits * jax.lax.rsqrt(jnp.mean(v * v, -1) + self.eps)
+        square = jnp.mean(v * v, -1)
+        logits = logits * jax.lax.rsqrt(square + self.eps)
         logits = jnp.where(there[None, None], logits, -jnp.inf)
         weights = jax.nn.softmax(logits, -1)
         read = jnp.einsum("btkd,btk->btd", v, weights).astype(sources.dtype)
@@ -577,7 +600,8 @@ class AttentionEnds(nnx.Module):
     def begin(self, e: Float[Array, "b t d"]) -> Sources:
         "A buffer with the embedding in front."
         b, t, d = e.shape
-        filed = jnp.zeros((b, t, self.sources, d), e.dtype).at[:, :, 0].set(e)
+        empty = jnp.zeros((b, t, self.sources, d), e.dtype)
+        filed = empty.at[:, :, 0].set(e)
         return Sources(filed, jnp.zeros_like(e), jnp.zeros(b, jnp.int32))
 
     def end(self, state: Sources) -> Float[Array, "b t d"]:

@@ -72,9 +72,10 @@ def accept_drafts(
     "How many leading drafts stay, and the token after them (2211.17192, algorithm 1)."
     depths = drafts.shape[1]
     ids = drafts[..., None]
-    p_draft = jnp.take_along_axis(p[:, :depths], ids, -1)[..., 0]
-    q_draft = jnp.take_along_axis(q, ids, -1)[..., 0]
-    good = chances[:, :-1] * q_draft < p_draft
+    p_draft = jnp.take_along_axis(p[:, :depths], ids, -1)
+    q_draft = jnp.take_along_axis(q, ids, -1)
+    chance = chances[:, :-1]
+    good = chance * q_draft[..., 0] < p_draft[..., 0]
     kept = jnp.cumprod(good, axis=1).sum(1).astype(jnp.int32)
 
     q = jnp.pad(
@@ -215,13 +216,15 @@ def _speculate(graphdef, weights, batch, room, copies, rule):
         prompt, lengths, active, everywhere, hidden = own
         cache = jax.tree.map(lambda a: jnp.repeat(a, copies, axis=1), cache)
         b = b * copies
-    end = lengths - 1 + limit
+    at_last = lengths - 1
+    end = at_last + limit
     fold = partial(jax.random.fold_in, key)
     row_keys = jax.vmap(fold)(jnp.arange(b))
-    last = read_slots(hidden, (lengths - 1)[:, None])[:, 0]
+    last = read_slots(hidden, at_last[:, None])[:, 0]
     z = lm.logits(last)
+    p = probabilities(z, cfg)
     chances = row_chances(row_keys, 0, 1)[:, 0]
-    token = draw_token(chances, probabilities(z, cfg))[:, None]
+    token = draw_token(chances, p)[:, None]
     logprob = jnp.take_along_axis(jax.nn.log_softmax(z), token, -1)
 
     at = lengths[:, None]
@@ -316,7 +319,8 @@ def speculate(
     rows = len(prompts) * copies
     drawn = cut_rollout(out, rows, cfg)
     calls, *kept = np.asarray(counts).sum(1).tolist()
-    return drawn, SpecStats(tuple(kept), calls, int(drawn.lengths.sum()) - rows)
+    tokens = int(drawn.lengths.sum()) - rows  # the prefill draws the first of a row
+    return drawn, SpecStats(tuple(kept), calls, tokens)
 
 # %% ../../nbs/model/22_speculative.ipynb #c016
 class DraftTally:
@@ -327,9 +331,11 @@ class DraftTally:
 
     def __call__(self, new: SpecStats) -> None:
         "Add what a call did."
-        kept = tuple(a + b for a, b in zip(self.stats.kept, new.kept))
-        calls = self.stats.calls + new.calls
-        self.stats = SpecStats(kept, calls, self.stats.tokens + new.tokens)
+        old = self.stats
+        kept = tuple(a + b for a, b in zip(old.kept, new.kept))
+        calls = old.calls + new.calls
+        tokens = old.tokens + new.tokens
+        self.stats = SpecStats(kept, calls, tokens)
 
     def __str__(self) -> str:
         found = self.stats.record()

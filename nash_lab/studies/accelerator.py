@@ -39,7 +39,8 @@ def compare_kernel(name: str, plain: Any, kernel: Any, args: tuple, dtype: str) 
 
     def everything(f, args):
         y = f(*args)
-        shares = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        order = jnp.arange(y.size, dtype=jnp.float32)
+        shares = jnp.cos(order).reshape(y.shape)
         slope = jax.grad(
             lambda *args: jnp.sum(f(*args).astype(jnp.float32) * shares),
             argnums=tuple(range(len(args))),
@@ -58,7 +59,8 @@ def compare_kernel(name: str, plain: Any, kernel: Any, args: tuple, dtype: str) 
             worst = 0.0
             for a, b in zip(exact, jax.jit(partial(everything, f))(rounded)):
                 a, b = (np.asarray(x, np.float64) for x in (a, b))
-                gap = np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)
+                largest = max(np.abs(a).max(), 1e-30)
+                gap = np.abs(a - b).max() / largest
                 worst = max(worst, float(gap)) if np.isfinite(gap) else float("inf")
             errors.append(worst)
         row |= {"plain_error": errors[0], "error": errors[1]}
@@ -84,7 +86,8 @@ def kernel_cases(tiny: bool) -> Iterator[tuple]:
         positions = jnp.arange(length)
         mask = attention_mask(positions[None], segments)
         if window is not None:
-            mask = mask & (positions[:, None] - positions[None] < window)[None, None]
+            back = positions[:, None] - positions[None]
+            mask = mask & (back < window)[None, None]
 
         plain = partial(attend, mask=mask)
         ours = partial(flash_attention, segments=segments, window=window, kernel=kernel)

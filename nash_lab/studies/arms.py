@@ -101,8 +101,9 @@ def arm_rows(cfg: ArmsConfig, runs: Sequence[dict]) -> list[dict]:
     sign = 1 if OBJECTIVES[cfg.objective].minimise else -1
     cost = {}
     for run in runs:
-        found = run["value"] is not None
-        cost[run["arm"], run["seed"]] = sign * run["value"] if found else np.inf
+        value = run["value"]
+        paid = np.inf if value is None else sign * value
+        cost[run["arm"], run["seed"]] = paid
 
     rows = []
     for arm in cfg.arms:
@@ -113,7 +114,8 @@ def arm_rows(cfg: ArmsConfig, runs: Sequence[dict]) -> list[dict]:
         for run in mine:
             baseline = cost.get((cfg.arms[0], run["seed"]), -np.inf)
             wins += bool(cost[arm, run["seed"]] < baseline)
-        values = [run["value"] for run in mine if run["value"] is not None] or [np.nan]
+        values = [run["value"] for run in mine if run["value"] is not None]
+        values = values or [np.nan]
         row = {
             "arm": arm,
             "runs": len(mine),
@@ -158,9 +160,8 @@ def run_study(cfg: ArmsConfig) -> str:
         stored = read_json(cfg.out)
         wanted = to_json(cfg)
         varied = ("arms", "seeds", "out", "run")
-        if all(
-            stored["config"].get(k) == v for k, v in wanted.items() if k not in varied
-        ):
+        fixed = [name for name in wanted if name not in varied]
+        if all(stored["config"].get(name) == wanted[name] for name in fixed):
             runs = stored["runs"]  # of these settings
     known = {(run["arm"], run["seed"]) for run in runs}
     asked = [(arm, seed) for seed in range(cfg.seeds) for arm in cfg.arms]

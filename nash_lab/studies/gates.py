@@ -135,7 +135,9 @@ def calculating_model(cfg: Config, family: str, seed: int) -> LM:
 
     def answer_loss(weights, rows, mask, g):
         steered = set_gate(nnx.merge(graph, weights), g)
-        total, count = steered.loss(rows[:, :-1], rows[:, 1:], mask[:, 1:])
+        tokens = rows[:, :-1]
+        targets = rows[:, 1:]
+        total, count = steered.loss(tokens, targets, mask[:, 1:])
         return total / count
 
     @jax.jit
@@ -166,7 +168,8 @@ def calculating_model(cfg: Config, family: str, seed: int) -> LM:
         for question, subtract in zip(asked, minus):
             answer = question.answer
             if family == "switch":
-                x, y = map(int, question.prompt[:-1].replace("-", "+").split("+"))
+                numbers = question.prompt[:-1].replace("-", "+")
+                x, y = map(int, numbers.split("+"))
                 answer = str(x - y if subtract else x + y)
             texts.append(question.prompt + answer)
         encoded = words.encode_batch(texts)
@@ -298,7 +301,9 @@ def tables(cfg: Config, found: dict[str, dict]) -> str:
     for family in FAMILIES:
         seeds = [found[f"{family}-{seed}"] for seed in range(cfg.seeds)]
         for key in seeds[0]:
-            table = [{row["name"]: row for row in one[key]["rows"]} for one in seeds]
+            table = []
+            for one in seeds:
+                table.append({row["name"]: row for row in one[key]["rows"]})
             names = ("fixed", "random", "constant", "reinforce", "ppo", "oracle")
             means = [np.mean([rows[n]["reward"] for rows in table]) for n in names]
             cells = [family, *key.split(), *(f"{x:.3f}" for x in means)]
@@ -355,8 +360,9 @@ def run_study(cfg: Config) -> str:
         if f"mhc-{seed}" in found and f"tuned-{seed}" in found:
             continue
         lm, made = table_model(cfg, "mhc", seed, data)
-        text = jnp.asarray(data["validation"].tokens[: cfg.seq_len], jnp.int32)[None]
-        mixing = lm.routing(text).res.mean((2, 3))  # [l 2 n n]
+        text = data["validation"].tokens[: cfg.seq_len]
+        text = jnp.asarray(text, jnp.int32)
+        mixing = lm.routing(text[None]).res.mean((2, 3))  # [l 2 n n]
         made["mixing"] = np.asarray(mixing, np.float64).round(4).tolist()
         write_finished(f"mhc-{seed}", made | measure(cfg, lm, data))
         try:

@@ -304,7 +304,8 @@ def base_model(cfg: LearningConfig, seed: int) -> LM:
 
 def questions(symbols: Sequence[str], n: int, seed: int) -> list[tuple[str, list[int]]]:
     "Pairs of symbol and fresh digits; the symbols take turns."
-    digits = np.random.default_rng((seed, 2)).integers(0, 10, (n, DIGITS)).tolist()
+    rng = np.random.default_rng((seed, 2))
+    digits = rng.integers(0, 10, (n, DIGITS)).tolist()
     return [(symbols[i % len(symbols)], d) for i, d in enumerate(digits)]
 
 
@@ -357,7 +358,8 @@ def measure_skills(
     prompts = [prompt_of(*q) for q in asked]
     _, drawn = answer_prompts(lm, prompts, 1.0, jax.random.key(9))
     ids = [[words.eos_id, *words.encode(p)] for p in prompts]
-    tokens, last = join_answers(ids, unpad(drawn.tokens, drawn.lengths), lm.cfg.max_len)
+    answers = unpad(drawn.tokens, drawn.lengths)
+    tokens, last = join_answers(ids, answers, lm.cfg.max_len)
     mask = np.arange(ROOM)[None] < drawn.lengths[:, None]
     logits, base_logits = (_answer_logits(m, tokens, last) for m in (lm, base))
     kl = reverse_kl(logits, base_logits, mask)
@@ -633,7 +635,8 @@ def run_study(cfg: LearningConfig) -> str:
     kept = {}  # of their best, what the earlier skills have at the end
     for kind in ("gated", "free"):
         shares = chain_shares(seeds, kind)[:, :, :3]
-        kept[kind] = (shares[:, -1] / np.maximum(shares.max(1), 1e-9)).mean()
+        best = np.maximum(shares.max(1), 1e-9)
+        kept[kind] = (shares[:, -1] / best).mean()
     refused = sum(not seed["sequence"]["bad"]["accepted"] for seed in seeds)
     lines.append(
         f"\nof their best, the earlier skills of a chain have kept {kept['gated']:.2f} with replay "

@@ -94,11 +94,14 @@ def torch_joins(
             layer[f"{part}_hyper/{name}"] for name in ("phi", "alpha", "bias", "gain")
         )
         flat = x.flatten(2)
-        u = linear(rms_norm(flat, flat.shape[-1:], gain, model.mhc.root_eps), phi)
-        pre = torch.sigmoid(alpha[0] * u[..., :n] + bias[:n])
-        post = 2 * torch.sigmoid(alpha[1] * u[..., n : 2 * n] + bias[n : 2 * n])
-        res = alpha[2] * u[..., 2 * n :] + bias[2 * n :]
-        res = res.clamp(-model.mhc.clamp, model.mhc.clamp).exp().unflatten(-1, (n, n))
+        normed = rms_norm(flat, flat.shape[-1:], gain, model.mhc.root_eps)
+        u_pre, u_post, u_res = linear(normed, phi).split((n, n, n * n), -1)
+        b_pre, b_post, b_res = bias.split((n, n, n * n))
+        pre = torch.sigmoid(alpha[0] * u_pre + b_pre)
+        post = 2 * torch.sigmoid(alpha[1] * u_post + b_post)
+        logits = alpha[2] * u_res + b_res
+        logits = logits.clamp(-model.mhc.clamp, model.mhc.clamp)
+        res = logits.exp().unflatten(-1, (n, n))
         for _ in range(model.mhc.iterations):
             res = res / (res.sum(-2, keepdim=True) + model.mhc.eps)
             res = res / (res.sum(-1, keepdim=True) + model.mhc.eps)
@@ -136,7 +139,8 @@ def torch_hidden(
     size = (model.width,)
     k = model.head_dim
     powers = torch.arange(0, k, 2, dtype=torch.float32) / k
-    angle = torch.outer(torch.arange(at, at + t).float(), model.rope.theta**-powers)
+    positions = torch.arange(at, at + t).float()
+    angle = torch.outer(positions, model.rope.theta**-powers)
     cos = torch.cos(angle)
     sin = torch.sin(angle)
 
@@ -207,7 +211,8 @@ def other_result(found: dict, ours: dict) -> str:
     if found.get("shape") != ours.get("shape"):
         return f"its answers have shape {found['shape']}, ours {ours['shape']}"
     if "tokens" in ours:
-        same = np.mean(np.array(found["tokens"]) == np.array(ours["tokens"]))
+        theirs = np.array(found["tokens"])
+        same = np.mean(theirs == np.array(ours["tokens"]))
         if same < 0.9:  # nearly equal logits may swap now and then
             return f"{1 - same:.0%} of its tokens differ from ours"
     return ""

@@ -105,8 +105,9 @@ class Config:
         check_that(self, "variants", once, "each of them once")
         inside = self.baseline in self.variants
         check_that(self, "baseline", inside, f"one of {', '.join(self.variants)}")
-        positive = len(self.rates) > 0 and all(0 < r < float("inf") for r in self.rates)
-        check_that(self, "rates", positive, "at least one, all above 0")
+        positive = all(0 < rate < float("inf") for rate in self.rates)
+        good = positive and len(self.rates) > 0
+        check_that(self, "rates", good, "at least one, all above 0")
         pieces = self.model.vocab_size
         good = self.tokenizer.vocab_size == pieces
         check_that(self, "tokenizer", good, f"vocab_size of model.vocab_size={pieces}")
@@ -154,8 +155,11 @@ def chosen_rates(cfg: Config, scores: Scores) -> dict[str, float]:
 
 def equal_time(cfg: Config, ms: dict[str, float]) -> dict[str, int]:
     "Steps of each variant in the time of the plain model's; never more than those."
-    share = {name: min(1.0, ms["plain"] / ms[name]) for name in cfg.variants}
-    return {name: max(1, int(cfg.steps * share[name])) for name in cfg.variants}
+    steps = {}
+    for name in cfg.variants:
+        share = min(1.0, ms["plain"] / ms[name])
+        steps[name] = max(1, int(cfg.steps * share))
+    return steps
 
 
 def plan(cfg: Config, scores: Scores, ms: dict[str, float]) -> list[Training]:
@@ -188,7 +192,8 @@ def plan(cfg: Config, scores: Scores, ms: dict[str, float]) -> list[Training]:
         full = [t for t in first if t.variant == name and t.steps == cfg.steps]
         means[name] = mean_score(scores, full)
     leading = sorted(means, key=means.get)[: cfg.leading]
-    more = [n for n in cfg.variants if n in (*CONTROLS, cfg.baseline, *leading)]
+    wanted = (*CONTROLS, cfg.baseline, *leading)
+    more = [name for name in cfg.variants if name in wanted]
     return asked + reported(more, range(cfg.seeds, cfg.leading_seeds))
 
 # %% ../../nbs/studies/93_residuals.ipynb #c015
@@ -208,7 +213,8 @@ def paired(mine: dict[int, float | None], other: dict[int, float | None]) -> dic
                 low = t
             else:
                 high = t
-        half = float(high * delta.std(ddof=1) / np.sqrt(len(delta)))
+        error = delta.std(ddof=1) / np.sqrt(len(delta))
+        half = float(high * error)
     mean = float(delta.mean()) if len(delta) else float("nan")
     return {"delta": mean, "half": half, "pairs": len(delta)}
 
@@ -270,7 +276,7 @@ def step_times(cfg: Config) -> dict[str, float]:
 # %% ../../nbs/studies/93_residuals.ipynb #c020
 def hours(cfg: Config, ms: dict[str, float]) -> float:
     "Of all trainings, without compilation, if the slowest variants lead."
-    slow = sorted(cfg.variants, key=ms.get)[len(cfg.variants) - cfg.leading :]
+    slow = sorted(cfg.variants, key=ms.get, reverse=True)[: cfg.leading]
     total = 0.0
     for name in cfg.variants:
         tuning = len(cfg.rates) * cfg.tuning_seeds
@@ -291,10 +297,11 @@ def study_rows(cfg: Config, scores: Scores, ms: dict[str, float]) -> list[dict]:
     short = equal_time(cfg, ms)
 
     def by_seed(name, steps):
-        rate = rates.get(name)
+        wanted = (name, rates.get(name), steps)
         found = {}
         for t, bpb in scores.items():
-            if (t.variant, t.rate, t.steps) == (name, rate, steps) and t.seed < TUNING:
+            own = (t.variant, t.rate, t.steps)
+            if own == wanted and t.seed < TUNING:
                 found[t.seed] = bpb
         return found
 
@@ -344,7 +351,8 @@ def study_table(cfg: Config, rows: list[dict]) -> str:
         rate = "-" if row["rate"] is None else f"{row['rate']:g}{'*' * edge}"
         deltas = ""
         for kind in ("tokens", "time"):
-            deltas += f"{row[kind]['delta']:>+10.3f} ±{row[kind]['half']:6.3f}"
+            pairs = row[kind]
+            deltas += f"{pairs['delta']:>+10.3f} ±{pairs['half']:6.3f}"
         tuning = "".join(f"{bpb:>9.3f}" for bpb in row["tuning"])
         lines.append(
             f"{row['name']:<14}{rate:>8}{row['seeds']:>6}{row['diverged']:>5}"

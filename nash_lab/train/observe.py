@@ -50,7 +50,8 @@ def stream_spread(
     if not streams:
         return None
     x = jnp.stack([wide(stream) for stream in streams])
-    apart = jnp.square(x - x.mean(0, keepdims=True)).sum((0, -1))
+    mean = x.mean(0, keepdims=True)
+    apart = jnp.square(x - mean).sum((0, -1))
     size = jnp.square(x).sum((0, -1))
     return jnp.sqrt(apart / jnp.maximum(size, 1e-30))
 
@@ -96,8 +97,10 @@ class WatchedSite(nnx.Module):
                 self.change[k][...].astype(maps.res.dtype) for k in ("mix", "put")
             )
             mixed = jnp.einsum("ij,jk...->ik...", mix, maps.res, precision="highest")
-            mixed = mixed + put.reshape(*put.shape, *(1,) * (maps.res.ndim - 2))
-            maps = maps._replace(res=jnp.where(self.change["on"][...], mixed, maps.res))
+            inner = (1,) * (maps.res.ndim - 2)
+            mixed = mixed + put.reshape(*put.shape, *inner)
+            on = self.change["on"][...]
+            maps = maps._replace(res=jnp.where(on, mixed, maps.res))
         return x, Seen(maps, stream_spread(streams_in(state)))
 
     def write(self, state: Any, y: Float[Array, "b t d"], seen: Seen) -> Any:
@@ -149,7 +152,8 @@ def routing_stats(lm: LM, tokens: Int[Array, "b t"], **where: Any) -> dict:
             entropy = entropy.mean(-1)
         stats[f"{which}_entropy"] = entropy
         stats[used] = share
-    stats = {name: value.mean((1, 2)) for name, value in stats.items()} | extremes
+    stats = {name: value.mean((1, 2)) for name, value in stats.items()}
+    stats |= extremes
 
     factors = []
     for site in (lm.blocks.attention_hyper, lm.blocks.ffn_hyper):
@@ -158,7 +162,8 @@ def routing_stats(lm: LM, tokens: Int[Array, "b t"], **where: Any) -> dict:
         elif isinstance(site, (HyperConnection, LiteSite, IdentitySite)):
             factors.append(site.alpha[...])
     if factors:
-        stats["alpha"] = jnp.stack(factors, 1).reshape(-1, factors[0].shape[-1])
+        columns = factors[0].shape[-1]
+        stats["alpha"] = jnp.stack(factors, 1).reshape(-1, columns)
     if lm.cfg.residual == "mhc" and lm.cfg.mhc.gates:
         stats["gate"] = gates(lm).reshape(-1)
     return stats

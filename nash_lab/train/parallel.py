@@ -107,8 +107,9 @@ class MeshSlice:
                 raise ValueError(
                     f"MeshSlice: axis {name!r}, expected one of {', '.join(names)}"
                 )
-        part = self.mesh.devices[tuple(cuts.get(name, slice(None)) for name in names)]
-        kept = [isinstance(cuts.get(name, slice(None)), slice) for name in names]
+        index = [cuts.get(name, slice(None)) for name in names]
+        kept = [isinstance(cut, slice) for cut in index]
+        part = self.mesh.devices[tuple(index)]
         part = np.asarray(part, object)  # of four indices: a device alone
         if not part.size:
             raise ValueError(
@@ -485,7 +486,8 @@ def cache_specs(cache: Any, rules: AxisRules, mesh: Mesh) -> Any:
         axes = (None,) * x.ndim
         for name in path_name(path).split("/"):
             if name in CACHED:
-                axes = ("layers",) * (x.ndim - len(CACHED[name])) + CACHED[name]
+                stacked = x.ndim - len(CACHED[name])
+                axes = ("layers",) * stacked + CACHED[name]
                 break
         shardings.append(NamedSharding(mesh, spec_of(axes, x.shape, rules, mesh)))
     return jax.tree.unflatten(tree, shardings)

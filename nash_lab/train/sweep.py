@@ -55,7 +55,8 @@ class SweepConfig(TrainConfig):
                     read.append(value)  # a name such as muon
             if ranged:
                 kinds = [type(x) in (int, float) for x in read]
-                good = kinds == [True, True] and read[0] < read[1] and self.samples
+                rises = kinds == [True, True] and read[0] < read[1]
+                good = rises and self.samples
                 check_that(self, "over", good, f"LOW..HIGH and --samples for {given!r}")
                 read = tuple(read)
             known = name and text and name not in choices

@@ -251,7 +251,8 @@ class AdaptedTable(nnx.Module):
     def __getitem__(self, index: Any) -> Float[Array, "*m d"]:
         "Rows of W + s AB: of tokens, or all of them for `...`."
         a = self.a[...][index]
-        return self.base[...][index] + self.scale * delta(a, self.b[...])
+        change = self.scale * delta(a, self.b[...])
+        return self.base[...][index] + change
 
 # %% ../../nbs/train/38_tune.ipynb #c025
 def fitting(lm: LM, adapter: Adapter) -> dict[str, nnx.Module]:
@@ -325,7 +326,8 @@ def merge_adapter(
         a, b = adapter[path]
         own = scale[path] if isinstance(scale, Mapping) else scale
         lead = len(shape_of(layer).lead)
-        layer.weight[...] = layer.weight[...] + delta(a, own * b, lead)
+        change = delta(a, own * b, lead)
+        layer.weight[...] = layer.weight[...] + change
     return lm
 
 # %% ../../nbs/train/38_tune.ipynb #c033
