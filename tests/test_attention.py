@@ -99,11 +99,12 @@ def test_any_chunking_of_the_cache_gives_the_full_pass():
         normal("x", 3, 12, 16),
     )
     rows = jnp.broadcast_to(jnp.arange(12)[None], (3, 12))
+    cached = jax.jit(lambda x, rows, cache: layer(x, positions=rows, cache=cache))
     full, _ = layer(x, positions=rows)
     for cuts in ([4, 8], [1, 2, 3, 11], [6]):
         cache, parts = layer.init_cache(3, 16), []
         for a, b in zip([0, *cuts], [*cuts, 12]):
-            part, cache = layer(x[:, a:b], positions=rows[:, a:b], cache=cache)
+            part, cache = cached(x[:, a:b], rows[:, a:b], cache)
             parts.append(part)
         np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=1e-5)
 
@@ -114,15 +115,12 @@ def test_rows_at_different_positions_and_rollback():
         normal("x", 3, 12, 16),
     )
     rows, lengths = jnp.broadcast_to(jnp.arange(12)[None], (3, 12)), jnp.array([9, 2, 5])
-    _, cache = layer(
-        x[:, :11], positions=rows[:, :11], cache=layer.init_cache(3, 16)
-    )  # right padding beyond lengths
-    y, _ = layer(x[:, 11:], positions=lengths[:, None], cache=cache)
+    run = jax.jit(lambda x, rows, cache=None: layer(x, positions=rows, cache=cache))
+    _, cache = run(x[:, :11], rows[:, :11], layer.init_cache(3, 16))  # right padding beyond lengths
+    y, _ = run(x[:, 11:], lengths[:, None], cache)
     for i, n in enumerate([9, 2, 5]):
-        alone, _ = layer(
-            jnp.concatenate([x[i : i + 1, :n], x[i : i + 1, 11:]], 1),
-            positions=jnp.arange(n + 1)[None],
-        )
+        own = jnp.concatenate([x[i : i + 1, :n], x[i : i + 1, 11:]], 1)
+        alone, _ = run(own, jnp.arange(n + 1)[None])
         np.testing.assert_allclose(y[i, 0], alone[0, n], atol=1e-5)
 
 
