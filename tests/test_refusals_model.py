@@ -50,6 +50,23 @@ REFUSED = {
         lambda: ModelConfig.tiny(heads=3, kv_heads=1, attention="diff1"),
         ["heads", "3", "even"],
     ),
+    "a negative window": (lambda: ModelConfig.tiny(window=-1), ["ModelConfig.window=-1", "at least 0"]),
+    "a window over blocks": (
+        lambda: ModelConfig.tiny(attention="maha", window=8),
+        ["ModelConfig.window=8", "maha"],
+    ),
+    "a whole layer beyond the last": (
+        lambda: ModelConfig.tiny(window=8, full_layers=(0, 2)),
+        ["ModelConfig.full_layers=(0, 2)", "0 to 1"],
+    ),
+    "a whole layer twice": (
+        lambda: ModelConfig.tiny(window=8, full_layers=(1, 1)),
+        ["ModelConfig.full_layers=(1, 1)"],
+    ),
+    "whole layers without a window": (
+        lambda: ModelConfig.tiny(full_layers=(1,)),
+        ["ModelConfig.full_layers=(1,)", "none without a window"],
+    ),
     "blocks beyond max_len": (
         lambda: ModelConfig.tiny(attention="maha", maha=MAHAConfig(scales=8)),
         ["128", "64"],

@@ -6,8 +6,8 @@ decoding equals the full pass here, and grouping 12 heads into 4 or 1 cuts the c
 
 # %% auto #0
 __all__ = ['Queries', 'Keys', 'Mask', 'Positions', 'Segments', 'LONG', 'Values', 'Outputs',
-           'Hidden', 'attention', 'causal_mask', 'attention_mask', 'KVCache', 'write_cache',
-           'read_cache', 'RowCache', 'look_back', 'row_mask', 'attend', 'GQA']
+           'Hidden', 'attention', 'Window', 'causal_mask', 'attention_mask', 'KVCache',
+           'write_cache', 'read_cache', 'RowCache', 'look_back', 'row_mask', 'attend', 'GQA']
 
 # %% ../../nbs/model/11_attention.ipynb #c003
 from functools import partial
@@ -62,26 +62,53 @@ def attention(q: Queries, k: Keys, v: Keys, mask: Mask) -> Queries:
     return jnp.where(seeing, y, jnp.zeros_like(y))
 
 # %% ../../nbs/model/11_attention.ipynb #c016
-def causal_mask(positions: Int[Array, "b t"], length: int) -> Bool[Array, "b 1 t s"]:
+class Window(NamedTuple):
+    "What a query sees at most: the last `size` tokens, its own among them."
+
+    size: int
+    off: Bool[Array, ""] | None = None  # True: this layer sees everything all the same
+
+    def near(self, back: Int[Array, "*m"]) -> Bool[Array, "*m"]:
+        "Which of the tokens so many places back are within it."
+        inside = back < self.size
+        if self.off is None:
+            return inside
+        return inside | self.off
+
+# %% ../../nbs/model/11_attention.ipynb #c022
+def causal_mask(
+    positions: Int[Array, "b t"],
+    length: int,
+    window: Window | None = None,
+) -> Bool[Array, "b 1 t s"]:
     "Which of `length` cache slots queries at these positions see: slot s, if s <= p."
-    return jnp.arange(length)[None, None, None, :] <= positions[:, None, :, None]
+    slots = jnp.arange(length)[None, None, None, :]
+    now = positions[:, None, :, None]
+    causal = slots <= now
+    if window is not None:
+        causal = causal & window.near(now - slots)
+    return causal
 
 
 def attention_mask(
     positions: Int[Array, "b t"],
     segments: Int[Array, "b t"] | None = None,  # documents from 1, 0: padding
+    window: Window | None = None,
 ) -> Bool[Array, "b 1 t t"]:
-    "Causal within a document; padding neither sees nor is seen."
+    "Causal within a document and the window; padding neither sees nor is seen."
     # order in the array is order in time: positions may restart with each document
     b, t = positions.shape
     causal = jnp.tril(jnp.ones((t, t), bool))
+    if window is not None:
+        back = jnp.arange(t)[:, None] - jnp.arange(t)[None]
+        causal = causal & window.near(back)
     causal = jnp.broadcast_to(causal[None, None], (b, 1, t, t))
     if segments is None:
         return causal
     same = segments[:, None, None, :] == segments[:, None, :, None]
     return causal & same & (segments != 0)[:, None, None, :]
 
-# %% ../../nbs/model/11_attention.ipynb #c023
+# %% ../../nbs/model/11_attention.ipynb #c029
 class KVCache(NamedTuple):
     "Keys (already rotated) and values of the tokens so far; slot = position."
 
@@ -110,7 +137,7 @@ def read_cache(cache) -> tuple[Array, ...]:
         jax.lax.dynamic_index_in_dim(a, cache.layer, keepdims=False) for a in arrays
     )
 
-# %% ../../nbs/model/11_attention.ipynb #c027
+# %% ../../nbs/model/11_attention.ipynb #c033
 class RowCache(NamedTuple):
     "One layer's keys and values while rows are decoded together: one token of each a step."
 
@@ -119,7 +146,7 @@ class RowCache(NamedTuple):
     slot: Int[Array, ""]  # where the next token of every row goes
     seen: Bool[Array, "b s"]  # slots that this token sees, its own among them
 
-# %% ../../nbs/model/11_attention.ipynb #c031
+# %% ../../nbs/model/11_attention.ipynb #c037
 Positions = Int[Array, "#b t"]  # of each token in its row; "b t" with a cache
 Segments = Int[Array, "b t"] | None  # documents, only without a cache
 
@@ -133,6 +160,7 @@ def look_back(
     positions: Positions,
     segments: Segments,
     cache: KVCache | RowCache | None,
+    window: Window | None = None,
     interleaved=False,
 ):
     "Turned queries, the keys and values they may see, the mask (None: causal), the cache."
@@ -155,22 +183,27 @@ def look_back(
     else:
         cache = write_cache(cache, (k, v), positions)
         keys, values = read_cache(cache)
-        mask = causal_mask(positions, keys.shape[1])
+        mask = causal_mask(positions, keys.shape[1], window)
     return q, keys.astype(k.dtype), values.astype(v.dtype), mask, cache
 
-# %% ../../nbs/model/11_attention.ipynb #c033
+# %% ../../nbs/model/11_attention.ipynb #c039
 LONG = 512  # tokens of a row from which no row of scores is held
 Values = Float[Array, "b s g m"]
 Outputs = Float[Array, "b t h m"]
 
 
-def row_mask(q: Queries, k: Keys, segments: Segments = None):
+def row_mask(
+    q: Queries,
+    k: Keys,
+    segments: Segments = None,
+    window: Window | None = None,
+):
     "The mask of whole rows. ValueError unless there are as many keys as queries."
     t = q.shape[1]
     s = k.shape[1]
     if t != s:
         raise ValueError(f"{t} queries over {s} keys need a mask")
-    return attention_mask(jnp.arange(t)[None], segments)
+    return attention_mask(jnp.arange(t)[None], segments, window)
 
 
 def attend(
@@ -180,6 +213,7 @@ def attend(
     mask: Mask | None = None,  # None: causal within documents
     *,
     segments: Segments = None,
+    window: Window | None = None,  # a mask has its own in it
     scale: float | None = None,  # of scores, else 1/sqrt(k)
     kernel: str = "auto",  # of long rows
     place=None,  # divides rows and heads over devices
@@ -189,20 +223,27 @@ def attend(
     width = max(q.shape[-1], m)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if window is not None and q.shape[1] <= window.size:
+        window = None  # no token is so far back
     if mask is None and LONG <= q.shape[1] == k.shape[1]:
         shard = None if place is None else place.split_heads
-        options = dict(scale=scale, kernel=kernel, shard=shard)
-        return flash_attention(q, k, v, segments, **options)
+        whole = partial(flash_attention, scale=scale, kernel=kernel, shard=shard)
+        if window is None:
+            return whole(q, k, v, segments)
+        local = partial(whole, window=window.size)
+        if window.off is None:
+            return local(q, k, v, segments)
+        return jax.lax.cond(window.off, whole, local, q, k, v, segments)
 
     if mask is None:
-        mask = row_mask(q, k, segments)
+        mask = row_mask(q, k, segments, window)
     factor = scale * width**0.5
     if abs(factor - 1) >= 1e-12:
         q = q * factor
     q, k, v = (widened(a, width) for a in (q, k, v))
     return attention(q, k, v, mask)[..., :m]
 
-# %% ../../nbs/model/11_attention.ipynb #c037
+# %% ../../nbs/model/11_attention.ipynb #c043
 Hidden = Float[Array, "b t d"]  # normalised activations
 
 
@@ -246,6 +287,7 @@ class GQA(nnx.Module):
         positions: Positions,
         segments: Segments = None,
         cache=None,
+        window: Window | None = None,
         depth=None,
     ) -> tuple[Hidden, KVCache | None]:
         "Attend among `x`, or through the cache after writing `x` to it; `depth` is for siblings."
@@ -255,9 +297,10 @@ class GQA(nnx.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         rotary = rope_frequencies(self.head_dim, self.rope)
-        where = dict(positions=positions, segments=segments, cache=cache)
-        q, k, v, mask, cache = look_back(q, k, self.v(x), rotary, **where)
-        y = attend(q, k, v, mask, segments=segments, place=self.place)
+        seen = dict(segments=segments, window=window)
+        where = dict(positions=positions, cache=cache)
+        q, k, v, mask, cache = look_back(q, k, self.v(x), rotary, **where, **seen)
+        y = attend(q, k, v, mask, place=self.place, **seen)
         return self.o(y), cache
 
     def init_cache(

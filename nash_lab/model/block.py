@@ -26,7 +26,7 @@ from ..maths.flash import NAME
 from ..maths.mhc_kernels import LANES
 from ..maths.mhc_kernels import NAME as CROSSING
 from ..maths.precision import PRODUCT, QuantConfig
-from .attention import GQA, KVCache
+from .attention import GQA, KVCache, Window
 from .diff import DIFF1, DIFF2, DiffConfig
 from .layers import FFNS, RMSNorm, RopeConfig, dropout
 from .maha import MAHA, MAHAConfig
@@ -48,6 +48,10 @@ class ModelConfig:
     head_dim: int = 64  # k, size of one head; even, because RoPE turns pairs
     ffn_width: int = 2304  # f, inner size of the FFN
     max_len: int = 2048  # longest sequence in tokens, prompt and answer together
+    # tokens that a query sees, itself among them; 0: all before it
+    window: int = 0
+    # layers without the window, counted from 0; those of multi-token prediction have it
+    full_layers: tuple[int, ...] = ()
     # attention sublayer
     attention: Literal["gqa", "diff1", "diff2", "mla", "maha"] = "gqa"
     # feed-forward sublayer
@@ -100,8 +104,20 @@ class ModelConfig:
 
     def __post_init__(self):
         check_choices(self)
-        sizes = [f.name for f in fields(self) if f.type is int]
+        sizes = [f.name for f in fields(self) if f.type is int and f.name != "window"]
         check_range(self, *sizes, at_least=1)
+        check_range(self, "window", at_least=0)
+        local = not self.window or self.attention != "maha"
+        check_that(
+            self, "window", local, "0: the coarse scales of maha are there to look far"
+        )
+        inside = all(0 <= layer < self.layers for layer in self.full_layers)
+        inside = inside and len(set(self.full_layers)) == len(self.full_layers)
+        check_that(
+            self, "full_layers", inside, f"different layers from 0 to {self.layers - 1}"
+        )
+        some = self.window or not self.full_layers
+        check_that(self, "full_layers", some, "none without a window, which is 0")
         known = self.residual in RESIDUALS
         check_that(self, "residual", known, f"one of {', '.join(RESIDUALS)}")
         self.residuals.check_variant(self.residual, self.width)
@@ -399,11 +415,19 @@ class Block(nnx.Module):
         self, x: Float[Array, "b t d"], *, key: PRNGKeyArray | None, **where
     ):
         "The attention sublayer on what was read and normed: output, cache, auxiliary loss."
+        cfg = self.cfg
         aux = None
-        if self.cfg.attention == "maha":
+        if cfg.attention == "maha":
             (y, cache), _, aux = self.attention.weighted(x, **where)
         else:
-            y, cache = self.attention(x, **where)
+            window = None
+            if cfg.window:
+                window = Window(cfg.window)
+            if cfg.full_layers:
+                depth = where["depth"]
+                full = jnp.array(cfg.full_layers, depth.dtype) == depth[None]
+                window = window._replace(off=full.any())
+            y, cache = self.attention(x, window=window, **where)
         return self.drop(y, "attention", key), cache, aux
 
     def ffn_sublayer(self, x: Float[Array, "b t d"], key: PRNGKeyArray | None):

@@ -29,6 +29,7 @@ from nash_lab.model.attention import (
     Queries,
     Segments,
     Values,
+    Window,
     attend,
     look_back,
     row_mask,
@@ -81,6 +82,7 @@ def diff_attention_v1(
     *,
     mask=None,
     segments: Segments = None,
+    window: Window | None = None,
     stabilised=False,
     **how,
 ) -> Outputs:
@@ -88,15 +90,16 @@ def diff_attention_v1(
     if stabilised:  # PythonCoder's form: lambda in [0, 1], negative entries become zero
         lam = jnp.clip(lam, 0, 1)
         if mask is None:
-            mask = row_mask(q1, k1, segments)
+            mask = row_mask(q1, k1, segments, window)
         difference = attention_map(q1, k1, mask) - lam * attention_map(q2, k2, mask)
         v = jnp.repeat(v, q1.shape[2] // v.shape[2], axis=2)
         return jnp.einsum(
             "bhts,bshm->bthm", jnp.maximum(difference, 0).astype(v.dtype), v
         )
 
-    y1 = attend(q1, k1, v, mask, segments=segments, **how)
-    y2 = attend(q2, k2, v, mask, segments=segments, **how)
+    how |= dict(segments=segments, window=window)
+    y1 = attend(q1, k1, v, mask, **how)
+    y2 = attend(q2, k2, v, mask, **how)
     return subtract(y1, y2, lam)
 
 # %% ../../nbs/model/12_diff.ipynb #c022
@@ -193,21 +196,23 @@ class DIFF1(nnx.Module):
         positions: Positions,
         segments: Segments = None,
         cache=None,
+        window: Window | None = None,
         depth=None,
     ) -> tuple[Hidden, KVCache | None]:
         "Attend among `x`, or through the cache; `depth` from 0, for lambda; None is 0."
         rotary = rope_frequencies(self.head_dim, self.rope)
         projected = self.q(x), self.k(x), self.v(x)
-        where = dict(positions=positions, segments=segments, cache=cache)
-        q, k, v, mask, cache = look_back(*projected, rotary, **where, interleaved=True)
+        seen = dict(segments=segments, window=window)
+        where = dict(positions=positions, cache=cache, interleaved=True)
+        q, k, v, mask, cache = look_back(*projected, rotary, **where, **seen)
 
         vectors = [getattr(self, name)[...] for name in LAMBDAS]
         lam, start = diff_lambda(*vectors, 0 if depth is None else depth)
         q1, q2 = split_pairs(q)
         k1, k2 = split_pairs(k)
-        how = dict(mask=mask, segments=segments, place=self.place)
+        how = dict(mask=mask, place=self.place)
         how |= dict(kernel=self.cfg.kernel, stabilised=self.cfg.stabilised)
-        y = diff_attention_v1(q1, k1, q2, k2, v, lam, **how)
+        y = diff_attention_v1(q1, k1, q2, k2, v, lam, **how, **seen)
         return self.o(self.norm(y) * (1 - start).astype(y.dtype)), cache
 
     def init_cache(
@@ -272,17 +277,19 @@ class DIFF2(nnx.Module):
         positions: Positions,
         segments: Segments = None,
         cache=None,
+        window: Window | None = None,
         depth=None,
     ) -> tuple[Hidden, KVCache | None]:
         "Attend among `x`, or through the cache; V2 has no schedule and needs no `depth`."
         rotary = rope_frequencies(self.head_dim, self.rope)
         projected = self.q(x), self.k(x), self.v(x)
-        where = dict(positions=positions, segments=segments, cache=cache)
-        q, k, v, mask, cache = look_back(*projected, rotary, **where, interleaved=True)
+        seen = dict(segments=segments, window=window)
+        where = dict(positions=positions, cache=cache, interleaved=True)
+        q, k, v, mask, cache = look_back(*projected, rotary, **where, **seen)
 
         lam = jax.nn.sigmoid(wide(self.lam(x)))
-        how = dict(segments=segments, kernel=self.cfg.kernel, place=self.place)
-        y = diff_attention_v2(q, k, v, lam, mask=mask, **how)
+        how = dict(mask=mask, kernel=self.cfg.kernel, place=self.place)
+        y = diff_attention_v2(q, k, v, lam, **how, **seen)
         return self.o(y), cache
 
     def init_cache(

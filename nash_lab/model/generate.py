@@ -5,8 +5,9 @@ the naive way, 16 times as fast in the demo, and no sampler setting ever recompi
 
 # %% auto #0
 __all__ = ['FEW', 'STAGE', 'Sampling', 'SampleConfig', 'upper_set', 'filtered_logits', 'sample',
-           'DecodeState', 'Rollout', 'PromptBatch', 'bucket', 'prompt_batch', 'cut_rollout',
-           'rollout', 'generate', 'unpad', 'sampling_rules', 'sequence_logprobs', 'best_of_n']
+           'DecodeState', 'by_layer', 'row_caches', 'Rollout', 'PromptBatch', 'bucket',
+           'prompt_batch', 'cut_rollout', 'rollout', 'generate', 'unpad', 'sampling_rules',
+           'sequence_logprobs', 'best_of_n']
 
 # %% ../../nbs/model/21_generate.ipynb #c003
 from collections.abc import Callable, Sequence
@@ -155,6 +156,43 @@ FEW = 8  # layers that the loop holds one by one; more are scanned
 STAGE = 64  # new tokens for which many rows read no longer cache
 
 
+def by_layer(lm: LM, cache: KVCache, lengths: Int[Array, "b"], most: int):
+    "Block, keys and values of each layer, and which layers keep only their window's tokens."
+    graph, stack = nnx.split(lm.blocks)
+    whole = stack, cache.k.swapaxes(2, 3), cache.v.swapaxes(2, 3)  # heads in front
+    window = lm.cfg.window
+    newest = lengths[:, None] - window + jnp.arange(window)[None]
+    newest = jnp.maximum(newest, 0)  # before the first token: never seen
+    gather = jax.vmap(partial(jnp.take, axis=1))
+    blocks = []
+    caches = []
+    rings = set()
+    for i in range(lm.cfg.layers):
+        block, *own = jax.tree.map(itemgetter(i), whole)
+        if 0 < window < most and i not in lm.cfg.full_layers:
+            rings.add(i)
+            own = jax.tree.map(lambda a: gather(a, newest), own)
+        blocks.append(nnx.merge(graph, block))
+        caches.append(tuple(own))
+    return blocks, caches, rings
+
+
+def row_caches(caches: list, rings: set[int], lengths: Int[Array, "b"], t: int, n):
+    "Where each layer puts the token before draw n, and which of its slots that token sees."
+    rows = []
+    for i, (k, v) in enumerate(caches):
+        size = jax.tree.leaves(k)[0].shape[2]
+        slots = jnp.arange(size)[None]
+        if i in rings:
+            slot = (n - 1) % size
+            seen = (slots >= size - lengths[:, None]) | (slots < n)
+        else:
+            slot = t + n - 1
+            seen = (slots < lengths[:, None]) | ((slots >= t) & (slots <= slot))
+        rows.append(RowCache(k, v, slot, seen))
+    return rows
+
+
 @partial(jax.jit, static_argnames=("graphdef", "room", "copies"))
 def _decode(graphdef, weights, batch, room, copies=1):
     "Prefill a `PromptBatch` and decode `copies` rows of each; rows not active count as done."
@@ -189,17 +227,11 @@ def _decode(graphdef, weights, batch, room, copies=1):
         if not together:
             hidden, cache = lm.step(tokens, positions, state.cache)
         else:
-            slot = t + state.n - 1
-            slots = jnp.arange(state.cache[0][0].shape[2])[None]
-            seen = (slots < lengths[:, None]) | ((slots >= t) & (slots <= slot))
-            cache = [RowCache(k, v, slot, seen) for k, v in state.cache]
+            cache = row_caches(state.cache, rings, lengths, t, state.n)
             hidden, cache = lm.step(tokens, positions, cache, blocks)
             cache = [(own.k, own.v) for own in cache]
         state = state._replace(cache=cache)
         return add_token(state, hidden[:, 0])
-
-    def unfinished(until, state):
-        return (state.n < until) & ~state.done.all()
 
     empty = partial(lm.init_cache, b)
     together = isinstance(jax.eval_shape(lambda: empty(t)), KVCache)
@@ -217,11 +249,7 @@ def _decode(graphdef, weights, batch, room, copies=1):
 
     stops = [room]
     if together:
-        graph, stack = nnx.split(lm.blocks)
-        whole = stack, cache.k.swapaxes(2, 3), cache.v.swapaxes(2, 3)  # heads in front
-        layers = [jax.tree.map(itemgetter(i), whole) for i in range(lm.cfg.layers)]
-        blocks = [nnx.merge(graph, own) for own, _, _ in layers]
-        cache = [(keys, values) for _, keys, values in layers]
+        blocks, cache, rings = by_layer(lm, cache, lengths, t + room)
         while rows >= 16 and stops[0] > STAGE:
             stops.insert(0, stops[0] // 2)
 
@@ -240,10 +268,15 @@ def _decode(graphdef, weights, batch, room, copies=1):
         if together:  # the cache grows between loops
             more = [(0, 0), (0, 0), (0, t + stop - filled), (0, 0)]
             grow = partial(jnp.pad, pad_width=more)
-            state = state._replace(cache=jax.tree.map(grow, state.cache))
+            for i in set(range(len(blocks))) - rings:
+                state.cache[i] = jax.tree.map(grow, state.cache[i])
             filled = t + stop
-        more_to_come = partial(unfinished, jnp.minimum(limit, stop + 1))
-        state = jax.lax.while_loop(more_to_come, one_turn, state)
+        until = jnp.minimum(limit, stop + 1)
+        state = jax.lax.while_loop(
+            lambda state, until=until: (state.n < until) & ~state.done.all(),
+            one_turn,
+            state,
+        )
     return state.tokens, state.lengths, state.logprobs
 
 # %% ../../nbs/model/21_generate.ipynb #c024

@@ -381,7 +381,9 @@ def flops_per_token(
         met = one * {"gqa": 2, "diff1": 3, "diff2": 4}[cfg.attention]
 
     blocks = cfg.layers + cfg.depths
-    scores = 6 * blocks * met * t
+    keys = min(t, cfg.window or t)
+    scores = 6 * blocks * met * keys
+    scores += 6 * len(cfg.full_layers) * met * (t - keys)
     if cfg.residual in ("plain", "wider"):
         streams = 0
     else:
