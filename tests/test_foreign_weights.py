@@ -399,14 +399,50 @@ def test_what_an_absent_key_stands_for():
     assert (derived.head_dim, derived.kv_heads) == (8, 4)
 
 
-def test_windows_as_wide_as_the_model_are_no_windows():
-    qwen = SHAPE | {"model_type": "qwen2", "use_sliding_window": True}
-    for on in (
-        {"sliding_window": 128, "max_window_layers": 0},
-        {"sliding_window": 16, "max_window_layers": 2},
-        {"sliding_window": None},
+def test_windows():
+    "which layers of which family have one; one as wide as the model is none"
+    on = SHAPE | {"model_type": "qwen2", "use_sliding_window": True}
+    wide = {"sliding_window": 128, "max_window_layers": 0}
+    late = {"sliding_window": 16, "max_window_layers": 1}
+    named = {"layer_types": ["sliding_attention", "full_attention"]}
+    mistral = SHAPE | {"model_type": "mistral"}
+    long = {"max_position_embeddings": 8192}
+    for config, want in (
+        (on | wide, (0, ())),
+        (on | late | {"max_window_layers": 2}, (0, ())),
+        (on | {"sliding_window": None}, (0, ())),
+        (on | late | {"use_sliding_window": False, "attention_bias": True}, (0, ())),
+        (on | late, (16, (0,))),
+        (on | late | named, (16, (1,))),
+        (mistral | long, (4096, ())),  # the default of its class
+        (mistral | {"sliding_window": None}, (0, ())),
+        (mistral | {"sliding_window": 16}, (16, ())),
+        (mistral | named | {"model_type": "ministral", "sliding_window": 16}, (16, (1,))),
+        (SHAPE | {"model_type": "llama", "sliding_window": 16}, (0, ())),
     ):
-        assert read_config(qwen | on).max_len == 128
-    with pytest.raises(ValueError, match="sliding_attention with sliding_window=16"):
-        read_config(qwen | {"sliding_window": 16, "max_window_layers": 1})
-    assert read_config(qwen | {"use_sliding_window": False, "attention_bias": True}).qkv_bias
+        cfg = read_config(config)
+        assert (cfg.window, cfg.full_layers) == want
+        if want[0]:
+            back = read_config(write_config(cfg))
+            assert (back.window, back.full_layers) == want
+
+
+@pytest.mark.parametrize(
+    "family, config, message",
+    [
+        ("mistral", {"sliding_window": -4}, "sliding_window=-4, expected a number"),
+        ("mistral", {"sliding_window": "16"}, "sliding_window='16', expected a number"),
+        (
+            "mistral",
+            {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+            "a mistral has one kind of layer",
+        ),
+        ("ministral", {"layer_types": ["sliding_attention"] * 3}, "expected a list of 2"),
+        ("ministral", {"layer_types": 2}, "layer_types=2, expected a list of 2"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers='1'"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "sliding_window=None"),
+    ],
+)
+def test_windows_that_are_refused(family, config, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(SHAPE | {"model_type": family} | config)

@@ -39,8 +39,22 @@ KINDS = {
     "llama 3": ("Llama", dict(rope_parameters=LLAMA3, rms_norm_eps=1e-5, head_dim=16)),
     "llama 3 tied": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
     "qwen2.5": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen2.5 yarn": ("Qwen2", dict(rope_parameters=YARN)),
+    "qwen2.5 yarn, last layers local": (
+        "Qwen2",
+        dict(
+            rope_parameters=YARN, use_sliding_window=True, sliding_window=13, max_window_layers=1
+        ),
+    ),
     "qwen3": ("Qwen3", dict(head_dim=16)),
+    "mistral": ("Mistral", dict(sliding_window=13)),
+    "ministral, one layer whole": (
+        "Ministral",
+        dict(
+            sliding_window=13,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            head_dim=8,
+        ),
+    ),
 }
 
 

@@ -214,6 +214,7 @@ GUARDS = {
     "hf: a tensor of another shape": Guard("tests/test_foreign_weights.py::test_refused[turned matrix]"),
     "hf: quantised weights": Guard("tests/test_foreign_weights.py::test_refused[awq scales]"),
     "hf: unknown mathematics": Guard("tests/test_foreign_weights.py::test_refused[softcap]"),
+    "hf: layer types": Guard("tests/test_foreign_weights.py::test_refused[layer types]"),
     "hf: rotary keys": Guard("tests/test_foreign_weights.py::test_rotary_keys_that_are_refused"),
     "hf: two tensors for one weight": Guard("tests/test_foreign_weights.py::test_refused[one weight twice]"),
     "hf: two heads under one name": Guard(
