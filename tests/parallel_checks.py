@@ -59,6 +59,7 @@ KINDS = {
     "moe": dict(ffn="moe", ffn_width=96, residual="plain"),
     "mtp": dict(mtp="sequential", residual="plain"),
     "plain": dict(residual="plain", dropout=0.1, tie_embeddings=False),
+    "window": dict(residual="plain", window=5, full_layers=(1,)),
 } | {
     name: dict(residual=name, residuals=ResidualConfig(rank=8, block=2))
     for name in RESIDUALS

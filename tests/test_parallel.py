@@ -282,12 +282,12 @@ def test_order_of_batches():
 
 def test_long_rows_on_a_mesh():
     "attention in blocks, each device its rows and heads: the numbers of one device"
-    for kind, found in check("long_rows", "plain", "mla").items():
+    for kind, found in check("long_rows", "window", "mla").items():
         assert off(found["1"], found["2,2,2"]) < 1e-4, (kind, found)
 
 
 def test_decoding_on_a_mesh():
-    for kind, found in check("decoding", "plain", "mla", "maha").items():
+    for kind, found in check("decoding", "window", "mla", "maha").items():
         assert found["same"] and found["error"] < 1e-4, (kind, found)
 
 

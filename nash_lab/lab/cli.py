@@ -81,7 +81,7 @@ VERBS = {
     ),
     "hf import": Verb(
         "lab.jobs:ImportJob",
-        "make a run of a LLaMA, Qwen2 or Qwen3 folder or hub name",
+        "make a run of a LLaMA, Mistral, Qwen2 or Qwen3 folder or hub name",
         to="run",
     ),
     "hf export": Verb(
