@@ -388,8 +388,10 @@ def test_json_inside_is_linear():
     assert json_inside("x" * 10**6 + "[1]" + "y" * 10**6) == [1]
 
 
-def test_by_name():
+def test_by_name(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"task_id": 7, "text": "f", "test_list": ["assert 1"]}')
     needed = {
+        "code": {"task": "mbpp/7", "file": str(tmp_path / "x.jsonl")},
         "json": {"prompt": "?", "fields": {"a": 1}},
         "distance": {"prompt": "?", "target": [1.0]},
     }
@@ -560,6 +562,28 @@ def test_published_code_tasks(data):
     for row, task in list(zip(clean, tasks))[:12]:
         assert task.reward(task.transition(State(), row["code"])) == 1.0, task.name
     assert len(code_problems(data / "mbpp/mbpp.jsonl", runner)) == 974
+
+
+def test_a_code_task_by_its_number(data, tmp_path, monkeypatch):
+    "In the real sandbox; what is not there is refused by name"
+    monkeypatch.setenv("NASH_LAB_DATA", str(data))
+    task = problem_by_name("code", task="mbpp/14")
+    assert task.name == "mbpp/14" and "triangular prism" in task.context(State())
+    right = task.transition(State(), "def find_Volume(l, b, h): return l * b * h / 2")
+    wrong = task.transition(State(), "def find_Volume(l, b, h): return l * h")
+    assert task.reward(right) == 1 and 0 < task.reward(wrong) < 1 and "failed" in wrong.note
+    assert problem_by_name("code", task="humaneval/3").name == "humaneval/3"
+    for settings, said in (
+        ({"task": "mbpp/0"}, "no task 'mbpp/0', expected one of 974, mbpp/1 to mbpp/974"),
+        ({"task": 14}, "task=14, expected mbpp/NUMBER"),
+        ({"task": "mbpp/14", "file": str(tmp_path / "gone.jsonl")}, "gone.jsonl"),
+        ({}, "missing 1 required positional argument: 'task'"),
+    ):
+        with pytest.raises((ValueError, OSError), match=said):
+            problem_by_name("code", **settings)
+    monkeypatch.delenv("NASH_LAB_DATA")
+    with pytest.raises(ValueError, match="give file=PATH, or set NASH_LAB_DATA"):
+        problem_by_name("code", task="mbpp/14")
 
 
 def test_code_file_errors(tmp_path):

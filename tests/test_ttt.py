@@ -437,6 +437,9 @@ def test_lost_answers_are_counted_and_never_averaged(base):
         dict(rollouts=3),
         dict(options="[]"),
         dict(options="{"),
+        dict(options="target"),
+        dict(options="=a"),
+        dict(options="a=1 a=2"),
         dict(accumulate=5),
         dict(kl_weight=math.nan),
         dict(think_tokens=4),
@@ -444,6 +447,8 @@ def test_lost_answers_are_counted_and_never_averaged(base):
     ],
 )
 def test_settings_are_refused(wrong):
+    words = replace(CFG, options="target=hi steps=24 most=1e3 name=").problem_options()
+    assert words == {"target": "hi", "steps": 24, "most": 1000.0, "name": ""}
     with pytest.raises(ValueError, match=f"DiscoverConfig.{next(iter(wrong))}"):
         replace(CFG, **wrong)
 

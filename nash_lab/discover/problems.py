@@ -10,11 +10,12 @@ __all__ = ['SLACK', 'LETTERS', 'COMPLAINTS', 'OBJECTIVES', 'Runner', 'PROBLEMS',
            'json_inside', 'numbers_inside', 'letters', 'levels', 'character_tokenizer', 'State',
            'printable', 'Problem', 'value_of', 'Objective', 'step_function', 'circle_packing',
            'string_match', 'json_fields', 'near_target', 'code_tests', 'code_problems',
-           'problem_by_name']
+           'code_task', 'problem_by_name']
 
 # %% ../../nbs/discover/70_problems.ipynb #c003
 import json
 import math
+import os
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from jaxtyping import Float
 
 from ..core.files import MAX_FILE_BYTES, parse_json, read_text
 from ..data.tokenizer import HFTokenizer
+from ..evals.code_tasks import BENCHMARKS
+from ..evals.sandbox import run_python
 
 # %% ../../nbs/discover/70_problems.ipynb #c006
 def plain_numbers(
@@ -446,7 +449,7 @@ def string_match(
     target: str = "hello world", prompt: str = "Guess the text.", name: str = "string"
 ) -> Problem:
     "Reproduce a hidden text; the reward counts equal positions. ValueError for an empty target."
-    target = target.strip()
+    target = str(target).strip()
     if not target:
         raise ValueError(f"string_match: target={target!r} has nothing to match")
 
@@ -628,11 +631,40 @@ def code_problems(path: str | Path, run: Runner) -> list[Problem]:
     return problems
 
 # %% ../../nbs/discover/70_problems.ipynb #c069
+def code_task(
+    task: str,  # mbpp/NUMBER or humaneval/NUMBER
+    file: str = "",  # with such tasks; the benchmark's below NASH_LAB_DATA when empty
+) -> Problem:
+    "A task of MBPP or HumanEval, judged in the sandbox. ValueError for one that is not there."
+    kind = str(task).partition("/")[0]
+    if kind not in ("mbpp", "humaneval"):
+        expected = "expected mbpp/NUMBER or humaneval/NUMBER"
+        raise ValueError(f"code_task: task={task!r}, {expected}")
+    path = Path(file)
+    if not file:
+        folder = os.environ.get("NASH_LAB_DATA", "")
+        if not folder:
+            raise ValueError("code_task: give file=PATH, or set NASH_LAB_DATA")
+        path = Path(folder) / BENCHMARKS[kind].files["test"]
+
+    def in_the_sandbox(code, tests):
+        result = run_python(code, tests)
+        return result.passed, f"{result.stdout}\n{result.error}"
+
+    found = {made.name: made for made in code_problems(path, in_the_sandbox)}
+    if task not in found:
+        names = list(found)
+        expected = f"expected one of {len(names)}, {names[0]} to {names[-1]}"
+        raise ValueError(f"{path}: no task {task!r}, {expected}")
+    return found[task]
+
+# %% ../../nbs/discover/70_problems.ipynb #c072
 PROBLEMS = {
     "packing": circle_packing,
     "string": string_match,
     "json": json_fields,
     "distance": near_target,
+    "code": code_task,
 }
 PROBLEMS |= {objective: partial(step_function, objective) for objective in OBJECTIVES}
 
@@ -662,7 +694,7 @@ def problem_by_name(
         raise ValueError(f"problem {name!r}: not one of {known}, nor a module:name")
     try:
         made = make(**settings)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"problem {name!r}: {error}") from None
     for needed in ("initial_state", "context", "transition", "reward", "name"):
         if not hasattr(made, needed):

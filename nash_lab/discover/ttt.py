@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -152,8 +153,11 @@ def steady_adam(learning_rate: float) -> OptimConfig:
 class DiscoverConfig:
     "One search. ValueError for settings out of range."
 
-    problem: str = "erdos"  # key of discover.problems.PROBLEMS, or package.module:name
-    options: str = "{}"  # JSON object of that problem's settings
+    # erdos, autocorrelation1, autocorrelation2, packing, string, json, distance, code;
+    # constants:CapSet and nine others of that page; or package.module:name of your own
+    problem: str = "erdos"
+    # of that problem: a JSON object, or words KEY=VALUE such as target=hello
+    options: str = "{}"
     run: str = ""  # run directory of the base model
     adapter: tuple[
         str, ...
@@ -225,12 +229,20 @@ class DiscoverConfig:
         return ARMS[self.arm]
 
     def problem_options(self) -> dict[str, Any]:
-        "`options` as a dict; ValueError for anything but a JSON object."
+        "`options` as a dict; ValueError for anything but a JSON object or words KEY=VALUE."
+        expected = "a JSON object, or words KEY=VALUE"
         try:
             found = parse_json(self.options)
         except ValueError:
-            found = None
-        check_that(self, "options", isinstance(found, dict), "a JSON object")
+            found = {}
+            for word in self.options.split():
+                key, equals, value = word.partition("=")
+                is_new = key not in ("", *found) and equals == "="
+                check_that(self, "options", is_new, expected)
+                with suppress(ValueError):  # else it is a text
+                    value = parse_json(value)
+                found[key] = value
+        check_that(self, "options", isinstance(found, dict), expected)
         return found
 
 # %% ../../nbs/discover/72_ttt.ipynb #c023
