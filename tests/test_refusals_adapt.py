@@ -1,7 +1,9 @@
 "What the pages of `adapt` and the learning study refuse: the message names the class, the field and the value."
 
 import json
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from nash_lab.adapt.continual import (
     SkillGate,
     Suite,
     TextGate,
+    continual,
     evaluate_suite,
     load_suite,
     paired_change,
@@ -21,11 +24,12 @@ from nash_lab.adapt.continual import (
 from nash_lab.adapt.hf import chat_text, load_hf, read_config, read_rope, save_hf, write_config
 from nash_lab.adapt.lora import LoRAConfig, attach, combine, init_adapter, read_adapters, write_peft
 from nash_lab.adapt.sdft import Example, SDFTConfig, distil, divergence, encoder
-from nash_lab.core.configs import from_json
-from nash_lab.core.files import read_rows
+from nash_lab.core.configs import from_json, to_json
+from nash_lab.core.files import read_rows, write_json
 from nash_lab.evals.scores import Probe
 from nash_lab.model.block import ModelConfig
 from nash_lab.model.transformer import LM
+from nash_lab.train.settings import TrainConfig
 from nash_lab.studies.learning import (
     LearningConfig,
     Symbols,
@@ -254,10 +258,6 @@ def test_folders_that_are_no_model(tmp_path):
 
 def test_block_with_other_settings(tmp_path):
     "A finished block is read only by the settings that made it"
-    from nash_lab.adapt.continual import continual
-    from nash_lab.core.configs import to_json
-    from nash_lab.core.files import write_json
-
     cfg = ContinualConfig(run=str(tmp_path / "base"), out=str(tmp_path / "block"))
     write_json(tmp_path / "block/config.json", {})
     with pytest.raises(ValueError, match="there is a run already"):
@@ -265,6 +265,19 @@ def test_block_with_other_settings(tmp_path):
     write_json(tmp_path / "block/continual.json", to_json(cfg))
     with pytest.raises(ValueError, match="made with other settings: capacity: 50000 -> 7"):
         continual(ContinualConfig(run=cfg.run, out=cfg.out, capacity=7))
+
+
+def test_blocks_without_a_suite(tmp_path, monkeypatch):
+    "A file that is missing says what can stand in its place; a run that holds out nothing is refused"
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "demonstration": "b"}')
+    cfg = ContinualConfig(run="base", out="block", data="rows.jsonl")
+    with pytest.raises(FileNotFoundError, match="suite.json: no such file; --suite '' takes"):
+        continual(cfg)
+    write_json("base/config.json", to_json(TrainConfig(val_bin="held-out.jsonl")))
+    with pytest.raises(ValueError, match="base: holds out no packed text, --suite needs a file"):
+        continual(replace(cfg, suite=""))
+    assert not Path("block").exists()
 
 
 def test_examples_name_their_line(tmp_path):

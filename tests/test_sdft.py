@@ -54,6 +54,7 @@ CFG = SDFTConfig(
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=1, weight_decay=0.0),
 )
 EXAMPLES = demonstrations("X", 6, 0)
+LOOKS = ("nats", "entropy")
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,9 @@ def test_distil(lm, changes):
     assert [r["step"] for r in out.metrics] == [1, 2, 3] and all(
         np.isfinite(r["loss"]) and r["skipped"] == 0 and r["answers"] == 4 for r in out.metrics
     )
+    for row in out.metrics:
+        looks = [row[f"{who}_{what}"] for who in ("student", "teacher") for what in LOOKS]
+        assert min(looks) >= 0 and max(looks[1::2]) <= np.log(Symbols.vocab_size)
     assert len({h for _, h in seen}) == 3 and seen[-1][1] == weights_hash(out.lm)
     assert (out.adapter is None) == ("lora" not in changes.get("tune", ""))
     if "maps" in changes.get("tune", ""):
@@ -211,11 +215,14 @@ def test_a_killed_block_goes_on(lm, tmp_path):
     suite = probes(lm)
     cfg = replace(CFG, base_weight=0.5, teacher="ema")
     run = partial(gated_update, lm, Symbols(), EXAMPLES, cfg, suite, None, save_every=1)
-    straight, _ = run(tmp_path / "straight")
+    straight, verdict = run(tmp_path / "straight")
     assert not (tmp_path / "straight/sdft").exists()  # decided
     rows = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").open()]
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(1 <= r["shortest"] <= r["answer_tokens"] <= r["longest"] <= 8 for r in rows)
+    assert [row["step"] for row in rows] == [1, 2, 3, 3]
+    changes = {"own": verdict.checks[0].change}
+    assert rows[-1] == {"step": 3, "accepted": verdict.accepted, "changes": changes}
+    assert rows[0]["base_kl"] == 0 < rows[2]["base_kl"]
+    assert all(1 <= r["shortest"] <= r["answer_tokens"] <= r["longest"] <= 8 for r in rows[:3])
     assert rows[0]["lr"] == pytest.approx(3e-3) and rows[2]["lr"] < rows[1]["lr"]
 
     def killed(*given, hooks, **how):
@@ -232,8 +239,9 @@ def test_a_killed_block_goes_on(lm, tmp_path):
         gated_update(
             lm, Symbols(), EXAMPLES[1:], cfg, suite, None, tmp_path / "cut", save_every=1
         )
-    again, _ = run(tmp_path / "cut")
+    again, same = run(tmp_path / "cut")
     assert equal(params(again), params(straight))
+    assert same == verdict  # of what was learned too, by its hash
     assert [json.loads(line) for line in (tmp_path / "cut/metrics.jsonl").open()] == rows
 
 

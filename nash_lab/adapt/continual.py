@@ -9,7 +9,8 @@ every time (three seeds, [studies/learning](../studies/91_learning.ipynb))."""
 __all__ = ['Policy', 'PROBES', 'REJECTED', 'Kept', 'read_as', 'ReplayBuffer', 'paired_change',
            'CodeProbe', 'is_right', 'TextGate', 'SkillGate', 'Suite', 'load_suite', 'TextScore',
            'SkillScore', 'SuiteReport', 'evaluate_suite', 'Rejected', 'Check', 'GateDecision',
-           'decide', 'demonstration_nats', 'gated_update', 'ContinualConfig', 'continual']
+           'decide', 'demonstration_nats', 'gated_update', 'ContinualConfig', 'suite_for',
+           'continual']
 
 # %% ../../nbs/adapt/63_continual.ipynb #c003
 import json
@@ -68,7 +69,7 @@ from ..run.checkpoint import Checkpoints
 from ..run.guard import run_lock
 from ..run.rundir import MetricsLog
 from ..train.pretrain import load_run
-from ..train.settings import run_tokenizer
+from ..train.settings import run_tokenizer, saved_config
 
 # %% ../../nbs/adapt/63_continual.ipynb #c006
 Policy = Literal["reservoir", "recency", "surprise"]
@@ -593,10 +594,13 @@ def gated_update(
         given = dict(buffer=buffer, hooks=hooks, encode=encode, **resumed)
         result = update(lm, tokenizer, examples, cfg, **given)
 
-    after = evaluate_suite(result.lm, tokenizer, suite, documents)
-    write_json(folder / "eval_after.json", to_json(after))
+        after = evaluate_suite(result.lm, tokenizer, suite, documents)
+        write_json(folder / "eval_after.json", to_json(after))
+        decision = decide(before, after, suite)
+        changes = {check.name: check.change for check in decision.checks}
+        verdict = {"accepted": decision.accepted, "changes": changes}
+        log.write({"step": cfg.steps} | verdict)
 
-    decision = decide(before, after, suite)
     kept = result.lm if decision.accepted else lm
     if weights_hash(kept) != decision.weights_kept:
         raise ValueError(f"{folder}: the update has changed the weights it was given")
@@ -618,7 +622,8 @@ class ContinualConfig:
     run: str = "runs/pretrain"  # run directory to start from; nothing is written there
     out: str = "runs/continual/block"  # run directory to make
     data: str = "data/demonstrations.jsonl"  # rows of prompt and demonstration
-    suite: str = "data/suite.json"  # what decides, see `Suite`
+    # what decides, see `Suite`; empty: held-out text of `run`, which may not get worse
+    suite: str = "data/suite.json"
     # file of old examples; "" is replay.json of `run`, or a new buffer
     buffer: str = ""
     capacity: int = 50_000  # of a new buffer
@@ -633,6 +638,23 @@ class ContinualConfig:
         check_range(self, "save_every", at_least=0)
 
 
+def suite_for(path: str, run: str) -> Suite:
+    "The suite of a file; without one, held-out text of the run. FileNotFoundError, ValueError."
+    if path:
+        if not Path(path).is_file():
+            instead = f"--suite '' takes the text that {run} held out"
+            raise FileNotFoundError(f"{path}: no such file; {instead}")
+        return load_suite(path)
+    config = saved_config(Path(run))
+    if not config.val_bin.endswith(".bin"):
+        raise ValueError(f"{run}: holds out no packed text, --suite needs a file")
+    tokenizer = run_tokenizer(run)
+    held_out = PackedTokens.open(config.val_bin, tokenizer_hash=tokenizer.hash)
+    text = tokenizer.decode(held_out.tokens[:8192].tolist())
+    gate = TextGate("held-out text", text=text)
+    return Suite((gate,), seq_len=min(128, config.model.max_len))
+
+
 def continual(cfg: ContinualConfig) -> GateDecision:
     "Learn one block and keep or reject it. ValueError or OSError before training for bad input."
     cfg = replace(cfg, sdft=cfg.sdft.fitted)
@@ -645,7 +667,7 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         return read_as(GateDecision, out / "gate_decision.json")
 
     examples = read_rows(cfg.data, partial(from_row, Example), "examples")
-    suite = load_suite(cfg.suite)
+    suite = suite_for(cfg.suite, cfg.run)
     buffer_file = Path(cfg.buffer or Path(cfg.run) / "replay.json")
     if cfg.buffer or buffer_file.is_file():
         buffer = read_as(ReplayBuffer, buffer_file)
@@ -659,6 +681,7 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         if settings.exists() and read_json(settings) != to_json(cfg):
             shutil.rmtree(out / "sdft", ignore_errors=True)  # of other settings: anew
         write_json(settings, to_json(cfg))
+        write_json(out / "suite.json", to_json(suite))
         (out / "gate_decision.json").unlink(
             missing_ok=True
         )  # of a block that was interrupted

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.scipy.special import entr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
@@ -333,13 +334,21 @@ def sdft_update(
             )  # as the sampler reports them, at temperature 1
             drawn = jnp.take_along_axis(logprobs, answer[..., None], -1)
             distance = divergence(s, t, cfg.divergence, cfg.mix, cfg.top_k)
+
+            # what the two think of the answer, for the log
+            looks = {}
+            for who, said in (("student", s), ("teacher", t)):
+                chosen = jnp.take_along_axis(said, answer[..., None], -1)
+                looks[f"{who}_nats"] = -chosen[..., 0]
+                looks[f"{who}_entropy"] = entr(jnp.exp(said)).sum(-1)
             if cfg.base_weight:
                 u = jax.nn.log_softmax(first.logits(first_part[0]) / cfg.temperature)
-                distance += cfg.base_weight * divergence(s, u, "reverse")
-            return distance, drawn[..., 0]
+                looks["base_kl"] = divergence(s, u, "reverse")
+                distance += cfg.base_weight * looks["base_kl"]
+            return distance, drawn[..., 0], jax.lax.stop_gradient(looks)
 
         parts = (rows["answer"], *states)
-        distances, logprobs = map_chunks(
+        distances, logprobs, looks = map_chunks(
             score_part, parts, student.cfg.chunk_steps(len(rows["mask"]))
         )
 
@@ -350,15 +359,20 @@ def sdft_update(
             # the learner's probability over the sampler's, as a constant factor of the answer
             ratio = jnp.exp(jax.lax.stop_gradient(logprobs) - rows["logprobs"])
             weights, _ = answer_means(jnp.minimum(ratio, cfg.ratio_cap), rows["mask"])
-        count = counted.sum().astype(jnp.float32)
-        return (weights * means).sum(), (means.sum(), count)
+        sums = {"loss": means.sum(), "answers": counted.sum().astype(jnp.float32)}
+        for name, values in looks.items():
+            of_answers, _ = answer_means(values, rows["mask"])
+            sums[name] = of_answers.sum()
+        return (weights * means).sum(), sums
 
     key = jax.random.fold_in(key, train.step)
-    (total, count), grads = accumulate_gradients(
+    sums, grads = accumulate_gradients(
         batch_loss, train.params, batch, key, cfg.accumulate
     )
+    count = sums.pop("answers")
     count_or_one = jnp.maximum(count, 1)
-    loss = total / count_or_one
+    means = {name: total / count_or_one for name, total in sums.items()}
+    loss = means["loss"]
     grads = jax.tree.map(lambda g: g / count_or_one, grads)
     tx = optimizer(cfg.fitted.optim, cfg.steps)
     train, norm = apply_gradient(tx, train, loss, grads)
@@ -368,7 +382,7 @@ def sdft_update(
         phi = optax.incremental_update(train.params, phi, cfg.ema_rate)
     step = learner.train.step.astype(jnp.float32)
     metrics = {
-        "loss": loss,
+        **means,
         "lr": schedule(cfg.fitted.optim, cfg.steps)(step),
         "grad_norm": norm,
         "answers": count,

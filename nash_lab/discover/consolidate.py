@@ -27,6 +27,7 @@ from nash_lab.adapt.continual import (
     SkillGate,
     Suite,
     continual,
+    suite_for,
 )
 from ..adapt.lora import LoRAConfig
 from ..adapt.sdft import Example, SDFTConfig, encoder
@@ -174,7 +175,7 @@ class ConsolidateConfig:
 
     run: str = "runs/pretrain"  # run directory to start from; nothing is written there
     out: str = "runs/continual/night"  # run directory to make
-    # old skills that must not suffer, see adapt.continual.Suite
+    # what must not suffer, see adapt.continual.Suite; empty: held-out text of `run`
     suite: str = "data/suite.json"
     searches: tuple[str, ...] = ()  # folders of searches that are finished
     # to be searched first: names and options, as for parse_problem
@@ -208,7 +209,9 @@ class Consolidation:
 
 def consolidate(cfg: ConsolidateConfig) -> Consolidation:
     "Search, sift, teach behind gates, measure. ValueError and OSError as its parts, in one line."
-    run_tokenizer(cfg.run)  # without a tokenizer the night would end after the day
+    # without a tokenizer or a suite the night would end after the day
+    run_tokenizer(cfg.run)
+    suite_for(cfg.suite, cfg.run)
     out = Path(cfg.out)
     if not (cfg.searches or cfg.problems):
         raise ValueError("ConsolidateConfig: no searches and no problems")
