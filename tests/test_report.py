@@ -13,7 +13,9 @@ from nash_lab.data.tokenizer import TokenizerConfig, train_tokenizer
 from nash_lab.evals.scores import EvalReport, Probe, Score, run_probes
 from nash_lab.lab.report import STYLE, cell_text, html_table, paragraph, write_report
 from nash_lab.lab.run import load
+from nash_lab.adapt.continual import Check, GateDecision
 from nash_lab.core.configs import to_json
+from nash_lab.core.files import write_json
 from nash_lab.model.transformer import LM, ModelConfig
 from nash_lab.run.checkpoint import Checkpoints
 from nash_lab.train.optim import OptimConfig
@@ -365,6 +367,37 @@ def test_bad_input(tmp_path, whole):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="metrics.jsonl: no line"):
         write_report(run)
+
+
+def test_a_chain_of_updates(tmp_path):
+    "In the order of the chain, not of the names; a rejected update keeps what was; a broken file is named"
+    scores = {"c": ("base", 0.9, 0.8), "a": ("c", 0.8, 0.1), "b": ("a", 0.8, 0.85)}
+    for name, (run, before, after) in scores.items():
+        good = after > 0.5
+        check = Check("<sums>", "skill", before, after, after - before, 0, 0, -0.1, good)
+        verdict = GateDecision(good, (check, replace(check, kind="share")), "s", "x", "y", "y")
+        write_json(tmp_path / name / "gate_decision.json", to_json(verdict))
+        write_json(tmp_path / name / "continual.json", {"run": f"runs/{run}"})
+        lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "accepted": good}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    html = write_report(tmp_path).read_text()
+    assert (tmp_path / "report.html").exists() and "2 of 3 updates accepted" in html
+    updates = html[html.index("Updates</h2>") :]
+    assert re.findall(r"<tr><td>(\w)</td><td>(\w+)</td>", updates) == [
+        ("c", "base"),
+        ("a", "c"),
+        ("b", "a"),
+    ]
+    assert "<sums>" not in html and "&lt;sums&gt;" in html
+    total = re.search(r"&lt;sums&gt;</td>(.*?)</tr>", html)[1]
+    assert re.findall(r">([-.\d]+)<", total) == ["0.900", "0.850", "-0.05", "3"]
+    assert re.findall(r"<span>([.\d]+)</span>", html) == ["0.900", "0.800", "0.800", "0.850"]
+    write_json(tmp_path / "a/continual.json", {"run": "b"})  # a circle still ends
+    assert write_report(tmp_path).exists()
+    write_json(tmp_path / "a/gate_decision.json", {"accepted": 1})
+    with pytest.raises(ValueError, match="a/gate_decision.json: GateDecision"):
+        write_report(tmp_path)
 
 
 def test_numbers():

@@ -268,9 +268,9 @@ class ProbeJob:
 
 @dataclass(frozen=True)
 class ReportJob:
-    "Write the HTML report of a run."
+    "Write the HTML report of a run, or of all gated updates in a folder."
 
-    run: str = "runs/demo"  # run directory
+    run: str = "runs/demo"  # run directory, or a folder of what `sdft` made
     out: str = ""  # file to write; report.html of the run when empty
 
     def __call__(self):

@@ -5,9 +5,9 @@ is missing."""
 
 # %% auto #0
 __all__ = ['BASELINES', 'NAMES', 'RESULTS', 'STYLE', 'PAGE', 'Draw', 'paragraph', 'foldable',
-           'cell_text', 'html_table', 'RunFiles', 'model_name', 'score_cells', 'result_rows',
-           'draw_results', 'draw_streams', 'flat_row', 'nested_tables', 'draw_record',
-           'write_report']
+           'cell_text', 'bars', 'html_table', 'RunFiles', 'model_name', 'score_cells',
+           'result_rows', 'draw_results', 'draw_streams', 'flat_row', 'nested_tables',
+           'draw_record', 'html_page', 'write_chain', 'write_report']
 
 # %% ../../nbs/lab/82_report.ipynb #c003
 import base64
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..adapt.continual import GateDecision, read_as
 from ..core.configs import to_json
 from ..core.files import read_json, write_atomic
 from ..data.corpus import PackedTokens
@@ -71,6 +72,18 @@ def cell_text(value: Any) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3f}" if 0.1 <= abs(value) < 100 else f"{value:.4g}"
+
+
+def bars(scores: Sequence[tuple[str, float]]) -> str:
+    "Names with numbers from 0, drawn as bars."
+    most = max((score for _, score in scores), default=1) or 1
+    lines = []
+    for name, score in scores:
+        percent = 100 * score / most
+        bar = f'<b><i style="width:{percent:.1f}%"></i></b>'
+        label = f"<span>{escape(name)}</span>"
+        lines.append(f'<div class="bar">{label}{bar}<span>{score:.3f}</span></div>')
+    return "".join(lines)
 
 
 def html_table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
@@ -227,13 +240,7 @@ def draw_results(files: RunFiles) -> None:
         rows = result_rows(files)
         scores = [(row["model"], row["bits per byte"]) for row in rows]
         scores = [(name, bits) for name, bits in scores if bits is not None]
-        most = max((bits for _, bits in scores), default=1) or 1
-        bars = ""
-        for name, bits in scores:
-            bar = f'<b><i style="width:{100 * bits / most:.1f}%"></i></b>'
-            label = f"<span>{escape(name)}</span>"
-            bars += f'<div class="bar">{label}{bar}<span>{bits:.3f}</span></div>'
-        add(bars)
+        add(bars(scores))
         add(html_table([row.values() for row in rows], RESULTS))
         add(
             paragraph(
@@ -517,6 +524,109 @@ PAGE = Template(
 )
 
 # %% ../../nbs/lab/82_report.ipynb #c025
+def html_page(title: str, lead: str, sections: Mapping[str, Sequence[str]]) -> bytes:
+    "A whole page of sections, each a title with its blocks."
+    contents = []
+    body = []
+    for i, (name, blocks) in enumerate(sections.items()):
+        html = ""
+        for is_figure, group in groupby(
+            blocks, lambda block: block.startswith("<figure")
+        ):
+            inside = "".join(group)  # pictures side by side where there is room
+            html += f'<div class="figures">{inside}</div>' if is_figure else inside
+        contents.append(f'<a href="#s{i}">{escape(name)}</a>')
+        body.append(f'<section id="s{i}"><h2>{escape(name)}</h2>{html}</section>')
+    page = PAGE.substitute(
+        title=escape(title),
+        style=STYLE,
+        lead=lead,
+        contents=" ".join(contents),
+        body="\n".join(body),
+        version=__version__,
+    )
+    return page.encode()
+
+# %% ../../nbs/lab/82_report.ipynb #c027
+def write_chain(folder: Path, out: Path) -> Path:
+    "Write one page about the gated updates in a folder, in the order of their chain."
+    decisions = {}
+    parents = {}
+    for path in sorted(folder.glob("*/gate_decision.json")):
+        name = path.parent.name
+        decisions[name] = read_as(GateDecision, path)
+        parents[name] = Path(read_json(path.with_name("continual.json"))["run"]).name
+
+    def depth(name):
+        before = 0  # updates of this folder, by name
+        while parents[name] in decisions and before < len(parents):
+            name = parents[name]
+            before += 1
+        return before
+
+    updates = []
+    gates = {}
+    for name in sorted(decisions, key=depth):
+        decision = decisions[name]
+        metrics = read_metrics(folder / name / "metrics.jsonl")
+        losses = [row["loss"] for row in metrics if row.get("loss") is not None]
+        row = [
+            name,
+            parents[name],
+            len(losses),
+            losses[0] if losses else None,
+            losses[-1] if losses else None,
+            "accepted" if decision.accepted else "rejected",
+        ]
+        updates.append(row)
+        for check in decision.checks:
+            if check.kind == "share":
+                continue  # the same numbers as its skill's
+            scores = gates.setdefault(check.name, [("before", check.before)])
+            kept = check.after if decision.accepted else check.before
+            scores.append((name, kept))
+
+    totals = []
+    for gate, scores in gates.items():
+        _, first = scores[0]
+        _, last = scores[-1]
+        row = [
+            gate,
+            first,
+            last,
+            last - first,
+            len(scores) - 1,
+        ]
+        totals.append(row)
+    heads = [
+        "gate",
+        "before the first",
+        "now",
+        "change",
+        "updates",
+    ]
+    note = (
+        "Bits per byte of a text, lower is better; share of right answers of a skill."
+    )
+    sections = {"All together": [html_table(totals, heads), paragraph(note)]}
+    for gate, scores in gates.items():
+        sections[gate] = [bars(scores)]
+    heads = [
+        "update",
+        "from",
+        "steps",
+        "first loss",
+        "last loss",
+        "verdict",
+    ]
+    sections["Updates"] = [html_table(updates, heads)]
+    accepted = sum(decision.accepted for decision in decisions.values())
+    lead = paragraph(f"{accepted} of {len(decisions)} updates accepted.")
+    title = f"Updates in {folder.resolve().name}"
+    write_atomic(out, html_page(title, lead, sections))
+    return out
+
+# %% ../../nbs/lab/82_report.ipynb #c030
 Draw = Callable[[RunFiles], Iterable[str]]
 
 
@@ -528,7 +638,12 @@ def write_report(
     extra: Mapping[str, Draw]
     | None = None,  # sections of later stages, before the settings
 ) -> Path:
-    "Write the report of a run as one file; FileNotFoundError or ValueError for what is no run."
+    """Write the report of a run as one file, or of a folder of gated updates.
+    FileNotFoundError or ValueError for what is neither."""
+    path = Path(out or Path(run_dir) / "report.html")
+    is_run = (Path(run_dir) / "config.json").exists()
+    if not is_run and any(Path(run_dir).glob("*/gate_decision.json")):
+        return write_chain(Path(run_dir), path)
     files = RunFiles(run_dir)
     draw_results(files)
     draw_streams(files)
@@ -546,36 +661,16 @@ def write_report(
         if demo.exists():
             add(foldable(json.dumps(read_json(demo), indent=1), demo.name))
 
-    contents = []
-    body = []
-    for i, (title, blocks) in enumerate(files.sections.items()):
-        html = ""
-        for is_figure, group in groupby(
-            blocks, lambda block: block.startswith("<figure")
-        ):
-            inside = "".join(group)  # pictures side by side where there is room
-            html += f'<div class="figures">{inside}</div>' if is_figure else inside
-        contents.append(f'<a href="#s{i}">{escape(title)}</a>')
-        body.append(f'<section id="s{i}"><h2>{escape(title)}</h2>{html}</section>')
-
     model = files.config.model
     lead = paragraph(
         f"{model_name(model)}, {model.layers} layers of width {model.width}, "
         f"{parameter_count(model):,} parameters, {files.config.steps:,} steps."
     )
-    path = Path(out) if out else files.folder / "report.html"
     if path.with_name("explore.html").exists():
         inside = "Look inside the model, and switch parts of it off"
         lead += f'<p><a href="explore.html">{inside}</a></p>'
-    page = PAGE.substitute(
-        title=escape(f"Run {files.folder.resolve().name}"),
-        style=STYLE,
-        lead=lead,
-        contents=" ".join(contents),
-        body="\n".join(body),
-        version=__version__,
-    )
     for name, png in files.pictures.items():
         write_atomic(files.folder / "plots" / f"{name}.png", png)
-    write_atomic(path, page.encode())
+    title = f"Run {files.folder.resolve().name}"
+    write_atomic(path, html_page(title, lead, files.sections))
     return path
