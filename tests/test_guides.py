@@ -41,6 +41,8 @@ RUN = {
     "nash_lab generate --run runs/first": "--max-new-tokens 4",
     "nash_lab eval --run runs/first": "",
     "nash_lab report --run runs/first": "",
+    "nash_lab sdft --run runs/play": "",
+    "nash_lab report --run runs/continual": "",
     "python -c": "",
 }
 # what is read and not run, and why
@@ -163,6 +165,7 @@ def test_the_commands_of_the_guides(place, monkeypatch, capsys):
     assert len(list((place / "data/mix").glob("train-*.bin"))) > 1
     for folder in ("runs/first", "runs/first/plain"):
         assert (place / folder / "checkpoints/4/manifest.json").exists()
+    assert "of 1 updates accepted" in (place / "runs/continual/report.html").read_text()
     assert (place / "runs/first/report.html").exists() and (place / "runs/first/eval.json").exists()
     for body in settings:
         (place / "settings.json").write_text(body)
