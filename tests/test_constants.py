@@ -251,6 +251,6 @@ def test_by_name():
     for bad in ("constants:Nope", "constant:CapSet", "constants:", "constants", ".constants:CapSet"):
         with pytest.raises(ValueError, match="^problem "):
             problem_by_name(bad)
-    with pytest.raises(ValueError, match="CapSet.*unexpected keyword"):
+    with pytest.raises(ValueError, match="CapSet.*unexpected option"):
         problem_by_name("constants:CapSet", size=4)
     assert plain_rows(np.array([[1, 2]]), 2, 9, True) == [(1, 2)]

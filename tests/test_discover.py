@@ -401,7 +401,7 @@ def test_by_name(tmp_path):
     for bad in ("", "x", ":", "os:", ":x", "nope:X", "os:path", "json:JSONDecoder", "a b:c"):
         with pytest.raises(ValueError, match="^problem "):
             problem_by_name(bad)
-    with pytest.raises(ValueError, match="unexpected keyword"):
+    with pytest.raises(ValueError, match="unexpected option 'size'"):
         problem_by_name("packing", size=3)
     with pytest.raises(ValueError, match="problem 'distance': .*missing.*'target'"):
         problem_by_name("distance", prompt="?")
@@ -567,6 +567,7 @@ def test_published_code_tasks(data):
 def test_a_code_task_by_its_number(data, tmp_path, monkeypatch):
     "In the real sandbox; what is not there is refused by name"
     monkeypatch.setenv("NASH_LAB_DATA", str(data))
+    (tmp_path / "x.jsonl").write_text("")
     task = problem_by_name("code", task="mbpp/14")
     assert task.name == "mbpp/14" and "triangular prism" in task.context(State())
     right = task.transition(State(), "def find_Volume(l, b, h): return l * b * h / 2")
@@ -574,10 +575,11 @@ def test_a_code_task_by_its_number(data, tmp_path, monkeypatch):
     assert task.reward(right) == 1 and 0 < task.reward(wrong) < 1 and "failed" in wrong.note
     assert problem_by_name("code", task="humaneval/3").name == "humaneval/3"
     for settings, said in (
-        ({"task": "mbpp/0"}, "no task 'mbpp/0', expected one of 974, mbpp/1 to mbpp/974"),
+        ({"task": "mbpp/0"}, "no task 'mbpp/0' among its 974 tasks, such as mbpp/1, mbpp/2"),
         ({"task": 14}, "task=14, expected mbpp/NUMBER"),
         ({"task": "mbpp/14", "file": str(tmp_path / "gone.jsonl")}, "gone.jsonl"),
-        ({}, "missing 1 required positional argument: 'task'"),
+        ({"task": "mbpp/14", "file": str(tmp_path / "x.jsonl")}, "its 0 tasks, such as none"),
+        ({}, "missing 1 option: 'task'"),
     ):
         with pytest.raises((ValueError, OSError), match=said):
             problem_by_name("code", **settings)

@@ -154,6 +154,9 @@ def test_the_commands_of_the_guides(place, monkeypatch, capsys):
     for source, name in zip(mixture["stream"]["sources"], ("texts", "input.txt"), strict=True):
         source |= dict(name=name, subset="", column="text")  # the reader's own in place of the hub
     (place / "mix.json").write_text(json.dumps(mixture))
+    texts = [body for guide in GUIDES for language, body in fenced(guide) if language == "text"]
+    examples = next(body for body in texts if '"demonstration"' in body)
+    (place / "demonstrations.jsonl").write_text(examples)
     how = {}
     for guide in GUIDES:
         for words in commands(guide):

@@ -653,9 +653,9 @@ def code_task(
 
     found = {made.name: made for made in code_problems(path, in_the_sandbox)}
     if task not in found:
-        names = list(found)
-        expected = f"expected one of {len(names)}, {names[0]} to {names[-1]}"
-        raise ValueError(f"{path}: no task {task!r}, {expected}")
+        some = ", ".join(list(found)[:3]) or "none"
+        known = f"{len(found)} tasks, such as {some}"
+        raise ValueError(f"{path}: no task {task!r} among its {known}")
     return found[task]
 
 # %% ../../nbs/discover/70_problems.ipynb #c072
@@ -695,7 +695,10 @@ def problem_by_name(
     try:
         made = make(**settings)
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"problem {name!r}: {error}") from None
+        said = str(error)
+        for words in ("required positional argument", "keyword argument"):
+            said = said.replace(words, "option")
+        raise ValueError(f"problem {name!r}: {said}") from None
     for needed in ("initial_state", "context", "transition", "reward", "name"):
         if not hasattr(made, needed):
             raise ValueError(f"problem {name!r} has no {needed}")

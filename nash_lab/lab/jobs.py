@@ -579,7 +579,9 @@ def perform(job: Any) -> None:
             line = f"{found.folder}: reward {found.reward:.6f}"
             if found.value is not None and found.value != found.reward:
                 line += f", value {found.value:.7f}"
-            print(f"{line} after {found.rollouts:,} answers\n{found.best.solution}")
+            print(f"{line} after {found.rollouts:,} answers")
+            if found.reward > 0:
+                print(found.best.solution)
 
         case ConsolidateConfig():
             done = consolidate(job)
