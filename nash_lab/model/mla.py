@@ -23,6 +23,7 @@ from nash_lab.model.attention import (
     Mask,
     Positions,
     Segments,
+    Window,
     attend,
     causal_mask,
     read_cache,
@@ -170,6 +171,7 @@ class MLA(nnx.Module):
         positions: Positions,
         segments: Segments = None,
         cache=None,
+        window: Window | None = None,
         depth=None,
     ) -> tuple[Hidden, LatentCache | None]:
         "Attend among `x`, or through the cache after writing `x` to it."
@@ -182,7 +184,7 @@ class MLA(nnx.Module):
         k_up = self.k_up.weight[...]
         v_up = self.v_up.weight[...]
         if cache is None:
-            rows = dict(segments=segments, place=self.place)
+            rows = dict(segments=segments, window=window, place=self.place)
             y = explicit(q, latent, k_up, v_up, None, self.scale, **rows)
             return self.o(y), None
 
@@ -190,7 +192,7 @@ class MLA(nnx.Module):
             raise ValueError("segments and cache exclude each other")
         cache = write_cache(cache, (latent,), positions)
         latent = read_cache(cache)[0].astype(q.dtype)
-        mask = causal_mask(positions, latent.shape[1])
+        mask = causal_mask(positions, latent.shape[1], window)
         # which form takes fewer products, over many more slots than new tokens?
         c, _, k = k_up.shape
         m = v_up.shape[2]
