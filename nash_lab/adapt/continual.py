@@ -622,12 +622,13 @@ class ContinualConfig:
     run: str = "runs/pretrain"  # run directory to start from; nothing is written there
     out: str = "runs/continual/block"  # run directory to make
     data: str = "data/demonstrations.jsonl"  # rows of prompt and demonstration
-    # what decides, see `Suite`; empty: held-out text of `run`, which may not get worse
+    # JSON file of texts and probes that must not suffer; empty: what `run` held out
     suite: str = "data/suite.json"
     # file of old examples; "" is replay.json of `run`, or a new buffer
     buffer: str = ""
-    capacity: int = 50_000  # of a new buffer
-    policy: Policy = "reservoir"  # of a new buffer
+    capacity: int = 50_000  # examples that a new buffer keeps
+    # which ones, and how often they are shown: all evenly, newer ones, surprising ones
+    policy: Policy = "reservoir"
     # updates between checkpoints, from which an interrupted block goes on; 0: it starts anew
     save_every: int = 25
     sdft: SDFTConfig = field(default_factory=SDFTConfig)  # how to learn

@@ -175,10 +175,10 @@ class ConsolidateConfig:
 
     run: str = "runs/pretrain"  # run directory to start from; nothing is written there
     out: str = "runs/continual/night"  # run directory to make
-    # what must not suffer, see adapt.continual.Suite; empty: held-out text of `run`
+    # JSON file of texts and probes that must not suffer; empty: what `run` held out
     suite: str = "data/suite.json"
     searches: tuple[str, ...] = ()  # folders of searches that are finished
-    # to be searched first: names and options, as for parse_problem
+    # to be searched first: a name and its options, such as 'string target=hello'
     problems: tuple[str, ...] = ()
     # not searched, only measured; written in the same way
     siblings: tuple[str, ...] = ()

@@ -159,9 +159,8 @@ class DiscoverConfig:
     # of that problem: a JSON object, or words KEY=VALUE such as target=hello
     options: str = "{}"
     run: str = ""  # run directory of the base model
-    adapter: tuple[
-        str, ...
-    ] = ()  # PEFT folders, summed into its weights before the search
+    # PEFT folders, summed into its weights before the search
+    adapter: tuple[str, ...] = ()
     out: str = ""  # folder of this search; runs/discover/<problem> when empty
     # parts of the method
     arm: Literal[
