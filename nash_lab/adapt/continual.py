@@ -682,7 +682,8 @@ def continual(cfg: ContinualConfig) -> GateDecision:
         if settings.exists() and read_json(settings) != to_json(cfg):
             shutil.rmtree(out / "sdft", ignore_errors=True)  # of other settings: anew
         write_json(settings, to_json(cfg))
-        write_json(out / "suite.json", to_json(suite))
+        if Path(cfg.suite).resolve() != (out / "suite.json").resolve():
+            write_json(out / "suite.json", to_json(suite))
         (out / "gate_decision.json").unlink(
             missing_ok=True
         )  # of a block that was interrupted
