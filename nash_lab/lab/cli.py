@@ -140,7 +140,11 @@ VERBS = {
         to="out",
     ),
     "report": Verb(
-        "lab.jobs:ReportJob", "write the HTML report of a run", "", "out", False
+        "lab.jobs:ReportJob",
+        "write the HTML report of a run, or of gated updates",
+        "",
+        "out",
+        False,
     ),
     "explore": Verb(
         "lab.jobs:ExploreJob",
