@@ -142,6 +142,7 @@ def test_generate_eval_report(home, capsys):
                 "--tables",
                 "--probes",
                 f"{home}/probes.jsonl",
+                "--cache-dtype=int8",
                 "--out",
                 f"{home}/eval.json",
             ]
@@ -411,6 +412,8 @@ def test_bad_use(tmp_path, capsys):
         "expected a JSON object",
     )
     fails(capsys, ["generate", "--preset", "tiny"], 2, "GenerateJob holds no model")
+    fails(capsys, ["generate", "--cache-dtype", "int4"], 2, "--cache-dtype", "int4")
+    fails(capsys, ["eval", "--cache-dtype", "int8"], 2, "EvalJob.cache_dtype='int8'", "--tasks")
     fails(capsys, ["pretrain", "--preset", "huge"], 2, "'huge'")
     fails(capsys, ["study", "nothing"], 2, "study ablation, study arms, study gates")
     fails(capsys, ["lora", "melt"], 2, "lora apply, lora merge, lora export")

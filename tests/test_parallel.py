@@ -3,6 +3,7 @@
 Specs are shapes and need no devices. What needs eight runs in processes of its own (parallel_checks.py); what needs two processes, in tools/two_processes.py."""
 
 import json, os, subprocess, sys
+from dataclasses import replace
 from contextlib import closing
 
 import jax
@@ -225,6 +226,14 @@ def test_caches_are_divided():
             assert x.shape[1] == 4 * s.shard_shape(x.shape)[1], kind
             if x.ndim == 5 and x.shape[3] > 1:
                 assert x.shape[3] == 2 * s.shard_shape(x.shape)[3], kind
+        if kind == "maha":
+            continue
+        lm.cfg = replace(lm.cfg, cache_dtype="int8")
+        specs = cache_specs(jax.eval_shape(lambda: lm.init_cache(8, 64)), RULES, mesh)  # noqa: B023
+        for own in specs[:-1]:  # each int8 with its scale: the same devices for the same slots
+            values, scale = ((*spec.spec, None, None, None, None, None) for spec in own)
+            axes = 3 if kind == "mla" else 4
+            assert values[:axes] == scale[:axes] and "tp" in (*values, "tp" if kind == "mla" else None), kind
 
 
 def test_losses_on_every_mesh():

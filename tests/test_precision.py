@@ -16,6 +16,7 @@ from nash_lab.model.block import ModelConfig
 from nash_lab.model.layers import Linear, QuantizedLinear, eight_bit_layers
 from nash_lab.model.moe import MoEConfig
 from nash_lab.model.transformer import LM, int8_weights, model_shapes
+from nash_lab.train.preflight import product_flops
 from nash_lab.train.optim import OptimConfig, optimizer
 from nash_lab.train.step import fresh_state, make_train_step
 
@@ -90,6 +91,24 @@ def test_sixteen_bits_round_trip(kind):
     assert (np.asarray(cast(np.nextafter(middle, np.float32(np.inf)))) == high).all()
     even = low.astype(getattr(ml_dtypes, kind, kind)).view(np.uint16) % 2 == 0
     assert (np.asarray(cast(middle)) == np.where(even, low, high)).all()
+
+
+@pytest.mark.parametrize("kind, top, over", [("float8_e4m3fn", 448, 464), ("float8_e5m2", 57344, 61440), ("float16", 65504, 65520)])
+def test_past_the_largest(kind, top, over):
+    "What is not finite stays so, every pattern of it; just below the last midpoint is the largest value, just above it is none"
+    bits = np.arange(2 ** (8 * np.dtype(BITS[kind]).itemsize), dtype=BITS[kind])
+    values = jnp.asarray(bits.view(getattr(ml_dtypes, kind, kind)))
+    wide = np.asarray(jax.jit(lambda x: x.astype(jnp.float32))(values))
+    cast = jax.jit(lambda x: x.astype(kind).astype(jnp.float32))
+    back = np.asarray(cast(wide))
+    broken = ~np.isfinite(wide)
+    assert broken.sum() == {"float8_e4m3fn": 2, "float8_e5m2": 8, "float16": 2048}[kind]
+    assert (np.isnan(back) == np.isnan(wide)).all() and (back[np.isinf(wide)] == wide[np.isinf(wide)]).all()
+    over = np.float32(over)
+    edge = np.float32([np.nextafter(over, np.float32(0)), np.nextafter(over, np.float32(np.inf))])
+    for sign in (1, -1):
+        below, above = np.asarray(cast(sign * edge))
+        assert below == sign * top and not np.isfinite(above)
 
 
 def test_float16_needs_what_bfloat16_does_not():
@@ -167,6 +186,20 @@ def test_a_step_of_training(forward, backward):
         losses[quant.forward] = float(found["loss"])
     assert losses["none"] != losses[forward]
     assert abs(losses["none"] - losses[forward]) < 0.02 * losses["none"]
+
+
+@pytest.mark.parametrize("backward", ["none", "same"])
+def test_recomputation_keeps_the_products(backward):
+    "What remat runs again are the same products with 8 bits as without: a linear layer multiplies once forward"
+
+    def operations(quant):
+        cfg = ModelConfig.tiny(quant=quant, remat="dots", layers=1).plain()
+        lm = nnx.eval_shape(lambda: LM(cfg))
+        graph, params = nnx.split(lm, nnx.Param)
+        loss = jax.grad(lambda params: nnx.merge(graph, params).objective(TOKENS[:, :-1], TOKENS[:, 1:])[0])
+        return product_flops(jax.make_jaxpr(loss)(params))
+
+    assert operations(QuantConfig("int8", backward)) == operations(QuantConfig())
 
 
 def test_off_is_off():

@@ -326,10 +326,11 @@ class OffPolicy(ValueError):
     "The sampler's log-probabilities are not the learner's."
 
 
-TOLERANCE = {
+TOLERANCE = {  # type of the cache -> nats a token, cached steps against a full pass
     "float32": 1e-3,
     "bfloat16": 0.2,
-}  # nats a token, cached steps against a full pass
+    "int8": 0.5,
+}
 
 
 @nnx.jit
@@ -383,7 +384,7 @@ def update_policy(
     policy = attach(base, state.params, cfg.lora.scales(state.params))
     gaps = np.asarray(_score(policy, few)) - rollouts.sampled[:8]
     mismatch = float(np.abs(np.where(rollouts.drawn[:8], gaps, 0.0)).max())
-    most = TOLERANCE[base.cfg.compute_dtype]
+    most = TOLERANCE[base.cfg.kept_dtype.name]
     if mismatch > most:
         raise OffPolicy(
             f"log-probabilities of sampler and learner differ by {mismatch:.3g} nats, "

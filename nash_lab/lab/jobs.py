@@ -187,6 +187,8 @@ class GenerateJob:
     chat: bool = False
     system: str = ""  # instructions before the question, with --chat
     precision: Literal["float32", "int8"] = "float32"  # of linear layers, in memory
+    # of keys and values while text is sampled; the model's own when empty
+    cache_dtype: Literal["", "compute", "int8"] = ""
     max_new_tokens: int = 64  # tokens to add at most
     temperature: float = 0.7  # 0 takes the most likely token every time
     top_p: float = 0.95  # smallest set of tokens with this probability; 1 is off
@@ -208,7 +210,13 @@ class GenerateJob:
 
     def __call__(self):
         how = dict(adapters=self.adapter, weights=self.weights)
-        model = load(self.run, self.step, precision=self.precision, **how)
+        model = load(
+            self.run,
+            self.step,
+            precision=self.precision,
+            cache_dtype=self.cache_dtype,
+            **how,
+        )
         tally = DraftTally(model.lm) if self.drafts else None
         sampling = {"tally": tally}
         for name in (
@@ -298,6 +306,8 @@ class EvalJob:
     adapter: tuple[str, ...] = ()  # PEFT folders, summed into the weights
     weights: tuple[float, ...] = ()  # of each adapter in the sum; all 1 when empty
     precision: Literal["float32", "int8"] = "float32"  # of linear layers, in memory
+    # of keys and values while text is sampled; the model's own when empty
+    cache_dtype: Literal["", "compute", "int8"] = ""
     # packed tokens, or a .jsonl of instructions; the run's own validation file when empty
     data: str = ""
     batches: int = 0  # batches to score; 0 for the whole file
@@ -323,13 +333,21 @@ class EvalJob:
         check_range(self, "probe_tokens", at_least=1)
         check_that(self, "limit", min(self.limit, default=0) >= 0, "at least 0")
         check_that(self, "shots", (self.shots or 0) >= 0, "at least 0")
+        sampled = bool(self.tasks or self.probes) or not self.cache_dtype
+        check_that(self, "cache_dtype", sampled, "--tasks or --probes, to sample for")
 
     def __call__(self):
         if self.compare:
             print(describe(compare(*self.compare)))
             return
         how = dict(adapters=self.adapter, weights=self.weights)
-        model = load(self.run, self.step, precision=self.precision, **how)
+        model = load(
+            self.run,
+            self.step,
+            precision=self.precision,
+            cache_dtype=self.cache_dtype,
+            **how,
+        )
         if not self.tasks:
             cfg = model.config
             data = self.data or cfg.val_bin

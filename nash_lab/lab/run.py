@@ -7,7 +7,7 @@ __all__ = ['padded_row', 'LogProb', 'Model', 'load']
 
 # %% ../../nbs/lab/81_run.ipynb #c003
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,6 +230,7 @@ def load(
     adapters: Sequence[str | Path] = (),  # PEFT folders, summed into the weights
     weights: Sequence[float] = (),  # of each in the sum; all 1 when empty
     precision: str = "float32",  # of linear layers; int8 makes them a quarter as large
+    cache_dtype: str = "",  # compute or int8, of keys and values; "": the model's own
 ) -> Model:
     "The model of a run, every byte verified. FileNotFoundError or ValueError says what is wrong."
     if precision not in ("float32", "int8"):
@@ -238,6 +239,8 @@ def load(
     lm = with_adapters(lm, adapters, weights)
     if precision == "int8":
         lm = int8_weights(lm)
+    if cache_dtype:
+        lm.cfg = replace(lm.cfg, cache_dtype=cache_dtype)  # refuses what it is not
     path = tokenizer or base_config(run_dir).tokenizer
     if not path:
         raise ValueError(

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..maths.flash import flash_attention, widened
+from ..maths.precision import Int8Rows, empty_rows, keep_rows, float_rows
 from nash_lab.model.layers import (
     Linear,
     RMSNorm,
@@ -112,8 +113,9 @@ def attention_mask(
 class KVCache(NamedTuple):
     "Keys (already rotated) and values of the tokens so far; slot = position."
 
-    k: Float[Array, "*l b s g k"]  # of one layer, or of all layers with a leading axis
-    v: Float[Array, "*l b s g k"]
+    # of one layer, or of all layers with a leading axis; or as int8 with scales
+    k: Float[Array, "*l b s g k"] | Int8Rows
+    v: Float[Array, "*l b s g k"] | Int8Rows
     layer: Int[Array, ""] | None = None  # with a leading axis: the layer that is meant
 
 
@@ -121,28 +123,32 @@ def write_cache(cache, new: tuple[Array, ...], positions: Int[Array, "b t"]):
     "Each token of `new` into the slot of its position; positions past the end are dropped."
     rows = jnp.arange(positions.shape[0])[:, None]
     at = (rows, positions) if cache.layer is None else (cache.layer, rows, positions)
+
+    def write(old, new):
+        return old.at[at].set(new, mode="drop")
+
     written = {}
     for name, array in zip(cache._fields, new):
         old = getattr(cache, name)
-        written[name] = old.at[at].set(array.astype(old.dtype), mode="drop")
+        kept = keep_rows(array, old)
+        written[name] = jax.tree.map(write, old, kept)
     return cache._replace(**written)
 
 
 def read_cache(cache) -> tuple[Array, ...]:
     "The arrays of the layer that is meant."
     arrays = cache[:-1]
-    if cache.layer is None:
-        return arrays
-    return tuple(
-        jax.lax.dynamic_index_in_dim(a, cache.layer, keepdims=False) for a in arrays
-    )
+    if cache.layer is not None:
+        one = partial(jax.lax.dynamic_index_in_dim, index=cache.layer, keepdims=False)
+        arrays = jax.tree.map(one, arrays)
+    return tuple(map(float_rows, arrays))
 
 # %% ../../nbs/model/11_attention.ipynb #c033
 class RowCache(NamedTuple):
     "One layer's keys and values while rows are decoded together: one token of each a step."
 
-    k: Float[Array, "b g s k"]  # already rotated
-    v: Float[Array, "b g s m"]
+    k: Float[Array, "b g s k"] | Int8Rows  # already rotated
+    v: Float[Array, "b g s m"] | Int8Rows
     slot: Int[Array, ""]  # where the next token of every row goes
     seen: Bool[Array, "b s"]  # slots that this token sees, its own among them
 
@@ -171,14 +177,17 @@ def look_back(
     if segments is not None:
         raise ValueError("segments and cache exclude each other")
     if isinstance(cache, RowCache):
-        at = 0, 0, cache.slot, 0
-        put = jax.lax.dynamic_update_slice
-        keys = put(cache.k, k.swapaxes(1, 2).astype(cache.k.dtype), at)
-        values = put(cache.v, v.swapaxes(1, 2).astype(cache.v.dtype), at)
+        put = partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=cache.slot, axis=2
+        )
+        keys = keep_rows(k.swapaxes(1, 2), cache.k)
+        keys = jax.tree.map(put, cache.k, keys)
+        values = keep_rows(v.swapaxes(1, 2), cache.v)
+        values = jax.tree.map(put, cache.v, values)
         cache = cache._replace(k=keys, v=values)
         # `attention` turns them back, and the compiler drops both turns
-        keys = keys.swapaxes(1, 2)
-        values = values.swapaxes(1, 2)
+        keys = float_rows(keys).swapaxes(1, 2)
+        values = float_rows(values).swapaxes(1, 2)
         mask = cache.seen[:, None, None]
     else:
         cache = write_cache(cache, (k, v), positions)
@@ -307,5 +316,5 @@ class GQA(nnx.Module):
         self, batch: int, length: int, dtype: jnp.dtype = jnp.float32
     ) -> KVCache:
         "Zeros for one layer."
-        empty = jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype)
+        empty = empty_rows((batch, length, self.kv_heads, self.head_dim), dtype)
         return KVCache(empty, empty)

@@ -87,6 +87,8 @@ class ModelConfig:
     remat: Literal["none", "block", "dots"] = "none"
     # activations; weights stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    # keys and values that decoding keeps: in the compute type, or int8 with scales
+    cache_dtype: Literal["compute", "int8"] = "compute"
     # products of linear layers in 8 bits
     quant: QuantConfig = field(default_factory=QuantConfig)
     # layers in one turn of the scan; more compile longer and run a little faster
@@ -135,6 +137,9 @@ class ModelConfig:
             left > 0,
             f"something to predict in max_len={self.max_len}",
         )
+        if self.attention == "maha":
+            exact = self.cache_dtype == "compute"
+            check_that(self, "cache_dtype", exact, "compute: maha keeps its inputs too")
         if self.attention != "gqa":
             gqa = f"attention='gqa', not {self.attention!r}"
             check_that(self, "qkv_bias", not self.qkv_bias, gqa)
@@ -180,6 +185,12 @@ class ModelConfig:
     def depths(self) -> int:
         "Tokens predicted beyond the next one."
         return 0 if self.mtp == "none" else self.mtp_depth
+
+    @property
+    def kept_dtype(self) -> jnp.dtype:
+        "Of the numbers in a cache."
+        own = self.cache_dtype
+        return jnp.dtype(self.compute_dtype if own == "compute" else own)
 
 
 ATTENTIONS = {  # class, and the field of its own configuration

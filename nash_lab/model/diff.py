@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..core.configs import check_choices, check_range, check_that
+from ..maths.precision import empty_rows
 from nash_lab.model.attention import (
     Hidden,
     Keys,
@@ -219,8 +220,8 @@ class DIFF1(nnx.Module):
         self, batch: int, length: int, dtype: jnp.dtype = jnp.float32
     ) -> KVCache:
         "Zeros, as many bytes as plain attention has: half as many values of twice the width."
-        k = jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype)
-        v = jnp.zeros((batch, length, self.kv_heads // 2, 2 * self.head_dim), dtype)
+        k = empty_rows((batch, length, self.kv_heads, self.head_dim), dtype)
+        v = empty_rows((batch, length, self.kv_heads // 2, 2 * self.head_dim), dtype)
         return KVCache(k, v)
 
 # %% ../../nbs/model/12_diff.ipynb #c043
@@ -296,5 +297,5 @@ class DIFF2(nnx.Module):
         self, batch: int, length: int, dtype: jnp.dtype = jnp.float32
     ) -> KVCache:
         "Zeros, as plain attention has them."
-        empty = jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype)
+        empty = empty_rows((batch, length, self.kv_heads, self.head_dim), dtype)
         return KVCache(empty, empty)

@@ -159,7 +159,8 @@ STAGE = 64  # new tokens for which many rows read no longer cache
 def by_layer(lm: LM, cache: KVCache, lengths: Int[Array, "b"], most: int):
     "Block, keys and values of each layer, and which layers keep only their window's tokens."
     graph, stack = nnx.split(lm.blocks)
-    whole = stack, cache.k.swapaxes(2, 3), cache.v.swapaxes(2, 3)  # heads in front
+    # heads in front
+    whole = stack, *jax.tree.map(lambda a: a.swapaxes(2, 3), (cache.k, cache.v))
     window = lm.cfg.window
     newest = lengths[:, None] - window + jnp.arange(window)[None]
     newest = jnp.maximum(newest, 0)  # before the first token: never seen
@@ -267,9 +268,10 @@ def _decode(graphdef, weights, batch, room, copies=1):
     for stop in stops:
         if together:  # the cache grows between loops
             more = [(0, 0), (0, 0), (0, t + stop - filled), (0, 0)]
-            grow = partial(jnp.pad, pad_width=more)
             for i in set(range(len(blocks))) - rings:
-                state.cache[i] = jax.tree.map(grow, state.cache[i])
+                own = state.cache[i]
+                own = jax.tree.map(lambda a, more=more: jnp.pad(a, more[: a.ndim]), own)
+                state.cache[i] = own
             filled = t + stop
         until = jnp.minimum(limit, stop + 1)
         state = jax.lax.while_loop(

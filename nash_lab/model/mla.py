@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..core.configs import check_range, check_that
+from ..maths.precision import Int8Rows, empty_rows
 from nash_lab.model.attention import (
     Hidden,
     Mask,
@@ -64,7 +65,7 @@ class MLAConfig:
 class LatentCache(NamedTuple):
     "Normalised latent and rotated shared key of the tokens so far, side by side; slot = position."
 
-    latent: Float[Array, "*l b s cr"]  # a leading axis: of all layers
+    latent: Float[Array, "*l b s cr"] | Int8Rows  # a leading axis: of all layers
     layer: Int[Array, ""] | None = None  # with a leading axis: the layer that is meant
 
 # %% ../../nbs/model/13_mla.ipynb #c012
@@ -208,5 +209,5 @@ class MLA(nnx.Module):
     ) -> LatentCache:
         "Zeros for one layer: c + r numbers a token, for all heads together."
         return LatentCache(
-            jnp.zeros((batch, length, self.cfg.kv_rank + self.cfg.rope_dim), dtype)
+            empty_rows((batch, length, self.cfg.kv_rank + self.cfg.rope_dim), dtype)
         )

@@ -239,7 +239,7 @@ def _speculate(graphdef, weights, batch, room, copies, rule):
     for k in range(1, depths + 1):
         before = h if lm.cfg.mtp == "sequential" else hidden
         after = read_slots(tokens, everywhere + k)
-        empty = attention.init_cache(b, slots, jnp.dtype(lm.cfg.compute_dtype))
+        empty = attention.init_cache(b, slots, lm.cfg.kept_dtype)
         h, head_cache = draft(lm, k, before, after, everywhere, empty)
         heads.append(head_cache)
 

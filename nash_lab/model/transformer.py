@@ -206,10 +206,9 @@ class LM(nnx.Module):
         return total, {"nats": nats, "count": count, "aux": aux, "mtp": mtp}
 
     def init_cache(self, batch: int, length: int) -> KVCache:
-        "Empty caches of all layers, [l b s ...] in the compute type, for sequences up to `length`."
-        dtype = jnp.dtype(self.cfg.compute_dtype)
+        "Empty caches of all layers, [l b s ...], for sequences up to `length`."
         layers = self.cfg.layers
-        one = self.blocks.attention.init_cache(batch, length, dtype)
+        one = self.blocks.attention.init_cache(batch, length, self.cfg.kept_dtype)
         return jax.tree.map(lambda a: jnp.zeros((layers, *a.shape), a.dtype), one)
 
     def step(

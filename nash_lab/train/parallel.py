@@ -486,8 +486,11 @@ def cache_specs(cache: Any, rules: AxisRules, mesh: Mesh) -> Any:
         axes = (None,) * x.ndim
         for name in path_name(path).split("/"):
             if name in CACHED:
-                stacked = x.ndim - len(CACHED[name])
-                axes = ("layers",) * stacked + CACHED[name]
+                own = CACHED[name]
+                if path_name(path).endswith("/scale"):  # of int8: one for a last axis
+                    own = own[:-1]
+                stacked = x.ndim - len(own)
+                axes = ("layers",) * stacked + own
                 break
         shardings.append(NamedSharding(mesh, spec_of(axes, x.shape, rules, mesh)))
     return jax.tree.unflatten(tree, shardings)

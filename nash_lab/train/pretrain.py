@@ -302,7 +302,8 @@ def pretrain(
 
 # %% ../../nbs/train/44_pretrain.ipynb #c012
 LOOSE = ("dropout", "remat", "compute_dtype", "unroll", "loss_chunk", "max_len")
-LOOSE += ("init_std", "out_init", "mtp_weight", "kernel")  # may differ from start_from
+LOOSE += ("cache_dtype", "init_std", "out_init", "mtp_weight", "kernel")
+# these may differ from start_from
 
 
 def training_model(cfg: TrainConfig, lm: LM | None = None) -> LM:
