@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from nash_lab.core.keys import named_key
+from nash_lab.maths import flash
 from nash_lab.maths.flash import (
     flash_attention,
     library_attention,
@@ -68,6 +69,8 @@ CASES = {
     "window": (400, 2, 1, 8, 4, None, 150, None),
     "window of one": (200, 2, 1, 8, 8, None, 1, None),
     "window, documents": (390, 3, 3, 8, 8, (128, 256), 100, None),
+    "larger blocks": (1024, 4, 2, 8, 8, (1, 300, 1000), None, None),
+    "larger blocks, window": (1024, 2, 1, 8, 4, None, 300, None),
 }
 
 
@@ -81,11 +84,15 @@ def test_blocks_are_the_naive_form(case):
     np.testing.assert_allclose(y, exact(*arrays, segments, **how), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 6e-2)])
-def test_gradients_are_those_of_the_plain_form(dtype, tolerance):
-    arrays = rows(300, 4, 2, 8, 8, dtype)
-    segments = documents(300, 100, 290)
-    weight = normal("weight", 2, 300, 4, 8)
+@pytest.mark.parametrize(
+    "dtype, tolerance, t", [("float32", 2e-5, 300), ("bfloat16", 6e-2, 300), ("float32", 2e-5, 1024)]
+)
+def test_gradients_are_those_of_the_plain_form(dtype, tolerance, t, monkeypatch):
+    "at 1,024 tokens blocks of 256, and two parts of two key heads each"
+    monkeypatch.setattr(flash, "CACHED", 4 * 256**2)
+    arrays = rows(t, 4, 2, 8, 8, dtype)
+    segments = documents(t, 100, 290)
+    weight = normal("weight", 2, t, 4, 8)
 
     def gradients(f):
         total = lambda *a: jnp.sum(weight * f(*a).astype(jnp.float32))
@@ -112,6 +119,24 @@ def test_the_kernel_of_a_tpu_interpreted(window):
     gradients = splash_backward(q, k, v, segments, y, logsum, weight, window, interpret=True)
     for mine, theirs in zip(gradients, pull(weight)):
         np.testing.assert_allclose(mine, theirs, atol=3e-5)
+
+
+def test_large_scores_do_not_overflow():
+    "scores of several hundred in blocks of 256: the largest is subtracted first"
+    q, k, v = rows(1024, 2, 1, 4, 4, b=1)
+    y = jax.jit(flash_attention)(q * 12, k * 12, v)
+    expected = exact(q * 12, k * 12, v)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-3)
+
+
+def test_a_block_is_no_wider_than_its_use():
+    "tokens of a block and key heads at once: rows of 512 together, rows of 2,048 by themselves"
+    sizes = []
+    for b, t, h, g, window in ((8, 512, 4, 4, None), (8, 2048, 4, 4, None), (1, 4096, 12, 1, 300)):
+        q, k = (jax.ShapeDtypeStruct((b, heads, t, 32), "float32") for heads in (h, g))
+        found = jax.eval_shape(lambda q, k: flash.in_parts(q, k, None, window)[1][2], q, k)
+        sizes.append(found.shape)
+    assert sizes == [(1, 32, 1, 512, 32), (8, 4, 1, 2048, 32), (1, 1, 1, 4096, 32)]
 
 
 def test_short_rows_keep_the_plain_form_to_the_last_digit():
