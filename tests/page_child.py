@@ -4,7 +4,7 @@ import os
 from multiprocessing import get_context
 from pathlib import Path
 
-# third-party and slow to import; none of them starts a JAX backend, which would not survive a fork
+# slow to import, or imported by every page; none of them starts a JAX backend, which would not survive a fork
 IMPORTED = [
     "jax",
     "flax.nnx",
@@ -15,6 +15,7 @@ IMPORTED = [
     "nbdev.showdoc",
     "fastcore.test",
     "matplotlib.pyplot",
+    "nash_lab.lab.demo",
 ]
 
 
