@@ -209,12 +209,12 @@ class Consolidation:
 
 def consolidate(cfg: ConsolidateConfig) -> Consolidation:
     "Search, sift, teach behind gates, measure. ValueError and OSError as its parts, in one line."
+    if not (cfg.searches or cfg.problems):
+        raise ValueError("ConsolidateConfig: no searches and no problems")
     # without a tokenizer or a suite the night would end after the day
     run_tokenizer(cfg.run)
     suite_for(cfg.suite, cfg.run)
     out = Path(cfg.out)
-    if not (cfg.searches or cfg.problems):
-        raise ValueError("ConsolidateConfig: no searches and no problems")
 
     # day: search from the base what has not been searched
     folders = [Path(folder) for folder in cfg.searches]
