@@ -30,7 +30,6 @@ from jaxtyping import Float
 
 from ..core.files import MAX_FILE_BYTES, parse_json, read_text
 from ..data.tokenizer import HFTokenizer
-from ..evals.code_tasks import BENCHMARKS
 from ..evals.sandbox import run_python
 
 # %% ../../nbs/discover/70_problems.ipynb #c006
@@ -645,6 +644,9 @@ def code_task(
         folder = os.environ.get("NASH_LAB_DATA", "")
         if not folder:
             raise ValueError("code_task: give file=PATH, or set NASH_LAB_DATA")
+        # here and not above: it imports JAX, which no other problem needs
+        from nash_lab.evals.code_tasks import BENCHMARKS
+
         path = Path(folder) / BENCHMARKS[kind].files["test"]
 
     def in_the_sandbox(code, tests):
