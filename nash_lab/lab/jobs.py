@@ -209,14 +209,9 @@ class GenerateJob:
         check_that(self, "system", self.chat or not self.system, "--chat beside it")
 
     def __call__(self):
-        how = dict(adapters=self.adapter, weights=self.weights)
-        model = load(
-            self.run,
-            self.step,
-            precision=self.precision,
-            cache_dtype=self.cache_dtype,
-            **how,
-        )
+        how = dict(precision=self.precision, cache_dtype=self.cache_dtype)
+        how |= dict(adapters=self.adapter, weights=self.weights)
+        model = load(self.run, self.step, **how)
         tally = DraftTally(model.lm) if self.drafts else None
         sampling = {"tally": tally}
         for name in (
@@ -340,14 +335,9 @@ class EvalJob:
         if self.compare:
             print(describe(compare(*self.compare)))
             return
-        how = dict(adapters=self.adapter, weights=self.weights)
-        model = load(
-            self.run,
-            self.step,
-            precision=self.precision,
-            cache_dtype=self.cache_dtype,
-            **how,
-        )
+        how = dict(precision=self.precision, cache_dtype=self.cache_dtype)
+        how |= dict(adapters=self.adapter, weights=self.weights)
+        model = load(self.run, self.step, **how)
         if not self.tasks:
             cfg = model.config
             data = self.data or cfg.val_bin
