@@ -8,9 +8,9 @@ __all__ = ['COLLECTIVES', 'ITEM_BYTES', 'IN_PLACE', 'NO_TRAFFIC', 'NAMES_ONLY', 
            'SHARED_MODULES', 'GIB', 'CHIPS', 'TARGETS', 'PROGRAMS', 'UNITS',
            'ACTIVATION_CROSSINGS', 'WEIGHT_CROSSINGS', 'MOMENT_CROSSINGS', 'UPDATE_CROSSINGS',
            'FSDP_TRANSFERS', 'DATA_TRANSFERS', 'TP_TRANSFERS', 'product_flops', 'hbm_bytes', 'Op',
-           'parse_hlo', 'fused_ops', 'fused_bytes', 'frame_modules', 'trip_count', 'traffic',
-           'row_costs', 'Chip', 'Target', 'PreflightConfig', 'sharded_program', 'Program',
-           'compile_function', 'compile_program', 'worker', 'chip_of', 'chips_of',
+           'parse_hlo', 'fused_ops', 'fused_bytes', 'kernel_bytes', 'frame_modules', 'trip_count',
+           'traffic', 'row_costs', 'Chip', 'Target', 'PreflightConfig', 'sharded_program',
+           'Program', 'compile_function', 'compile_program', 'worker', 'chip_of', 'chips_of',
            'PreflightReport', 'preflight', 'Estimate', 'kept_bytes', 'estimate',
            'candidate_settings', 'first_that_fits', 'setting_flags', 'advice', 'report_text',
            'preflight_text']
@@ -168,9 +168,8 @@ def parse_hlo(
             if kind not in ("constant", "parameter"):
                 operands = re.findall(r"%([\w.\-]+)", inside)
             ops.append(Op(name, shape, kind, operands, tail[end:]))
-        elif (
-            ops and "metadata=" in line
-        ):  # a kernel's attributes may take several lines
+        elif ops and line.startswith(('"', "}}")):
+            # a kernel's attributes may take several lines
             ops[-1] = ops[-1]._replace(rest=ops[-1].rest + line)
     return computations, entry
 
@@ -226,8 +225,9 @@ def fused_bytes(ops: list[Op]) -> float:
                     uses.append((op, position))
         kinds = {op.kind for op, _ in uses}
         only_source = bool(uses) and all(position == 0 for _, position in uses)
-        if only_source and kinds <= {"dynamic-slice", "gather"}:
-            moved += sum(hbm_bytes(op.shape) for op, _ in uses)
+        if only_source and kinds <= {"slice", "dynamic-slice", "gather"}:
+            cut = sum(hbm_bytes(op.shape) for op, _ in uses)
+            moved += min(cut, hbm_bytes(parameter.shape))
         elif not (only_source and kinds <= IN_PLACE.keys()):
             moved += hbm_bytes(parameter.shape)
 
@@ -254,6 +254,22 @@ NO_TRAFFIC = {
 # custom calls that only name bytes, and those that are kernels of Pallas
 NAMES_ONLY = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 KERNEL = "tpu_custom_call"
+
+
+def kernel_bytes(kernel: Op, shapes: dict[str, str]) -> float:
+    "Bytes of a kernel's operands and results; of a stack that it names, those of one layer."
+    read = list(kernel.operands)
+    aliases = re.search(r"output_to_operand_aliasing=([^a-z]*)|$", kernel.rest)[1]
+    in_place = re.findall(r": \((\d+),", aliases or "")
+    arrays = [kernel.shape]
+    arrays += [
+        shapes.get(name, "") for i, name in enumerate(read) if str(i) not in in_place
+    ]
+    stack = re.search(r'"stack":"(\d+),([\d,]+)"|$', kernel.rest)
+    if stack[1]:
+        whole, layer = f"[{stack[1]},{stack[2]}]", f"[{stack[2]}]"
+        arrays = [a.replace(whole, layer) for a in arrays]
+    return sum(map(hbm_bytes, arrays))
 
 # %% ../../nbs/train/45_preflight.ipynb #c017
 SHARED_MODULES = ("model/layers", "maths/flash")  # count for the module that calls them
@@ -358,11 +374,12 @@ def traffic(
                     moved = 0.0
                 elif target == KERNEL:
                     kind = "kernel"
+                    moved = kernel_bytes(op, {o.name: o.shape for o in ops})
             frame = re.search(r"stack_frame_id=(\d+)|$", op.rest)[1]
             total[modules.get(frame, "other"), kind] += times * moved
     return dict(total)
 
-# %% ../../nbs/train/45_preflight.ipynb #c027
+# %% ../../nbs/train/45_preflight.ipynb #c029
 GIB = 2**30
 
 
@@ -395,7 +412,7 @@ def row_costs(
     flops = product_flops(jax.make_jaxpr(jax.grad(row_loss))(params, tokens, key))
     return one_row, two_rows - one_row, flops
 
-# %% ../../nbs/train/45_preflight.ipynb #c035
+# %% ../../nbs/train/45_preflight.ipynb #c037
 @dataclass(frozen=True)
 class Chip:
     "Peaks of one chip; infinite where nothing is known."
@@ -430,7 +447,7 @@ TARGETS = {
     "v5e-1": Target("v5e", "v5e:1x1", (1, 1, 1), "v5litepod-1"),
 }
 
-# %% ../../nbs/train/45_preflight.ipynb #c038
+# %% ../../nbs/train/45_preflight.ipynb #c040
 PROGRAMS = ("train", "prefill", "decode")
 
 
@@ -475,7 +492,7 @@ class PreflightConfig:
             self, "batch_size", divides, f"a multiple of accumulate={self.accumulate}"
         )
 
-# %% ../../nbs/train/45_preflight.ipynb #c042
+# %% ../../nbs/train/45_preflight.ipynb #c044
 def sharded_program(
     cfg: PreflightConfig,
     name: str,  # train, prefill or decode
@@ -529,7 +546,7 @@ def sharded_program(
     serve = jax.jit(next_logits, donate_argnums=3, out_shardings=(None, specs))
     return serve, args, cfg.serve_rows * length
 
-# %% ../../nbs/train/45_preflight.ipynb #c045
+# %% ../../nbs/train/45_preflight.ipynb #c047
 @dataclass(frozen=True)
 class Program:
     "What one compiled program needs of each chip, in bytes where nothing else is said."
@@ -560,7 +577,7 @@ class Program:
         "Seconds that one call takes at least."
         return max(chip.seconds(self.flops, self.moved), self.linked / chip.link)
 
-# %% ../../nbs/train/45_preflight.ipynb #c047
+# %% ../../nbs/train/45_preflight.ipynb #c049
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -652,7 +669,7 @@ def compile_program(
         flops=counted.flops / mesh.size,
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c055
+# %% ../../nbs/train/45_preflight.ipynb #c057
 def worker():
     "The other process: a config on stdin, its programs or an error on the last line of stdout."
     job = json.load(sys.stdin)
@@ -673,7 +690,7 @@ def worker():
         answer = {"error": str(error)}
     print("\n" + json.dumps(answer))
 
-# %% ../../nbs/train/45_preflight.ipynb #c057
+# %% ../../nbs/train/45_preflight.ipynb #c059
 def chip_of(target: str) -> Chip:
     "Peaks of one chip of a target; `local` is the first device of this machine."
     if target in TARGETS:
@@ -774,7 +791,7 @@ def preflight(cfg: PreflightConfig) -> PreflightReport:
     programs = [from_json(Program, program) for program in answer["programs"]]
     return PreflightReport(cfg, chip, tuple(programs))
 
-# %% ../../nbs/train/45_preflight.ipynb #c061
+# %% ../../nbs/train/45_preflight.ipynb #c063
 class Estimate(NamedTuple):
     "GiB on each chip and seconds of a train step, without compiling."
 
@@ -799,7 +816,7 @@ def kept_bytes(
     state = jax.eval_shape(optimizer(optim, 10**6).init, params)
     return tree_bytes(params), tree_bytes(state)
 
-# %% ../../nbs/train/45_preflight.ipynb #c062
+# %% ../../nbs/train/45_preflight.ipynb #c064
 # How often an array crosses the memory. Activations: written, read, the same in the backward
 # pass, and once or twice more for what is computed again.
 ACTIVATION_CROSSINGS = {"none": 4, "dots": 5, "block": 6}
@@ -865,7 +882,7 @@ def estimate(
         seconds=chip.seconds(flops, moved) + linked / chip.link,
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c068
+# %% ../../nbs/train/45_preflight.ipynb #c070
 def candidate_settings(
     cfg: PreflightConfig,
 ) -> list[tuple[PreflightConfig, Estimate]]:
@@ -924,7 +941,7 @@ def first_that_fits(
             return found, tried
     return None, tried
 
-# %% ../../nbs/train/45_preflight.ipynb #c072
+# %% ../../nbs/train/45_preflight.ipynb #c074
 def setting_flags(
     cfg: PreflightConfig,  # a setting
 ) -> str:
