@@ -5,8 +5,8 @@ size at 2 and at 24 layers, and its loss needs less than half the memory of one 
 
 # %% auto #0
 __all__ = ['ATTENTIONS', 'PRESETS', 'REMATS', 'ModelConfig', 'add_aux', 'Block', 'stacked',
-           'run_stack', 'cross_stack', 'cut_time', 'join_time', 'map_chunks', 'einsum32',
-           'nats_of', 'chunked_nats']
+           'run_stack', 'cross_stack', 'scan_in_place', 'cut_time', 'join_time', 'map_chunks',
+           'einsum32', 'nats_of', 'chunked_nats']
 
 # %% ../../nbs/model/18_block.ipynb #c003
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..core.configs import check_choices, check_range, check_that
 from ..core.keys import named_key
 from ..maths.flash import NAME
-from ..maths.mhc_kernels import LANES
+from ..maths.mhc_kernels import LANES, Slot
 from ..maths.mhc_kernels import NAME as CROSSING
 from ..maths.precision import PRODUCT, QuantConfig
 from .attention import GQA, KVCache, Window
@@ -545,11 +545,12 @@ def cross_stack(
     hyper, norm = nnx.merge(door, jax.tree.map(lambda w: w[0], own))
     start = state, *hyper.first_read(state, norm)
 
-    def crossed_layer(carry, own):
+    def crossed_layer(carry, weights, own, everywhere):
         state, x, u = carry
-        weights, following, index, key = own
-        block = nnx.merge(graph, weights)
-        hyper, norm = nnx.merge(door, following)
+        block = nnx.merge(graph, weights[0])
+        hyper, norm = nnx.merge(door, weights[1])
+        index, key = own
+        positions, segments = everywhere
         where = dict(positions=positions, segments=segments, depth=index, key=key)
 
         maps = block.attention_hyper.maps(u)
@@ -562,16 +563,89 @@ def cross_stack(
         carry = hyper.cross(state, y, ffn_maps, norm, before)
         return carry, ((maps, ffn_maps), add_aux(aux, ffn_aux))
 
+    each = (weights, following), (jnp.arange(cfg.layers), keys)
+    args = start, *each, (positions, segments)
+    carry, (maps, aux) = scan_in_place(cfg, crossed_layer, hyper.hands_on, *args)
+    return carry[0], None, maps, None if aux is None else aux.sum()
+
+# %% ../../nbs/model/18_block.ipynb #c019
+def scan_in_place(
+    cfg: ModelConfig,
+    layer: Callable,  # of carry, weights, own, everywhere; it ends with a crossing
+    hands_on: bool,  # whether the state carries read weights beside the streams
+    start: tuple,  # state of the residual connection, what a sublayer sees, projection
+    weights: Any,  # of every layer
+    own: tuple,  # index of every layer, and what else has no gradient
+    everywhere: Any,  # the same for every layer, without a gradient
+):
+    "`jax.lax.scan` of a layer whose streams are kept where its kernels write and read them."
+
+    def apart(carry):
+        state, x, u = carry
+        streams, *handed = state if hands_on else (state,)
+        if not isinstance(streams, Slot):
+            streams = tuple(a.reshape(-1, a.shape[-1]) for a in streams)
+        return streams, (handed, x, u)
+
+    def together(streams, rest):
+        handed, x, u = rest
+        if not isinstance(streams, Slot):
+            streams = tuple(a.reshape(x.shape) for a in streams)
+        return (streams, *handed) if hands_on else streams, x, u
+
+    def in_place(gradient, rest, weights, own, everywhere, stack):
+        slot = Slot(stack, own[0], gradient)
+        carry, shown = layer(together(slot, rest), weights, own, everywhere)
+        slot, rest = apart(carry)
+        return (slot.gradient, rest, shown), slot.stack
+
     if cfg.remat != "none":
         policy = REMATS[cfg.remat]
-        crossed_layer = jax.checkpoint(crossed_layer, policy=policy, prevent_cse=False)
-    inputs = weights, following, jnp.arange(cfg.layers), keys
-    (state, _, _), (maps, aux) = jax.lax.scan(
-        crossed_layer, start, inputs, unroll=cfg.unroll
-    )
-    return state, None, maps, None if aux is None else aux.sum()
+        in_place = jax.checkpoint(in_place, policy=policy, prevent_cse=False)
+    scan = partial(jax.lax.scan, unroll=cfg.unroll)
 
-# %% ../../nbs/model/18_block.ipynb #c024
+    @jax.custom_vjp
+    def scanned(start, weights, own, everywhere):
+        return scan(
+            lambda carry, xs: layer(carry, *xs, everywhere), start, (weights, own)
+        )
+
+    def scan_forward(start, weights, own, everywhere):
+        streams, rest = apart(start)
+        stack = [jax.lax.empty((cfg.layers + 1, *x.shape), x.dtype) for x in streams]
+        stack = tuple(a.at[0].set(x) for a, x in zip(stack, streams))
+
+        def layer_forward(carry, xs):
+            rest, stack = carry
+            args = streams, rest, *xs, everywhere, stack
+            (_, rest, shown), back, stack = jax.vjp(in_place, *args, has_aux=True)
+            back.args_res[2:] = [None] * 4  # `scan_backward` has them
+            return (rest, stack), (shown, back)
+
+        (rest, stack), (shown, backs) = scan(
+            layer_forward, (rest, stack), (weights, own)
+        )
+        end = together(tuple(a[-1] for a in stack), rest)
+        return (end, shown), (backs, weights, own, everywhere, stack)
+
+    def scan_backward(kept, d):
+        backs, weights, own, *others = kept
+        d_end, d_shown = d
+
+        def layer_backward(d, xs):
+            back, d_shown, *here = xs
+            back.args_res[2:] = *here, *others
+            d_streams, d_rest, d_weights, *_ = back((*d, d_shown))
+            return (d_streams, d_rest), d_weights
+
+        xs = backs, d_shown, weights, own
+        d_start, d_weights = scan(layer_backward, apart(d_end), xs, reverse=True)
+        return together(*d_start), d_weights, None, None
+
+    scanned.defvjp(scan_forward, scan_backward)
+    return scanned(start, weights, own, everywhere)
+
+# %% ../../nbs/model/18_block.ipynb #c026
 def cut_time(arrays, chunk: int):
     "A pytree of [b t ...], zero-padded and cut along time: [t / chunk, b, chunk, ...]."
     leaves, tree = jax.tree.flatten(arrays)
@@ -605,7 +679,7 @@ def map_chunks(f: Callable, arrays, chunk: int):
     t = jax.tree.leaves(arrays)[0].shape[1]
     return join_time(results, t)
 
-# %% ../../nbs/model/18_block.ipynb #c027
+# %% ../../nbs/model/18_block.ipynb #c029
 def einsum32(
     spec: str, a: Float[Array, "*m"], b: Float[Array, "*n"]
 ) -> Float[Array, "*o"]:
@@ -631,7 +705,7 @@ def nats_of(
     nats = logsum - jnp.take_along_axis(z, targets[..., None], -1)
     return nats[..., 0], z, logsum
 
-# %% ../../nbs/model/18_block.ipynb #c029
+# %% ../../nbs/model/18_block.ipynb #c031
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_nats(
     hidden: Float[Array, "b t d"],
