@@ -121,8 +121,10 @@ def test_the_model_with_kernels_is_itself(residual):
     for kernel in ("pallas", "xla"):
         few = dict(streams=2, iterations=2, kernel=kernel)
         own = dict(mhc=MHCConfig(**few), residuals=ResidualConfig(**few))
-        remat = "dots" if residual == "mhc" else "block"
-        cfg = ModelConfig.tiny(residual=residual, remat=remat, **own)
+        remat = dict(remat="dots")
+        if residual == "v41":
+            remat = dict(remat="block", remat_every=2 if kernel == "pallas" else 1)
+        cfg = ModelConfig.tiny(residual=residual, **remat, **own)
         graph, weights = nnx.split(LM(cfg, nnx.Rngs(0)), nnx.Param)
 
         def total(w):

@@ -67,6 +67,10 @@ REFUSED = {
         lambda: ModelConfig.tiny(full_layers=(1,)),
         ["ModelConfig.full_layers=(1,)", "none without a window"],
     ),
+    "checkpoints that do not divide the layers": (
+        lambda: ModelConfig.tiny(layers=4, remat_every=3),
+        ["ModelConfig.remat_every=3", "a divisor of layers=4"],
+    ),
     "blocks beyond max_len": (
         lambda: ModelConfig.tiny(attention="maha", maha=MAHAConfig(scales=8)),
         ["128", "64"],

@@ -5,8 +5,8 @@ size at 2 and at 24 layers, and its loss needs less than half the memory of one 
 
 # %% auto #0
 __all__ = ['ATTENTIONS', 'PRESETS', 'REMATS', 'ModelConfig', 'add_aux', 'Block', 'stacked',
-           'run_stack', 'cross_stack', 'scan_in_place', 'cut_time', 'join_time', 'map_chunks',
-           'einsum32', 'nats_of', 'chunked_nats']
+           'scan_groups', 'run_stack', 'cross_stack', 'scan_in_place', 'cut_time', 'join_time',
+           'map_chunks', 'einsum32', 'nats_of', 'chunked_nats']
 
 # %% ../../nbs/model/18_block.ipynb #c003
 from collections.abc import Callable
@@ -85,6 +85,9 @@ class ModelConfig:
     # what the backward pass recomputes: nothing, whole blocks, all but weight matmuls;
     # attention over long rows is never run twice
     remat: Literal["none", "block", "dots"] = "none"
+    # blocks between two checkpoints; several at once run forwards once more, and of
+    # their streams only the first are kept
+    remat_every: int = 1
     # activations; weights stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     # keys and values that decoding keeps: in the compute type, or int8 with scales
@@ -125,6 +128,8 @@ class ModelConfig:
         self.residuals.check_variant(self.residual, self.width)
         check_range(self, "dropout", at_least=0, below=1)
         check_range(self, "mtp_weight", "out_init", at_least=0)
+        whole = self.layers % self.remat_every == 0
+        check_that(self, "remat_every", whole, f"a divisor of layers={self.layers}")
         groups = self.heads % self.kv_heads == 0
         check_that(self, "heads", groups, f"a multiple of kv_heads={self.kv_heads}")
         check_that(
@@ -472,6 +477,17 @@ def stacked(
     return every(rngs, jnp.arange(count))
 
 
+def scan_groups(cfg: ModelConfig, scan: Callable, carry: Any, inputs: Any):
+    "`scan(carry, inputs)` over all blocks, or over checkpointed groups of `remat_every`."
+    every = cfg.remat_every
+    if every == 1:
+        return scan(carry, inputs)
+    inputs = jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), inputs)
+    group = jax.checkpoint(scan, prevent_cse=False)
+    carry, shown = jax.lax.scan(group, carry, inputs)
+    return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), shown)
+
+
 def run_stack(
     cfg: ModelConfig,
     blocks: Block | list,  # stacked; or one a layer, with as many caches
@@ -522,7 +538,8 @@ def run_stack(
         layer = jax.checkpoint(layer, policy=REMATS[cfg.remat], prevent_cse=False)
     start = state, cache
     inputs = weights, jnp.arange(cfg.layers), keys
-    (state, cache), (maps, aux) = jax.lax.scan(layer, start, inputs, unroll=cfg.unroll)
+    scan = partial(jax.lax.scan, layer, unroll=cfg.unroll)
+    (state, cache), (maps, aux) = scan_groups(cfg, scan, start, inputs)
     if aux is not None:
         aux = aux.sum()
     return state, cache, maps, aux
@@ -563,10 +580,13 @@ def cross_stack(
         carry = hyper.cross(state, y, ffn_maps, norm, before)
         return carry, ((maps, ffn_maps), add_aux(aux, ffn_aux))
 
+    def scan(carry, each):
+        how = cfg, crossed_layer, hyper.hands_on
+        return scan_in_place(*how, carry, *each, (positions, segments))
+
     each = (weights, following), (jnp.arange(cfg.layers), keys)
-    args = start, *each, (positions, segments)
-    carry, (maps, aux) = scan_in_place(cfg, crossed_layer, hyper.hands_on, *args)
-    return carry[0], None, maps, None if aux is None else aux.sum()
+    (state, _, _), (maps, aux) = scan_groups(cfg, scan, start, each)
+    return state, None, maps, None if aux is None else aux.sum()
 
 # %% ../../nbs/model/18_block.ipynb #c019
 def scan_in_place(
@@ -594,7 +614,8 @@ def scan_in_place(
         return (streams, *handed) if hands_on else streams, x, u
 
     def in_place(gradient, rest, weights, own, everywhere, stack):
-        slot = Slot(stack, own[0], gradient)
+        place = own[0] % (len(stack[0]) - 1)  # in a stack of these layers alone
+        slot = Slot(stack, place, gradient)
         carry, shown = layer(together(slot, rest), weights, own, everywhere)
         slot, rest = apart(carry)
         return (slot.gradient, rest, shown), slot.stack
@@ -612,7 +633,8 @@ def scan_in_place(
 
     def scan_forward(start, weights, own, everywhere):
         streams, rest = apart(start)
-        stack = [jax.lax.empty((cfg.layers + 1, *x.shape), x.dtype) for x in streams]
+        places = 1 + len(own[0])  # also for the streams at the end
+        stack = [jax.lax.empty((places, *x.shape), x.dtype) for x in streams]
         stack = tuple(a.at[0].set(x) for a, x in zip(stack, streams))
 
         def layer_forward(carry, xs):
@@ -645,7 +667,7 @@ def scan_in_place(
     scanned.defvjp(scan_forward, scan_backward)
     return scanned(start, weights, own, everywhere)
 
-# %% ../../nbs/model/18_block.ipynb #c026
+# %% ../../nbs/model/18_block.ipynb #c028
 def cut_time(arrays, chunk: int):
     "A pytree of [b t ...], zero-padded and cut along time: [t / chunk, b, chunk, ...]."
     leaves, tree = jax.tree.flatten(arrays)
@@ -679,7 +701,7 @@ def map_chunks(f: Callable, arrays, chunk: int):
     t = jax.tree.leaves(arrays)[0].shape[1]
     return join_time(results, t)
 
-# %% ../../nbs/model/18_block.ipynb #c029
+# %% ../../nbs/model/18_block.ipynb #c031
 def einsum32(
     spec: str, a: Float[Array, "*m"], b: Float[Array, "*n"]
 ) -> Float[Array, "*o"]:
@@ -705,7 +727,7 @@ def nats_of(
     nats = logsum - jnp.take_along_axis(z, targets[..., None], -1)
     return nats[..., 0], z, logsum
 
-# %% ../../nbs/model/18_block.ipynb #c031
+# %% ../../nbs/model/18_block.ipynb #c033
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_nats(
     hidden: Float[Array, "b t d"],

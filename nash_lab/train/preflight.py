@@ -412,7 +412,7 @@ def row_costs(
     flops = product_flops(jax.make_jaxpr(jax.grad(row_loss))(params, tokens, key))
     return one_row, two_rows - one_row, flops
 
-# %% ../../nbs/train/45_preflight.ipynb #c037
+# %% ../../nbs/train/45_preflight.ipynb #c039
 @dataclass(frozen=True)
 class Chip:
     "Peaks of one chip; infinite where nothing is known."
@@ -447,7 +447,7 @@ TARGETS = {
     "v5e-1": Target("v5e", "v5e:1x1", (1, 1, 1), "v5litepod-1"),
 }
 
-# %% ../../nbs/train/45_preflight.ipynb #c040
+# %% ../../nbs/train/45_preflight.ipynb #c042
 PROGRAMS = ("train", "prefill", "decode")
 
 
@@ -492,7 +492,7 @@ class PreflightConfig:
             self, "batch_size", divides, f"a multiple of accumulate={self.accumulate}"
         )
 
-# %% ../../nbs/train/45_preflight.ipynb #c044
+# %% ../../nbs/train/45_preflight.ipynb #c046
 def sharded_program(
     cfg: PreflightConfig,
     name: str,  # train, prefill or decode
@@ -546,7 +546,7 @@ def sharded_program(
     serve = jax.jit(next_logits, donate_argnums=3, out_shardings=(None, specs))
     return serve, args, cfg.serve_rows * length
 
-# %% ../../nbs/train/45_preflight.ipynb #c047
+# %% ../../nbs/train/45_preflight.ipynb #c049
 @dataclass(frozen=True)
 class Program:
     "What one compiled program needs of each chip, in bytes where nothing else is said."
@@ -577,7 +577,7 @@ class Program:
         "Seconds that one call takes at least."
         return max(chip.seconds(self.flops, self.moved), self.linked / chip.link)
 
-# %% ../../nbs/train/45_preflight.ipynb #c049
+# %% ../../nbs/train/45_preflight.ipynb #c051
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -669,7 +669,7 @@ def compile_program(
         flops=counted.flops / mesh.size,
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c057
+# %% ../../nbs/train/45_preflight.ipynb #c059
 def worker():
     "The other process: a config on stdin, its programs or an error on the last line of stdout."
     job = json.load(sys.stdin)
@@ -690,7 +690,7 @@ def worker():
         answer = {"error": str(error)}
     print("\n" + json.dumps(answer))
 
-# %% ../../nbs/train/45_preflight.ipynb #c059
+# %% ../../nbs/train/45_preflight.ipynb #c061
 def chip_of(target: str) -> Chip:
     "Peaks of one chip of a target; `local` is the first device of this machine."
     if target in TARGETS:
@@ -791,7 +791,7 @@ def preflight(cfg: PreflightConfig) -> PreflightReport:
     programs = [from_json(Program, program) for program in answer["programs"]]
     return PreflightReport(cfg, chip, tuple(programs))
 
-# %% ../../nbs/train/45_preflight.ipynb #c063
+# %% ../../nbs/train/45_preflight.ipynb #c065
 class Estimate(NamedTuple):
     "GiB on each chip and seconds of a train step, without compiling."
 
@@ -816,7 +816,7 @@ def kept_bytes(
     state = jax.eval_shape(optimizer(optim, 10**6).init, params)
     return tree_bytes(params), tree_bytes(state)
 
-# %% ../../nbs/train/45_preflight.ipynb #c064
+# %% ../../nbs/train/45_preflight.ipynb #c066
 # How often an array crosses the memory. Activations: written, read, the same in the backward
 # pass, and once or twice more for what is computed again.
 ACTIVATION_CROSSINGS = {"none": 4, "dots": 5, "block": 6}
@@ -841,7 +841,8 @@ def estimate(
         cfg.accumulate * data * fsdp * ep
     )  # of a micro-batch, on each chip
 
-    weights, moments = kept_bytes(replace(model, remat="none"), cfg.optim)
+    nothing_again = replace(model, remat="none", remat_every=1)
+    weights, moments = kept_bytes(nothing_again, cfg.optim)
     weights /= fsdp * tp
     moments /= fsdp * tp
     if cfg.mesh.zero:
@@ -851,16 +852,22 @@ def estimate(
         gradients *= 2.0 if cfg.accumulate_dtype == "float32" else 1.5
 
     # The second row costs what a row costs: weights are saved once, whatever the rows.
-    _, all_of_row, _ = row_costs(replace(model, remat="none"), cfg.seq_len)
+    _, all_of_row, _ = row_costs(nothing_again, cfg.seq_len)
     _, saved_row, row_flops = row_costs(model, cfg.seq_len)
     saved = rows * saved_row
     if model.remat != "none":
         # all of it is there while it is made again
         one_block = all_of_row / model.layers
         saved += rows * one_block / tp
+    crossings = ACTIVATION_CROSSINGS[model.remat]
+    if model.remat_every > 1:
+        # the states inside a group, and the blocks computed once more
+        _, every_state, _ = row_costs(replace(model, remat_every=1), cfg.seq_len)
+        saved += rows * every_state * model.remat_every / model.layers
+        crossings += 1
 
     flops = row_flops * rows * cfg.accumulate / tp
-    activations = ACTIVATION_CROSSINGS[model.remat] * rows * all_of_row / tp
+    activations = crossings * rows * all_of_row / tp
     moved = cfg.accumulate * (activations + WEIGHT_CROSSINGS * weights)
     moved += MOMENT_CROSSINGS * moments
     moved += UPDATE_CROSSINGS * weights
@@ -882,7 +889,7 @@ def estimate(
         seconds=chip.seconds(flops, moved) + linked / chip.link,
     )
 
-# %% ../../nbs/train/45_preflight.ipynb #c070
+# %% ../../nbs/train/45_preflight.ipynb #c072
 def candidate_settings(
     cfg: PreflightConfig,
 ) -> list[tuple[PreflightConfig, Estimate]]:
@@ -897,6 +904,11 @@ def candidate_settings(
                     data = chips // (fsdp * tp)
                     meshes.append(replace(cfg.mesh, data=data, fsdp=fsdp, tp=tp))
     cuts = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
+    layers = cfg.model.layers
+    groups = [n for n in range(2, layers) if layers % n == 0 and n * n >= layers]
+    remats = [("none", 1), ("dots", 1), ("block", 1)]
+    # about as many groups as there are blocks in one
+    remats += [("block", n) for n in groups[:1]]
 
     bf16_moments = replace(cfg.optim, moment_dtype="bfloat16")
     adafactor = replace(cfg.optim, name="adafactor")
@@ -911,14 +923,10 @@ def candidate_settings(
                     or cfg.model.kv_heads % mesh.tp
                 ):
                     continue
-                for remat in ("none", "dots", "block"):
-                    setting = replace(
-                        cfg,
-                        mesh=mesh,
-                        accumulate=accumulate,
-                        optim=optim,
-                        model=replace(cfg.model, remat=remat),
-                    )
+                for remat, every in remats:
+                    model = replace(cfg.model, remat=remat, remat_every=every)
+                    own = dict(mesh=mesh, accumulate=accumulate, optim=optim)
+                    setting = replace(cfg, model=model, **own)
                     settings.append((setting, estimate(setting)))
         found += sorted(settings, key=lambda pair: pair[1].seconds)
     return found
@@ -941,12 +949,14 @@ def first_that_fits(
             return found, tried
     return None, tried
 
-# %% ../../nbs/train/45_preflight.ipynb #c074
+# %% ../../nbs/train/45_preflight.ipynb #c076
 def setting_flags(
     cfg: PreflightConfig,  # a setting
 ) -> str:
     "What a search may change, as flags of the command line."
     flags = [f"--accumulate {cfg.accumulate}", f"--model.remat {cfg.model.remat}"]
+    if cfg.model.remat_every > 1:
+        flags.append(f"--model.remat-every {cfg.model.remat_every}")
     flags += [
         f"--optim.name {cfg.optim.name}",
         f"--optim.moment-dtype {cfg.optim.moment_dtype}",

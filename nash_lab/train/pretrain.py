@@ -301,7 +301,15 @@ def pretrain(
     return run_result(folder)
 
 # %% ../../nbs/train/44_pretrain.ipynb #c012
-LOOSE = ("dropout", "remat", "compute_dtype", "unroll", "loss_chunk", "max_len")
+LOOSE = (
+    "dropout",
+    "remat",
+    "remat_every",
+    "compute_dtype",
+    "unroll",
+    "loss_chunk",
+    "max_len",
+)
 LOOSE += ("cache_dtype", "init_std", "out_init", "mtp_weight", "kernel")
 # these may differ from start_from
 
