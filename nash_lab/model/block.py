@@ -633,9 +633,12 @@ def scan_in_place(
 
     def scan_forward(start, weights, own, everywhere):
         streams, rest = apart(start)
-        places = 1 + len(own[0])  # also for the streams at the end
-        stack = [jax.lax.empty((places, *x.shape), x.dtype) for x in streams]
-        stack = tuple(a.at[0].set(x) for a, x in zip(stack, streams))
+        stack = ()
+        for i, x in enumerate(streams):
+            places = jax.lax.empty((1 + len(own[0]), *x.shape), x.dtype)
+            # a mark of its own, or of streams that begin alike XLA makes one stack and
+            # copies it; the end takes its place
+            stack += (places.at[-1, 0, 0].set(i).at[0].set(x),)
 
         def layer_forward(carry, xs):
             rest, stack = carry
