@@ -37,7 +37,14 @@ class Slot(NamedTuple):
     gradient: tuple[Float[Array, "s d"], ...]
 
 
-def launch(kernel, ins, outs, interpret: bool, layer=0, into=()):
+def launch(
+    kernel,
+    ins,
+    outs,
+    interpret: bool,
+    layer=0,  # of stacks among `ins`, the one that is read
+    into=(),  # stacks whose next layer the first results become
+):
     "Run a kernel over blocks of tokens; arrays without tokens are there as a whole in every block."
     # here and not above: the import takes half a second, and a CPU needs none of it
     from jax.experimental import pallas as pl

@@ -559,8 +559,6 @@ def cross_stack(
     # a block ends with the read of the next one; what the last block reads is for nobody
     door, own = nnx.split((blocks.attention_hyper, blocks.attention_norm))
     following = jax.tree.map(lambda w: jnp.roll(w, -1, 0), own)
-    hyper, norm = nnx.merge(door, jax.tree.map(lambda w: w[0], own))
-    start = state, *hyper.first_read(state, norm)
 
     def crossed_layer(carry, weights, own, everywhere):
         state, x, u = carry
@@ -580,12 +578,16 @@ def cross_stack(
         carry = hyper.cross(state, y, ffn_maps, norm, before)
         return carry, ((maps, ffn_maps), add_aux(aux, ffn_aux))
 
-    def scan(carry, each):
-        how = cfg, crossed_layer, hyper.hands_on
-        return scan_in_place(*how, carry, *each, (positions, segments))
+    def scan(state, each):
+        first = nnx.merge(graph, jax.tree.map(lambda w: w[0], each[0][0]))
+        hyper = first.attention_hyper
+        start = state, *hyper.first_read(state, first.attention_norm)
+        args = start, *each, (positions, segments)
+        end, shown = scan_in_place(cfg, crossed_layer, hyper.hands_on, *args)
+        return end[0], shown
 
     each = (weights, following), (jnp.arange(cfg.layers), keys)
-    (state, _, _), (maps, aux) = scan_groups(cfg, scan, start, each)
+    state, (maps, aux) = scan_groups(cfg, scan, state, each)
     return state, None, maps, None if aux is None else aux.sum()
 
 # %% ../../nbs/model/18_block.ipynb #c019

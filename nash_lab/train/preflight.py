@@ -258,16 +258,14 @@ KERNEL = "tpu_custom_call"
 
 def kernel_bytes(kernel: Op, shapes: dict[str, str]) -> float:
     "Bytes of a kernel's operands and results; of a stack that it names, those of one layer."
-    read = list(kernel.operands)
-    aliases = re.search(r"output_to_operand_aliasing=([^a-z]*)|$", kernel.rest)[1]
-    in_place = re.findall(r": \((\d+),", aliases or "")
-    arrays = [kernel.shape]
-    arrays += [
-        shapes.get(name, "") for i, name in enumerate(read) if str(i) not in in_place
-    ]
-    stack = re.search(r'"stack":"(\d+),([\d,]+)"|$', kernel.rest)
-    if stack[1]:
+    arrays = [kernel.shape, *(shapes.get(name, "") for name in kernel.operands)]
+    stack = re.search(r'"stack":"(\d+),([\d,]+)"', kernel.rest)
+    if stack:
         whole, layer = f"[{stack[1]},{stack[2]}]", f"[{stack[2]}]"
+        written = re.search(r"output_to_operand_aliasing=([^a-z]*)", kernel.rest)
+        for operand in re.findall(r": \((\d+),", written[1] if written else ""):
+            if whole in arrays[1 + int(operand)]:  # in place, and not read
+                arrays[1 + int(operand)] = ""
         arrays = [a.replace(whole, layer) for a in arrays]
     return sum(map(hbm_bytes, arrays))
 
