@@ -96,7 +96,8 @@ def check_crossings(case, seeds):
             few = expected.size <= 3  # sums over all tokens that cancel
             if few and dtype == "bfloat16":
                 continue
-            error = np.abs(mine - expected).max() / max(np.abs(expected).max(), 1e-3)
+            least = 1e-2 if few else 1e-3  # a gate of one stream has a gradient of zero
+            error = np.abs(mine - expected).max() / max(np.abs(expected).max(), least)
             assert error <= (10 if few else 1) * tolerance, (case, seed, mine.shape, error)
 
 
