@@ -18,6 +18,7 @@ if (
 ):  # a shell's background job; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(ROOT / "tools"))
+from page_child import collect_seldom
 from pages import quick_compile
 
 # most of the time goes into compiling; what is timed sets XLA_FLAGS itself
@@ -35,6 +36,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.split("[")[0] in NAMED:
             item.add_marker("faults")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    collect_seldom()
 
 
 @pytest.fixture(scope="session")
