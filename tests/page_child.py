@@ -22,7 +22,7 @@ IMPORTED = [
 def collect_seldom():
     "Look for cycles among what is made from now on, and not after every 700 objects: tracing makes millions, and a tenth of its time went into the search."
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(20_000, 10, 10)
 
 
 def run(path: Path, log: Path, root: Path):
