@@ -1,6 +1,7 @@
 "What a page test runs in a process of its own, and what the process it is forked from has imported by then."
 
-import gc, os
+import gc
+import os
 from multiprocessing import get_context
 from pathlib import Path
 
