@@ -6,8 +6,8 @@ to 1.6 over sixty layers, as in the paper."""
 
 # %% auto #0
 __all__ = ['birkhoff_residual', 'permutations', 'column_sums', 'row_sums', 'scaled_kernel',
-           'divisors', 'next_scales', 'sinkhorn_leading', 'sinkhorn', 'check_square', 'composite',
-           'Gains', 'gains', 'mixing_distances']
+           'next_scales', 'sinkhorn_leading', 'sinkhorn', 'check_square', 'composite', 'Gains',
+           'gains', 'mixing_distances']
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c003
 import itertools
@@ -55,7 +55,7 @@ def row_sums(k, v):
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c028
 def scaled_kernel(logits):
-    "K with a 1 in every row and column, and scales u, v such that u K v = exp(logits)."
+    "K with a 1 in every row and column, scales u and divisors e: u K / e = exp(logits)."
     f = logits.max(0)
     below = logits - f[None]
     g = below.max(1)
@@ -65,60 +65,57 @@ def scaled_kernel(logits):
         jnp.finfo(logits.dtype).max
     )  # exp(limit) and exp(-limit) are finite
     u = jnp.exp(jnp.maximum(g, -limit))
-    v = jnp.exp(jnp.clip(f, -limit, limit))
-    return k, u, v
+    e = jnp.exp(-jnp.clip(f, -limit, limit))
+    return k, u, e
 
 
-def divisors(k, u, v, eps):
-    "One iteration from the scales u, v: divisors d = 1/u of the rows and e = 1/v of the columns."
-    e = column_sums(k, u) + (eps / v if eps else 0.0)
+def next_scales(k, u, e, eps):
+    "The row scales u = 1/d and the column divisors e = 1/v after one iteration."
+    e = column_sums(k, u) + (eps * e if eps else 0.0)
     d = row_sums(k, 1 / e) + (eps / u if eps else 0.0)
-    return d, e
-
-
-def next_scales(k, scales, eps):
-    "The scales u, v after one iteration."
-    d, e = divisors(k, *scales, eps)
-    return 1 / d, 1 / e
+    return 1 / d, e
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c029
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _sinkhorn(logits, n_iters, eps):
     "Sinkhorn of float32 or float64 logits [n, n, *m] (paper Eq. 9)."
-    k, u, v = scaled_kernel(logits)
-    u, v = lax.fori_loop(
-        0, n_iters, lambda _, scales: next_scales(k, scales, eps), (u, v)
+    k, u, e = scaled_kernel(logits)
+    u, e = lax.fori_loop(
+        0, n_iters, lambda _, scales: next_scales(k, *scales, eps), (u, e)
     )
+    v = 1 / e
     return u[:, None] * k * v[None]
 
 # %% ../../nbs/maths/05_birkhoff.ipynb #c031
 def _sinkhorn_backward(n_iters, eps, logits, grad):
     "Compute the scales of every iteration again, then reverse the iterations, last first."
-    k, u, v = scaled_kernel(logits)
-    (u, v), before = lax.scan(
-        lambda scales, _: (next_scales(k, scales, eps), scales), (u, v), length=n_iters
+    k, u, e = scaled_kernel(logits)
+    after, before = lax.scan(
+        lambda scales, _: (next_scales(k, *scales, eps), scales), (u, e), length=n_iters
     )
 
-    def undo(carry, scales):
-        a, b, gk = carry  # gradients by log u, log v and K
-        u, v = scales  # before the iteration
-        d, e = divisors(k, u, v, eps)
+    def undo(carry, before):
+        a, b, gk, after = carry  # gradients by log u, log v and K
+        u_before, e_before = before
+        u, e = after
 
-        delta = a / d
-        gk = gk - delta[:, None] / e[None]
+        delta = a * u
         b = b - column_sums(k, delta) / e
-
         gamma = b / e
-        gk = gk - u[:, None] * gamma[None]
-        from_v = u * row_sums(k, gamma)
-        a = (eps * delta / u if eps else 0.0) - from_v
-        b = eps * gamma / v if eps else jnp.zeros_like(b)
-        return (a, b, gk), None
+        v = 1 / e
+        gk = gk - delta[:, None] * v[None] - u_before[:, None] * gamma[None]
 
+        from_v = u_before * row_sums(k, gamma)
+        a = (eps * delta / u_before if eps else 0.0) - from_v
+        b = eps * e_before * gamma if eps else jnp.zeros_like(b)
+        return (a, b, gk, before), None
+
+    u, e = after
+    v = 1 / e
     gk = grad * (u[:, None] * v[None])
     weighted = gk * k
-    end = weighted.sum(1), weighted.sum(0), gk
-    (_, _, gk), _ = lax.scan(undo, end, before, reverse=True)
+    end = weighted.sum(1), weighted.sum(0), gk, after
+    (_, _, gk, _), _ = lax.scan(undo, end, before, reverse=True)
     return (gk * k,)
 
 
