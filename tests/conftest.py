@@ -18,7 +18,6 @@ if (
 ):  # a shell's background job; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(ROOT / "tools"))
-from page_child import collect_seldom
 from pages import quick_compile
 
 # most of the time goes into compiling; what is timed sets XLA_FLAGS itself
@@ -36,11 +35,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.split("[")[0] in NAMED:
             item.add_marker("faults")
-
-
-def pytest_collection_finish():
-    gc.collect()
-    collect_seldom()
 
 
 @pytest.fixture(scope="session")
@@ -64,18 +58,13 @@ def data() -> Path:
     return Path(folder).resolve()
 
 
-uncounted = [0.0]  # seconds of tests
-
-
 @pytest.fixture(autouse=True)
 def few_mappings():
     "Forget compiled programs before their memory mappings reach what Linux allows a process (65,530), where LLVM aborts"
     begin = time.monotonic()
     yield
-    uncounted[0] += time.monotonic() - begin
-    if uncounted[0] < 5:  # too short to compile thousands of mappings, and counting takes a while
+    if time.monotonic() - begin < 0.1:  # too short to compile much, and counting takes a while
         return
-    uncounted[0] = 0.0
     maps = Path("/proc/self/maps")
     if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         sys.modules["jax"].clear_caches()

@@ -1,6 +1,5 @@
 "What a page test runs in a process of its own, and what the process it is forked from has imported by then."
 
-import gc
 import os
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,15 +19,8 @@ IMPORTED = [
 ]
 
 
-def collect_seldom():
-    "Look for cycles among what is made from now on, and not after every 700 objects: tracing makes millions, and a tenth of its time went into the search."
-    gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
-
-
 def run(path: Path, log: Path, root: Path):
     "Run the quick cells of a notebook as `nbdev_test` does, and compare the text that they show with what is stored."
-    collect_seldom()
     with open(log, "w") as file:
         for fd in (1, 2):
             os.dup2(file.fileno(), fd)

@@ -5,8 +5,9 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 import jax
+import nbformat
 import pytest
-from pages import NBS, code_cells
+from pages import NBS
 from nash_lab.data.stream import StreamConfig
 from nash_lab.core.configs import from_json, to_json
 from nash_lab.model.transformer import ModelConfig
@@ -216,8 +217,9 @@ def asked_on_colab(choice):
     "The preflight that the Colab page asks for on a TPU, from the page's own cells"
     nodes = [
         n
-        for text in code_cells(NBS / "lab/87_colab_tpu.ipynb")
-        for n in ast.parse(text).body
+        for c in nbformat.read(NBS / "lab/87_colab_tpu.ipynb", 4).cells
+        if c.cell_type == "code"
+        for n in ast.parse(c.source).body
     ]
     plain = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module.startswith("nash_lab")]
     names = {"test", "real", "plan", "model", "cfg", "wanted"}

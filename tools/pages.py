@@ -20,10 +20,10 @@ FENCE = re.compile(
 
 
 def quick_compile() -> str:
-    "XLA flags that halve the time of compiling: LLVM does not optimize, loops are emitted the old way where XLA still can, and no module is cut for threads that are busy anyway."
+    "XLA flags that halve the time of compiling: LLVM does not optimize, loops are emitted the old way where XLA still can."
     jaxlib = tuple(map(int, version("jaxlib").split(".")[:3]))
     old = " --xla_cpu_use_fusion_emitters=false" if jaxlib < (0, 11, 1) else ""
-    return f"--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1{old}"
+    return f"--xla_backend_optimization_level=0{old}"
 
 
 def number(path: Path) -> int:
