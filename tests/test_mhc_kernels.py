@@ -96,7 +96,8 @@ def check_crossings(case, seeds):
             few = expected.size <= 3  # sums over all tokens that cancel
             if few and dtype == "bfloat16":
                 continue
-            least = 1e-2 if few else 1e-3  # a gate of one stream has a gradient of zero
+            # the gate of a single stream has a gradient of zero
+            least = 1e-2 if few and n == 1 else 1e-3
             error = np.abs(mine - expected).max() / max(np.abs(expected).max(), least)
             assert error <= (10 if few else 1) * tolerance, (case, seed, mine.shape, error)
 
@@ -167,7 +168,8 @@ def total(weights, streams):
     blocks = nnx.merge(graph, weights)
     end = run_stack(cfg, blocks, streams, positions=jnp.arange(300)[None])[0]
     return sum(jnp.sum(x.astype(jnp.float32)) for x in end)
-program = jax.jit(jax.value_and_grad(total, (0, 1)))
+both_ways = jax.value_and_grad(total, (0, 1))
+program = jax.jit(lambda *args: (both_ways(*args), total(*args)))
 print(program.lower(jax.tree.map(place, weights), (x,) * 4).compile().as_text())
 """
 
@@ -177,7 +179,7 @@ print(program.lower(jax.tree.map(place, weights), (x,) * 4).compile().as_text())
     reason="libtpu is not installed: nothing can be compiled for a TPU",
 )
 def test_the_kernels_compile_for_a_v6e():
-    "two forwards, one of them again, two backwards; no loop copies a stack of streams"
+    "two forwards, one of them again, two backwards, and two forwards alone; no loop copies a stack"
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -198,5 +200,5 @@ def test_the_kernels_compile_for_a_v6e():
         body = computations[re.search(r"body=%([\w.\-]+)", loop.rest)[1]]
         kernels += sum("tpu_custom_call" in op.rest for op in body)
         touched |= {op.kind for op in body if "[4,300,32]" in op.shape}
-    assert kernels == 5
+    assert kernels == 7
     assert touched == {"parameter", "get-tuple-element", "tuple", "custom-call"}
